@@ -1,0 +1,5 @@
+"""`python -m flashgen` is `flashgen`."""
+
+from flashgen.cli.app import main
+
+main()

@@ -1,0 +1,131 @@
+"""manifest.json: what a version holds, where it comes from and how it is sampled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flashgen.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 8 << 20  # of a manifest; a hostile one must not fill the memory
+NAME = "manifest.json"
+PICKLED = re.compile(r"(?i)\.(pt|pth|ckpt|pkl|pickle|joblib)$|pytorch_model.*\.bin$")  # formats that run code when loaded
+
+Kind = Literal["teacher", "student", "quantized", "device"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Parent(_Strict):
+    role: str = Field(min_length=1)
+    path: str
+    digest: Sha256
+
+
+class File(_Strict):
+    """One file of the version; `path` is relative, with forward slashes."""
+
+    path: str
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+    @model_validator(mode="after")
+    def _stays_inside(self) -> Self:
+        path = PurePosixPath(self.path)
+        hostile = path.is_absolute() or ".." in path.parts or any(c in self.path for c in "\\:\0") or str(path) != self.path
+        if hostile or self.path in (".", NAME):
+            raise ValueError(f"path {self.path!r} is not a plain relative path inside the version")
+        if PICKLED.search(self.path):
+            raise ValueError(f"file {self.path!r} may hold pickled code; weights must be safetensors")
+        return self
+
+
+class Sampler(_Strict):
+    """How pictures are drawn. `sigmas` are final (already shifted), fall strictly, and end with 0."""
+
+    sigmas: list[Finite] = Field(min_length=2)
+    shift: float = Field(gt=0, allow_inf_nan=False)
+    guidance: float = Field(ge=1, allow_inf_nan=False, description="1 for students: none")
+    prediction: Literal["velocity"] = "velocity"
+    encoder: Literal["full", "zeros", "prune"]
+    clip_tokens: int = Field(ge=1)
+    t5_tokens: int = Field(ge=0, description="0 when the T5 encoder is pruned")
+    size_px: int = Field(ge=1)
+    trained_steps: list[int]
+    solver: Literal["euler"] = "euler"
+
+    @model_validator(mode="after")
+    def _falls_to_zero(self) -> Self:
+        pairs = zip(self.sigmas, self.sigmas[1:], strict=False)
+        if self.sigmas[0] > 1 or self.sigmas[-1] != 0 or any(a <= b for a, b in pairs):
+            raise ValueError("sigmas must fall strictly from at most 1 to exactly 0")
+        return self
+
+
+class Manifest(_Strict):
+    schema_version: Literal[1] = 1
+    kind: Kind
+    stage: str = Field(min_length=1)
+    version: str = Field(pattern=r"^v\d{4,}$")
+    created: str
+    flashgen_version: str
+    recipe: dict[str, Any]
+    seed: int
+    parents: list[Parent]
+    packages: dict[str, str]
+    sampler: Sampler | None
+    metrics: dict[str, Any]
+    extra: dict[str, Any]
+    files: list[File]
+    digest: Sha256 = Field(default="0" * 64, validate_default=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        paths = [file.path for file in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("a file is listed twice")
+        return self
+
+    def content_digest(self) -> str:
+        """sha256 over the sorted files, the sampler and the kind: what the artifact is, not when it was made."""
+        sampler = self.sampler.model_dump() if self.sampler else None
+        return hash_json([self.kind, sampler, sorted([f.path, f.size, f.sha256] for f in self.files)])
+
+    def sealed(self) -> Manifest:
+        return self.model_copy(update={"digest": self.content_digest()})
+
+
+def hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def parse(data: bytes, where: str) -> Manifest:
+    """Check everything that the text alone can tell; raises ArtifactError."""
+    mend = "take the artifact from its source again, or make it again with --force"
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is not valid JSON ({error}); {mend}") from error
+    found = raw.get("schema_version") if isinstance(raw, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{where}: schema_version is {found!r}, this flashgen reads {SCHEMA_VERSION}; install the flashgen that wrote it, or {mend}"
+        )
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ArtifactError(f"{where}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}; {mend}") from error
+    if manifest.digest != manifest.content_digest():
+        raise ArtifactError(f"{where}: digest does not fit the files, sampler and kind listed, so it was altered; {mend}")
+    return manifest

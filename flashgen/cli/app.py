@@ -1,0 +1,54 @@
+"""The `flashgen` command. Importing it must stay cheap: heavy imports live inside the commands."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from flashgen import __version__
+from flashgen.cli import teacher
+from flashgen.cli.bench import bench
+from flashgen.cli.distill import distill
+from flashgen.cli.export import export
+from flashgen.cli.finetune import finetune
+from flashgen.cli.generate import generate
+from flashgen.cli.quantize import quantize
+from flashgen.cli.restructure_encoder import restructure_encoder
+from flashgen.cli.show import show
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+    """From a rectified-flow teacher to a few-step INT4 artifact. Exit codes: 0 done, 2 usage, 3 artifact, 4 numerics, 5 environment."""
+
+
+app.add_typer(teacher.app, name="teacher")
+for name, function in (
+    ("distill", distill),
+    ("finetune", finetune),
+    ("restructure-encoder", restructure_encoder),
+    ("quantize", quantize),
+    ("export", export),
+    ("generate", generate),
+    ("bench", bench),
+    ("show", show),
+):
+    app.command(name)(function)
+
+
+def main() -> None:
+    # The libraries' own bars and notices would drown ours; whoever sets these variables keeps their say.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app(prog_name="flashgen")

@@ -1,0 +1,20 @@
+"""flashgen restructure-encoder"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from flashgen.cli.options import STAGE, Options, command
+from flashgen.cli.run import run_stage
+
+
+@command(*STAGE)
+def restructure_encoder(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="an artifact folder, DIR@v0001, or a version")],
+    mode: Annotated[Literal["zeros", "prune", "compact"], typer.Option("--mode", help="what replaces T5")],
+    options: Options,
+) -> None:
+    """Make the student run without its T5 encoder."""
+    run_stage(options, "restructure", {"student": student}, mode=mode)

@@ -1,0 +1,142 @@
+"""What every command shares: errors to exit codes, time and memory, one result on stdout."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flashgen.errors import FlashgenError, UsageError
+from flashgen.progress import say
+
+if TYPE_CHECKING:
+    from flashgen.artifact.store import Artifact
+    from flashgen.cli.options import Options
+    from flashgen.recipe.schema import Recipe
+
+EXTRA = 'pip install "flashgen[train]"'
+
+
+@contextmanager
+def exit_codes(debug: bool) -> Iterator[None]:
+    """Turn exceptions into one sentence on stderr and an exit code."""
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        code, message = explain(error)
+        say(message if code == 130 else f"error: {message}")
+        raise typer.Exit(code) from error
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """(exit code, sentence for the user)"""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FlashgenError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; nothing half-written was published, the same command resumes"
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+        return 5, f"no space left on the disk ({text}); free some, then the same command resumes"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 5, f"not enough memory ({text}); lower the batch (--set ...batch=), then the same command resumes"
+    if isinstance(error, ImportError) and not (error.name or "").startswith("flashgen"):
+        return 5, f"this command needs {error.name or text}, which is not installed: {EXTRA}"
+    if isinstance(error, OSError):
+        return 5, f"{text}; check the path, its rights and the disk, then run the same command again"
+    return 1, f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
+
+
+def recipe_of(options: Options) -> Recipe:
+    from flashgen.recipe.load import load
+
+    return load(options.recipe, options.set or [])
+
+
+def peak_rss_mib() -> float | None:
+    """Largest resident memory of this process so far; None where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def emit(options: Options, text: str, record: Mapping[str, Any]) -> None:
+    """The result, the only thing on stdout."""
+    print(json.dumps(record) if options.json else text, flush=True)
+
+
+def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "artifact": str(artifact.path),
+        "stage": stage,
+        "version": artifact.manifest.version,
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_rss_mib": peak_rss_mib(),
+        "metrics": dict(metrics),
+    }
+
+
+def run_stage(options: Options, stage: str, inputs: Mapping[str, str], function: str = "run", **extra: Any) -> None:
+    """Call `flashgen.stages.<stage>.<function>(*inputs, ...)` with the offered options and print the artifact it returns."""
+    import importlib
+    import inspect
+
+    started = time.perf_counter()
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("out", "seed", "force") if name in options.offered}
+    if "recipe" in options.offered:
+        given["recipe"] = recipe_of(options)
+    module = importlib.import_module(f"flashgen.stages.{stage}")
+    if options.plan:
+        planned = getattr(module, "plan", plan)(dict(inputs), options.out, given.get("recipe"))
+        print(json.dumps({"stage": stage, "seed": options.seed, **extra, **planned}, indent=None if options.json else 2))
+        return
+    call = getattr(module, function)
+    given.update(device_for(options, call, inspect.signature(call).parameters))
+    artifact: Artifact = call(*inputs.values(), **given, **extra)
+    emit(options, str(artifact.path), record_of(artifact, artifact.manifest.stage, started, artifact.manifest.metrics))
+
+
+def device_for(options: Options, call: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
+    """The device as an argument of `call`; a device it cannot use is an error, never ignored."""
+    if "device" not in options.offered:
+        return {}
+    if "device" in parameters:
+        return {"device": options.device}
+    if options.device in ("auto", "cpu"):
+        return {}
+    raise UsageError(f"--device {options.device}: {call.__module__} computes on the CPU only; leave the option out")
+
+
+def plan(inputs: Mapping[str, str], out: Path, recipe: Recipe | None) -> dict[str, Any]:
+    """What a run would read, write and need, for stages without a `plan` of their own."""
+    from flashgen.artifact.store import open_artifact, versions
+
+    opened = {role: open_artifact(ref) for role, ref in inputs.items() if role != "source"}  # a source is no artifact yet
+    described = [
+        {"role": role, "path": str(a.path), "kind": a.manifest.kind, "digest": a.manifest.digest, "bytes": a.size_bytes()}
+        for role, a in opened.items()
+    ]
+    transformer = sum(f.size for a in opened.values() for f in a.manifest.files if f.path.startswith("transformer/"))
+    return {
+        "inputs": described or [{"role": role, "path": ref} for role, ref in inputs.items()],
+        "out": str(out),
+        "versions": [path.name for path in versions(out)],
+        "disk_bytes": sum(a.size_bytes() for a in opened.values()) if opened else None,
+        "memory_bytes": 4 * transformer if opened else None,
+        "seconds": None,
+        "recipe": recipe.model_dump(mode="json") if recipe else None,
+    }

@@ -1,0 +1,39 @@
+"""flashgen teacher train | import | random"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flashgen.cli.options import STAGE, Options, command
+from flashgen.cli.run import run_stage
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help="Make, import or fabricate a teacher.")
+
+
+@app.command("train")
+@command(*STAGE)
+def train(options: Options) -> None:
+    """Train the embedded shapes teacher from nothing."""
+    run_stage(options, "teacher", {}, "train")
+
+
+@app.command("import")
+@command("out", "plan", "force")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a diffusers folder or a hub id")],
+    options: Options,
+) -> None:
+    """Bring in a diffusers folder or hub id, checked and digested."""
+    run_stage(options, "teacher", {"source": source}, "import_")
+
+
+@app.command("random")
+@command("out", "seed", "plan", "force")
+def random(
+    like: Annotated[str, typer.Option("--like", metavar="sd35-medium|shapes|tiny", help="architecture")],
+    options: Options,
+) -> None:
+    """Right shapes, seeded random weights: for tests at scale without a hub."""
+    run_stage(options, "teacher", {}, "random", like=like)

@@ -1,0 +1,120 @@
+"""Quantized layers become single MatMulNBits nodes, written from the artifact's own codes: what was measured is what ships."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from flashgen.errors import ArtifactError
+
+DOMAIN = "com.microsoft"
+MODULATION = re.compile(r"transformer_blocks\.\d+\.norm\w*\.linear$")  # adaLN, a third of SD3.5-Medium's weights
+
+
+class Codes(NamedTuple):
+    """One layer as `quant.pack.QuantizedLinear` stores it; `zeros` None when symmetric."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.uint8] | None
+    bits: int
+    group: int
+
+
+class Linear(NamedTuple):
+    """A Linear found in the graph: its input, its result, the nodes it consists of."""
+
+    x: ir.Value
+    out: ir.Value
+    bias: ir.Value | None
+    k: int
+    n: int
+    nodes: tuple[ir.Node, ...]
+
+
+def linears(graph: ir.Graph) -> dict[str, Linear]:
+    """Every Linear by parameter name without `.weight`, whether it came out as Gemm or as Transpose, MatMul (and Add)."""
+    found = {}
+    for name, weight in graph.initializers.items():
+        linear = _linear(weight)
+        if linear is not None and name.endswith(".weight"):
+            found[name.removesuffix(".weight")] = linear
+    return found
+
+
+def _linear(weight: ir.Value) -> Linear | None:
+    if weight.shape is None or len(weight.shape) != 2:
+        return None
+    n, k = int(weight.shape[0]), int(weight.shape[1])  # type: ignore[arg-type]
+    node = _only_user(weight)
+    if node is None:
+        return None
+    if node.op_type == "Gemm":
+        plain = node.attributes.get_int("transB", 0) == 1 and node.attributes.get_int("transA", 0) == 0
+        scaled = node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_float("beta", 1.0) != 1
+        if not plain or scaled or node.inputs[0] is None:
+            return None
+        return Linear(node.inputs[0], node.outputs[0], node.inputs[2] if len(node.inputs) > 2 else None, k, n, (node,))
+    matmul = _only_user(node.outputs[0]) if node.op_type == "Transpose" else None
+    if matmul is None or matmul.op_type != "MatMul" or matmul.inputs[1] is not node.outputs[0] or matmul.inputs[0] is None:
+        return None
+    add = _only_user(matmul.outputs[0])
+    if add is not None and add.op_type == "Add":
+        bias = next((v for v in add.inputs if v is not matmul.outputs[0]), None)
+        if bias is not None and bias.is_initializer() and bias.shape is not None and list(bias.shape) == [n]:
+            return Linear(matmul.inputs[0], add.outputs[0], bias, k, n, (add, matmul, node))
+    return Linear(matmul.inputs[0], matmul.outputs[0], None, k, n, (matmul, node))
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    nodes = [use.node for use in value.uses()]
+    return nodes[0] if len(nodes) == 1 and not value.is_graph_output() else None
+
+
+def to_matmul_nbits(model: ir.Model, layers: Mapping[str, Codes], accuracy_level: int, prefix: str = "net.") -> None:
+    """Rewrite every layer of `layers` in place.
+
+    Raises ArtifactError when one is not in the graph with the same shape, or when an adaLN Linear would stay in fp32.
+    """
+    graph = model.graph
+    found = {name.removeprefix(prefix): linear for name, linear in linears(graph).items()}
+    missing = [name for name, q in layers.items() if name not in found or not _fits(found[name], q)]
+    left = [name for name in found if MODULATION.search(name) and name not in layers]
+    if missing or left:
+        what = f"quantized layers that the exported graph does not have: {missing}" if missing else f"adaLN layers left in fp32: {left}"
+        raise ArtifactError(f"{what}; make the student's codes again with: flashgen quantize STUDENT --out DIR")
+    model.opset_imports[DOMAIN] = 1
+    for name, q in layers.items():
+        _replace(graph, name, found[name], q, accuracy_level)
+
+
+def _fits(linear: Linear, q: Codes) -> bool:
+    blocks = -(-linear.k // q.group)
+    return q.codes.shape == (linear.n, blocks, q.group * q.bits // 8) and q.scales.shape == (linear.n, blocks)
+
+
+def _replace(graph: ir.Graph, name: str, linear: Linear, q: Codes, accuracy_level: int) -> None:
+    inputs: list[ir.Value | None] = [linear.x, _constant(graph, f"{name}.codes", q.codes), _constant(graph, f"{name}.scales", q.scales)]
+    inputs.append(None if q.zeros is None else _constant(graph, f"{name}.zeros", q.zeros))
+    inputs += [None, linear.bias] if linear.bias is not None else []  # input 4 is g_idx, unused
+    attributes = {"K": linear.k, "N": linear.n, "bits": q.bits, "block_size": q.group, "accuracy_level": accuracy_level}
+    node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=name)
+    result = node.outputs[0]
+    result.shape, result.type, result.name = linear.out.shape, linear.out.type, linear.out.name  # it may be the graph's output
+    graph.insert_before(linear.nodes[0], node)
+    ir.convenience.replace_all_uses_with(linear.out, result, replace_graph_outputs=True)
+    weight = linear.nodes[-1].inputs[1 if len(linear.nodes) == 1 else 0]
+    graph.remove(linear.nodes, safe=True)
+    assert weight is not None and weight.name is not None
+    del graph.initializers[weight.name]
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value

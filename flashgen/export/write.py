@@ -1,0 +1,71 @@
+"""From a component to its checked model.onnx."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from safetensors.numpy import load_file
+
+from flashgen.errors import ArtifactError
+from flashgen.export.components import Component, crop_positions, trace
+from flashgen.export.parity import check
+from flashgen.export.rewrite import Codes, to_matmul_nbits
+
+EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GB; above this, weights go into model.onnx_data, which onnxruntime maps
+
+
+def write_component(part: Component, layers: Mapping[str, Codes], folder: Path, accuracy_level: int, floor_db: float) -> float:
+    """Trace, quantize `layers`, optimize, save and check one component; returns its worst output's PSNR in dB.
+
+    The transformer's position table is cropped in place. Raises NumericsError below `floor_db`.
+    """
+    reference = [value.numpy() for value in part.reference()]  # before the crop, so that parity covers it
+    if part.name == "transformer":
+        crop_positions(part.module.net, part.inputs["hidden_states"].shape[-1])
+    model = trace(part)
+    if layers:
+        to_matmul_nbits(model, layers, accuracy_level)
+        RemoveUnusedNodesPass()(model)
+    onnxscript.optimizer.optimize_ir(model)
+    model.producer_name, model.graph.name = "flashgen", part.name
+    _strip(model)
+    path = folder / part.name / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data="model.onnx_data" if size > EXTERNAL_BYTES else None)
+    del model
+    return check(part, reference, path, floor_db)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what torch notes on its way: stack traces of this machine, the whole export signature (55 kB of a 2.4 MB transformer)."""
+    ClearMetadataAndDocStringPass()(model)
+    for node in model.graph.all_nodes():
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()
+
+
+def read_codes(path: Path) -> dict[str, Codes]:
+    """Codes of every layer of a quantized artifact, in the order of quantized/layers.json."""
+    try:
+        layers = json.loads((path / "quantized" / "layers.json").read_text())
+        tensors = load_file(path / "quantized" / "transformer.safetensors")
+        return {
+            name: Codes(
+                tensors[f"{name}.codes"],
+                tensors[f"{name}.scales"].astype(np.float32),
+                None if spec["symmetric"] else tensors[f"{name}.zeros"],
+                int(spec["bits"]),
+                int(spec["group"]),
+            )
+            for name, spec in layers.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}/quantized is broken ({error!r}); make it again with: flashgen quantize STUDENT --out DIR") from error

@@ -1,0 +1,40 @@
+"""Rectified-flow algebra. One convention for all of flashgen, stated here and nowhere else.
+
+    x_s = (1 - s) x0 + s eps        s = sigma in [0, 1]; 1 is noise
+    v   = dx_s/ds = eps - x0        what the network predicts, at timestep 1000 s
+    guided v = v_u + guidance (v_c - v_u)          (`ode.guide`)
+
+Functions take tensors [B, C, H, W] and sigmas [B] (or anything that broadcasts after `expand`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def expand(sigma: Tensor, like: Tensor) -> Tensor:
+    """[B] to [B, 1, 1, 1]."""
+    return sigma.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    s = expand(sigma, x0)
+    return (1 - s) * x0 + s * eps
+
+
+def x0_from_v(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    return x - expand(sigma, x) * v
+
+
+def eps_from_v(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    return x + (1 - expand(sigma, x)) * v
+
+
+def score_from_v(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """grad log p_s(x) = -eps_hat / s."""
+    return -eps_from_v(x, v, sigma) / expand(sigma, x)
+
+
+def move(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """One Euler step from `sigma` to `sigma_next` along v."""
+    return x + expand(sigma_next - sigma, x) * v

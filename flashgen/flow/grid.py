@@ -1,0 +1,23 @@
+"""Sigma grids as plain floats, first 1 (noise) and last 0 (data)."""
+
+from __future__ import annotations
+
+
+def shift(u: float, k: float) -> float:
+    """SD3's timestep shift (SD3 eq. 23): [0, 1] to itself; k > 1 moves nodes towards noise."""
+    return k * u / (1 + (k - 1) * u)
+
+
+def unshift(sigma: float, k: float) -> float:
+    """The inverse of `shift`: what to hand to a diffusers scheduler, which shifts every list it is given."""
+    return sigma / (k - (k - 1) * sigma)
+
+
+def few_step_grid(n: int, k: float) -> list[float]:
+    """`n` evaluations at shift(1), shift((n-1)/n), ..., shift(1/n), then 0; n = 4, k = 3: 1, .9, .75, .5, 0 (method.md 1.2)."""
+    return [shift(i / n, k) for i in range(n, 0, -1)] + [0.0]
+
+
+def teacher_grid(n: int, k: float) -> list[float]:
+    """The teacher's grid: linspace(1, 1/n, n) shifted, then 0. These are the nodes of `few_step_grid`, so student grids nest in it."""
+    return few_step_grid(n, k)

@@ -1,0 +1,131 @@
+"""Latency, memory and pictures of one artifact, measured in a process of its own so that the peak memory is its own.
+
+python -m flashgen.metrics.latency JOB.json      reads a `Job`, writes result.json and images.npy beside it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashgen import errors
+from flashgen.artifact.store import Artifact, open_artifact
+from flashgen.errors import FlashgenError, MachineError
+from flashgen.timing import Laps
+
+
+@dataclass(frozen=True)
+class Job:
+    """`prompts` are drawn in batches for their quality; warmup + repeats single pictures before that for the latency."""
+
+    artifact: str
+    prompts: list[str]
+    seeds: list[int]
+    warmup: int
+    repeats: int
+    batch: int
+
+
+def measure_apart(job: Job, folder: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Run `job` in a fresh process; (engine, steps, latency_s, peak_rss_mib) and the pictures. Errors come back as they were raised."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps(asdict(job)))
+    search = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
+    command = [sys.executable, "-m", "flashgen.metrics.latency", str(folder / "job.json")]
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
+    if not (folder / "result.json").exists():
+        raise MachineError(f"measuring {job.artifact} ended with code {done.returncode}; out of memory? Try --set bench.batch=1")
+    result = json.loads((folder / "result.json").read_text())
+    if "error" in result:
+        raise getattr(errors, result["error"])(result["message"])
+    return result, np.load(folder / "images.npy")
+
+
+def measure(job: Job) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """The same in this process."""
+    source = open_artifact(job.artifact)
+    laps = Laps()
+    draw = _device(source, laps) if source.manifest.kind == "device" else _torch(source, laps)
+    singles = [job.prompts[i % len(job.prompts)] for i in range(job.warmup + job.repeats)]
+    draw(singles, [0] * len(singles), 1)
+    assert source.manifest.sampler is not None
+    steps = len(source.manifest.sampler.sigmas) - 1
+    result = {
+        "engine": "onnxruntime" if source.manifest.kind == "device" else "torch",
+        "steps": steps,
+        "latency_s": summarise(laps, steps, job.warmup, job.repeats),
+        "peak_rss_mib": round(peak_rss_mib(), 1),
+    }
+    return result, draw(job.prompts, job.seeds, job.batch)
+
+
+def _device(source: Artifact, laps: Laps) -> Any:
+    import onnxruntime  # noqa: F401  importing is no part of "load"
+
+    from flashgen.device.sampler import DevicePipeline
+
+    pipeline = DevicePipeline(source, laps=laps)
+    return lambda prompts, seeds, batch: pipeline.sample(prompts, seeds, batch=batch)
+
+
+def _torch(source: Artifact, laps: Laps) -> Any:
+    from flashgen.models.sample import load_pipeline, sample
+
+    with laps.lap("load"):
+        pipe = load_pipeline(source.path)
+    return lambda prompts, seeds, batch: sample(pipe, source.manifest.sampler, prompts, seeds, batch=batch, laps=laps)  # type: ignore[arg-type]
+
+
+def summarise(laps: Laps, steps: int, warmup: int, repeats: int) -> dict[str, float]:
+    """Seconds a picture after `warmup` ones: medians of encode, step and decode, 95th percentile of step, median of their sum.
+
+    load is the sum over all networks, without imports. Text encoders count for the prompt alone, a step for both passes of guidance.
+    """
+    seconds = laps.seconds
+    count = warmup + repeats
+    encode = np.sum([v[:count] for k, v in seconds.items() if k == "encode" or k.startswith("text_encoder")], 0)[warmup:]
+    step = np.reshape((seconds["step"] or seconds["transformer"])[: count * steps], (count, steps))[warmup:]
+    decode = np.asarray((seconds["decode"] or seconds["vae_decoder"])[:count])[warmup:]
+    found = {
+        "load": np.sum(seconds["load"]),
+        "encode": np.median(encode),
+        "step_p50": np.median(step),
+        "step_p95": np.percentile(step, 95),
+        "decode": np.median(decode),
+        "total_p50": np.median(encode + step.sum(1) + decode),
+    }
+    return {k: round(float(v), 5) for k, v in found.items()}
+
+
+def peak_rss_mib() -> float:
+    """Peak resident memory of this process. Not ru_maxrss on Linux: that one inherits the parent's peak through exec."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def main(job_file: Path) -> None:
+    try:
+        result, images = measure(Job(**json.loads(job_file.read_text())))
+        np.save(job_file.with_name("images.npy"), images)
+    except FlashgenError as error:
+        result = {"error": type(error).__name__, "message": str(error)}
+    job_file.with_name("result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,115 @@
+"""Loading a diffusers-layout artifact and drawing pictures from it with torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flashgen.artifact.manifest import Sampler
+from flashgen.device.noise import latents
+from flashgen.device.sampler import slices, to_uint8
+from flashgen.errors import ArtifactError
+from flashgen.flow.ode import euler, guide
+from flashgen.models.text import Conditioning, encode_prompts
+from flashgen.progress import track
+from flashgen.timing import Laps
+
+
+def load_pipeline(path: str | Path) -> StableDiffusion3Pipeline:
+    """An SD3-class pipeline in fp32 and eval mode. Safetensors only, nothing fetched, no code from the artifact."""
+    try:
+        index = json.loads((Path(path) / "model_index.json").read_text())
+        if index["_class_name"] != "StableDiffusion3Pipeline":
+            raise ValueError(f"_class_name is {index['_class_name']}, not StableDiffusion3Pipeline")
+        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+        pipe: StableDiffusion3Pipeline = StableDiffusion3Pipeline.from_pretrained(
+            str(path), local_files_only=True, use_safetensors=True, **absent
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ArtifactError(f"{path} does not load as an SD3 pipeline ({error}); check it with: flashgen show {path} --verify") from error
+    pipe.to(torch.float32)  # transformers 5 loads in the dtype of the file
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return pipe
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusion3Pipeline,
+    sampler: Sampler,
+    prompts: list[str],
+    seeds: list[int],
+    guidance: float | None = None,
+    sigmas: Sequence[float] | None = None,
+    batch: int = 32,
+    *,
+    size_px: int | None = None,
+    negative: str = "",
+    laps: Laps | None = None,
+) -> NDArray[np.uint8]:
+    """Pictures [B, H, W, 3] of `prompts`; picture i starts from the noise of seeds[i]. Defaults are the sampler's.
+
+    The same picture in diffusers, whose scheduler shifts the sigmas that it is given (method.md 1.2), hence `unshift`:
+
+        noise = torch.from_numpy(flashgen.device.noise.latents((16, size_px // 8, size_px // 8), [seed]))
+        pipe = StableDiffusion3Pipeline.from_pretrained(path)
+        pipe(prompt, latents=noise, sigmas=[unshift(s, sampler.shift) for s in sampler.sigmas[:-1]],
+             guidance_scale=sampler.guidance, max_sequence_length=sampler.t5_tokens, height=size_px, width=size_px)
+
+    diffusers guides when guidance_scale > 1, so a student's 1.0 means one forward a step there too. Without T5 (sampler.encoder
+    zeros or prune) from_pretrained wants text_encoder_3=None, tokenizer_3=None said aloud; with prune, t5_tokens and thus
+    max_sequence_length is 0: the T5 part of the sequence is empty, not zeros.
+    """
+    laps = laps or Laps()
+    sigmas = sampler.sigmas if sigmas is None else sigmas
+    weight = sampler.guidance if guidance is None else guidance
+    side = (size_px or sampler.size_px) // pipe.vae_scale_factor
+    noise = torch.from_numpy(latents((pipe.transformer.config.in_channels, side, side), seeds))
+    uncond = encode_prompts(pipe, [negative], sampler.t5_tokens) if weight != 1 else None
+    pictures, parts = [], slices(len(prompts), batch)
+    count = len(parts) * (len(sigmas) - 1)
+    tick = iter(track(range(count), "draw", total=count))
+    for rows in parts:
+        with laps.lap("encode"):
+            cond = encode_prompts(pipe, prompts[rows], sampler.t5_tokens)
+        z = _denoise(pipe, noise[rows], cond, uncond, weight, sigmas, tick, laps)
+        with laps.lap("decode"):
+            scaled = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+            pictures.append(to_uint8(pipe.vae.decode(scaled, return_dict=False)[0].numpy()))
+    next(tick, None)
+    return np.concatenate(pictures)
+
+
+def _denoise(
+    pipe: StableDiffusion3Pipeline,
+    x: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    weight: float,
+    sigmas: Sequence[float],
+    tick: Iterator[int],
+    laps: Laps,
+) -> Tensor:
+    rows = len(x)
+    if uncond is not None:
+        embeds = torch.cat([uncond.embeds.expand(rows, -1, -1), cond.embeds])
+        cond = Conditioning(embeds, torch.cat([uncond.pooled.expand(rows, -1), cond.pooled]))
+
+    def velocity(x: Tensor, sigma: float, _: int) -> Tensor:
+        next(tick)
+        with laps.lap("step"):
+            doubled = x if uncond is None else torch.cat([x, x])
+            timestep = torch.full((len(doubled),), 1000 * sigma)
+            v: Tensor = pipe.transformer(doubled, cond.embeds, cond.pooled, timestep, return_dict=False)[0]
+        return v if uncond is None else guide(v[:rows], v[rows:], weight)
+
+    return euler(x, velocity, sigmas)

@@ -1,0 +1,74 @@
+"""Prompt encoding exactly as `StableDiffusion3Pipeline.encode_prompt` does it, with per-encoder dropout for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """`embeds` [B, L_clip + L_t5, D] and `pooled` [B, P] of a batch of prompts."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        return Conditioning(self.embeds[index], self.pooled[index])
+
+    def without_t5(self, rows: Tensor, clip_tokens: int) -> Conditioning:
+        """The same with the T5 part zeroed where `rows` [B] is true (diffusers' convention for an absent T5)."""
+        embeds = self.embeds.clone()
+        embeds[:, clip_tokens:] *= (~rows).to(embeds.dtype)[:, None, None]
+        return Conditioning(embeds, self.pooled)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids [B, L] of the two CLIP encoders and of T5 (None without T5)."""
+
+    clip_l: Tensor
+    clip_g: Tensor
+    t5: Tensor | None
+
+    def __getitem__(self, index: Tensor) -> Tokens:
+        return Tokens(self.clip_l[index], self.clip_g[index], None if self.t5 is None else self.t5[index])
+
+
+def tokenize(pipe: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int) -> Tokens:
+    def ids(tokenizer, length: int) -> Tensor:  # type: ignore[no-untyped-def]
+        return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids  # type: ignore[no-any-return]
+
+    length = pipe.tokenizer.model_max_length
+    t5 = ids(pipe.tokenizer_3, t5_tokens) if pipe.text_encoder_3 is not None else None
+    return Tokens(ids(pipe.tokenizer, length), ids(pipe.tokenizer_2, length), t5)
+
+
+def encode(pipe: StableDiffusion3Pipeline, tokens: Tokens, t5_tokens: int, keep: Tensor | None = None) -> Conditioning:
+    """Gradient flows to the encoders. `keep` [B, 3] (0 or 1) drops CLIP-L, CLIP-G or T5 of a sample, as SD3's training does.
+
+    Without T5 its `t5_tokens` positions are zeros, and with `t5_tokens` 0 they are not there at all (encoder mode `prune`).
+    """
+    keep = torch.ones(len(tokens.clip_l), 3) if keep is None else keep
+    clip, pooled = [], []
+    for column, (encoder, ids) in enumerate(((pipe.text_encoder, tokens.clip_l), (pipe.text_encoder_2, tokens.clip_g))):
+        out = encoder(ids, output_hidden_states=True)
+        clip.append(out.hidden_states[-2] * keep[:, column, None, None])
+        pooled.append(out.text_embeds * keep[:, column, None])
+    width = pipe.transformer.config.joint_attention_dim
+    features = torch.cat(clip, -1)
+    features = torch.nn.functional.pad(features, (0, width - features.shape[-1]))
+    if tokens.t5 is None:
+        t5 = features.new_zeros(len(features), t5_tokens, width)
+    else:
+        t5 = pipe.text_encoder_3(tokens.t5)[0] * keep[:, 2, None, None]
+    return Conditioning(torch.cat([features, t5], 1), torch.cat(pooled, -1))
+
+
+@torch.no_grad()
+def encode_prompts(pipe: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int, batch: int = 256) -> Conditioning:
+    parts = [encode(pipe, tokenize(pipe, prompts[i : i + batch], t5_tokens), t5_tokens) for i in range(0, len(prompts), batch)]
+    return Conditioning(torch.cat([p.embeds for p in parts]), torch.cat([p.pooled for p in parts]))

@@ -1,0 +1,138 @@
+"""Reading recipes: YAML by name or file, one parent through `extends:`, `--set` on top."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flashgen.errors import UsageError
+from flashgen.recipe.schema import Recipe
+
+PACKAGE = Path(__file__).resolve().parents[1]
+FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")  # installed from a wheel, run from a checkout
+MAX_BYTES = 1 << 20
+
+
+def load(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The resolved recipe; raises UsageError that names the field and the file (or `--set`) it came from."""
+    layers = [*_layers(_find(name_or_file, Path.cwd())), *(_override(text) for text in overrides)]
+    merged: dict[str, Any] = {}
+    for _, data in layers:
+        merged = _merge(merged, data)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError("\n".join(_explain(dict(item), layers) for item in error.errors())) from error
+
+
+def names() -> list[str]:
+    return sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
+
+
+def _find(name_or_file: str | Path, beside: Path) -> Path:
+    text = str(name_or_file)
+    if "/" in text or "\\" in text or text.endswith((".yaml", ".yml")):
+        path = beside / text
+        if path.is_file():
+            return path
+        raise UsageError(f"no recipe file {path}; name an existing file or one of: {', '.join(names())}")
+    for folder in FOLDERS:
+        if (folder / f"{text}.yaml").is_file():
+            return folder / f"{text}.yaml"
+    close = difflib.get_close_matches(text, names(), 1)
+    raise UsageError(f"no recipe named {text!r}{f', did you mean {close[0]}?' if close else ';'} There are: {', '.join(names())}")
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(file, contents) from the oldest ancestor to `path` itself."""
+    if path.resolve() in above:
+        raise UsageError(f"{path}: `extends` goes in a circle; remove one of the links")
+    data = _read(path)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return [(str(path), data)]
+    if not isinstance(parent, str):
+        raise UsageError(f"{path}: extends: must be the name or file of one recipe, not {parent!r}")
+    return [*_layers(_find(parent, path.parent), (*above, path.resolve())), (str(path), data)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path}: more than {MAX_BYTES} bytes, this is no recipe")
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of sections, this is {type(data).__name__}")
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only; a key written twice is an error, since one of the two would have no effect."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    """`a.b=c` as a layer {a: {b: c}}."""
+    key, sign, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise UsageError(f"--set {text}: write it as --set section.field=value")
+    try:
+        data: Any = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text}: the value is not readable as YAML") from error
+    for part in reversed(parts):
+        data = {part: data}
+    return f"--set {text}", data
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, everything else (lists too) is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(item: dict[str, Any], layers: list[tuple[str, dict[str, Any]]]) -> str:
+    loc: tuple[str | int, ...] = item["loc"]
+    source = next((name for name, data in reversed(layers) if _contains(data, loc)), layers[-1][0])
+    field = ".".join(map(str, loc))
+    if item["type"] != "extra_forbidden":
+        return f"{source}: {field}: {item['msg']} (got {item['input']!r})"
+    fields = list(_fields(loc[:-1]))
+    close = difflib.get_close_matches(str(loc[-1]), fields, 1)
+    return f"{source}: {field}: unknown key{f', did you mean {close[0]}?' if close else '.'} Known here: {', '.join(fields)}"
+
+
+def _contains(data: Any, loc: Sequence[str | int]) -> bool:
+    for part in loc:
+        if not isinstance(data, dict):
+            return True  # a list or a plain value was given where the field lies: this layer replaced it whole
+        if part not in data:
+            return False
+        data = data[part]
+    return True
+
+
+def _fields(loc: Sequence[str | int]) -> Iterator[str]:
+    """Names of the fields that the model at `loc` knows."""
+    model: Any = Recipe
+    for part in loc:
+        model = getattr(model, "model_fields", {})[part].annotation
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        yield from model.model_fields

@@ -1,0 +1,93 @@
+"""export: a torch artifact becomes ONNX components that run without torch, each checked against torch."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashgen.artifact.manifest import Sampler
+from flashgen.artifact.store import Artifact, begin, check_disk, open_artifact
+from flashgen.errors import ArtifactError, UsageError
+from flashgen.progress import track
+from flashgen.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+    from flashgen.export.components import Component
+
+
+def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target: str = "onnx") -> Artifact:
+    """Export a teacher, student or quantized artifact for the device.
+
+    Raises NumericsError when a component's PSNR against torch is below the recipe's floor; nothing is published then.
+    """
+    if target != "onnx":
+        raise UsageError(f"--target {target} is not there yet; use --target onnx")
+    source = open_artifact(student, kinds=("student", "quantized", "teacher"))
+    sampler = source.manifest.sampler
+    if sampler is None:
+        raise ArtifactError(f"{source.path}: the manifest has no sampler; make the student again with: flashgen distill")
+    check_disk(out, 3 * source.size_bytes())
+    settings = recipe.export.model_dump() | {"target": target}
+    draft = begin(out, kind="device", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force)
+    if isinstance(draft, Artifact):
+        return draft
+    from flashgen.export.components import components
+    from flashgen.export.write import read_codes, write_component
+    from flashgen.models.sample import load_pipeline
+
+    config = recipe.export
+    pipe = load_pipeline(source.path)
+    layers = read_codes(source.path) if source.manifest.kind == "quantized" else {}
+    psnr = {}
+    parts = list(components(pipe, sampler))
+    for part in track(parts, "export", total=len(parts)):
+        codes = layers if part.name == "transformer" else {}
+        floor = config.psnr_floor_int8_db if codes and config.accuracy_level == 4 else config.psnr_floor_db
+        psnr[part.name] = write_component(part, codes, draft.path, config.accuracy_level, floor)
+        _write_config(part, draft.path)
+        gc.collect()
+    extra = _runtime_files(pipe, sampler, source.path, draft.path)
+    sizes = {part.name: sum(f.stat().st_size for f in (draft.path / part.name).glob("model.onnx*")) for part in parts}
+    metrics = {"psnr_db": {k: round(v, 2) for k, v in psnr.items()}, "bytes": sizes, "quantized_layers": len(layers)}
+    return draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": config.accuracy_level})
+
+
+def _write_config(part: Component, folder: Path) -> None:
+    """The network's own config beside its graph, as optimum wants it."""
+    config: Any = part.module.net.config
+    plain = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
+    (folder / part.name / "config.json").write_text(json.dumps(plain, indent=1, sort_keys=True))
+
+
+def _runtime_files(pipe: StableDiffusion3Pipeline, sampler: Sampler, source: Path, folder: Path) -> dict[str, Any]:
+    """Tokenizers, scheduler and model_index.json; returns what the runtime must know beyond the sampler (manifest.extra)."""
+    index = json.loads((source / "model_index.json").read_text())
+    lengths = {"tokenizer": sampler.clip_tokens, "tokenizer_2": sampler.clip_tokens}
+    if sampler.encoder == "full":
+        lengths["tokenizer_3"] = sampler.t5_tokens
+    else:
+        index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    tokenizers = {}
+    for name, length in lengths.items():
+        tokenizer = getattr(pipe, name)
+        tokenizer.save_pretrained(folder / name)
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.save(str(folder / name / "tokenizer.json"))
+        tokenizers[name] = {"length": length, "pad_id": int(tokenizer.pad_token_id)}
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    side = sampler.size_px // pipe.vae_scale_factor
+    return {
+        "engine": "onnxruntime",
+        "latent_shape": [pipe.transformer.config.in_channels, side, side],
+        "joint_dim": pipe.transformer.config.joint_attention_dim,
+        # The decoder expects z / scaling_factor + shift_factor, as in diffusers.
+        "vae": {"scaling_factor": pipe.vae.config.scaling_factor, "shift_factor": pipe.vae.config.shift_factor},
+        "tokenizers": tokenizers,
+    }

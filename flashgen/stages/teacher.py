@@ -1,0 +1,122 @@
+"""flashgen teacher: train the shapes teacher, import a diffusers pipeline, or fabricate one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from flashgen.artifact.manifest import Parent, Sampler
+from flashgen.artifact.store import Artifact, Draft, begin, check_disk
+from flashgen.errors import ArtifactError, MachineError
+from flashgen.flow.grid import teacher_grid
+from flashgen.models.specs import SPECS, Spec, spec
+from flashgen.recipe.schema import Recipe
+
+TEACHER_STEPS = 28
+
+
+def _sampler(clip_tokens: int, t5_tokens: int, size_px: int, guidance: float, shift: float) -> Sampler:
+    return Sampler(
+        sigmas=teacher_grid(TEACHER_STEPS, shift),
+        shift=shift,
+        guidance=guidance,
+        encoder="full",
+        clip_tokens=clip_tokens,
+        t5_tokens=t5_tokens,
+        size_px=size_px,
+        trained_steps=[],
+    )
+
+
+def train(recipe: Recipe, out: Path, seed: int, force: bool) -> Artifact:
+    """The shapes world's autoencoder, then its transformer with the three text encoders."""
+    draft = begin(out, kind="teacher", stage="teacher", recipe=recipe.teacher.model_dump(), seed=seed, parents=[], force=force)
+    if isinstance(draft, Artifact):
+        return draft
+    from flashgen.models.build import SHIFT, build_pipeline
+    from flashgen.models.save import save_pipeline
+    from flashgen.stages.report import finish
+    from flashgen.training.autoencoder import encode_scenes, train_autoencoder
+    from flashgen.training.teacher import roles, train_flow
+
+    config, shapes = recipe.teacher, SPECS["shapes"]
+    pipe = build_pipeline(shapes, seed)
+    train_autoencoder(pipe.vae, config.autoencoder, seed, draft.work)
+    latents, captions = encode_scenes(pipe.vae, config.flow.samples, seed, draft.work)
+    ema = train_flow(pipe, latents, captions, config.flow, seed, draft.work)
+    ema.copy_to(roles(pipe))
+    save_pipeline(draft, pipe)
+    return finish(draft, _sampler(shapes.clip_tokens, shapes.t5_tokens, 64, config.guidance, SHIFT), per_task=recipe.bench.per_task)
+
+
+def random(like: str, out: Path, seed: int, force: bool) -> Artifact:
+    """Right shapes, seeded random weights: for tests of memory, speed and formats without a hub."""
+    from flashgen.models.build import SHIFT
+
+    shapes: Spec = spec(like)
+    recipe = {"random": {"like": like}}
+    draft = begin(out, kind="teacher", stage="teacher", recipe=recipe, seed=seed, parents=[], force=force)
+    if isinstance(draft, Artifact):
+        return draft
+    from flashgen.models.random_weights import write_random
+
+    check_disk(out, {"sd35-medium": 17 << 30}.get(like, 64 << 20))
+    write_random(shapes, draft.path, seed)
+    size_px = int(shapes.transformer["sample_size"]) * 8
+    return draft.publish(sampler=_sampler(shapes.clip_tokens, shapes.t5_tokens, size_px, 4.5, SHIFT))
+
+
+def import_(source: str, out: Path, force: bool) -> Artifact:
+    """A StableDiffusion3Pipeline folder or hub id: checked, hard-linked where possible, digested."""
+    folder = Path(source) if Path(source).is_dir() else _download(source)
+    _check_pipeline(folder)
+    identity = Parent(role="source", path=str(source), digest=hashlib.sha256((folder / "model_index.json").read_bytes()).hexdigest())
+    draft = begin(out, kind="teacher", stage="teacher", recipe={"import": source}, seed=0, parents=[identity], force=force)
+    if isinstance(draft, Artifact):
+        return draft
+    _copy_pipeline(folder, draft)
+    transformer = json.loads((folder / "transformer/config.json").read_text())
+    shift = json.loads((folder / "scheduler/scheduler_config.json").read_text()).get("shift", 3.0)
+    tokens = json.loads((folder / "tokenizer/tokenizer_config.json").read_text()).get("model_max_length", 77)
+    t5_tokens = json.loads((folder / "tokenizer_3/tokenizer_config.json").read_text()).get("model_max_length", 256)
+    return draft.publish(sampler=_sampler(tokens, min(t5_tokens, 256), transformer["sample_size"] * 8, 4.5, shift))
+
+
+def _download(source: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:
+        why = f"could not be fetched from the hub ({type(error).__name__})"
+        raise MachineError(f"{source} is no folder here and {why}; give a local folder") from error
+
+
+def _check_pipeline(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ArtifactError(f"{folder} has no model_index.json; give a diffusers pipeline folder")
+    name = json.loads(index.read_text()).get("_class_name")
+    if name != "StableDiffusion3Pipeline":
+        raise ArtifactError(f"{folder} is a {name}; flashgen takes StableDiffusion3Pipeline folders")
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        if not any((folder / part).glob("*.safetensors")):
+            raise ArtifactError(f"{folder}/{part} has no safetensors weights; save the pipeline with safe_serialization=True")
+
+
+def _copy_pipeline(folder: Path, draft: Draft) -> None:
+    """Only files a pipeline needs: JSON, tokenizer text and safetensors. Links of a hub cache are resolved."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and path.suffix in {".json", ".txt", ".model", ".safetensors"} and len(relative.parts) <= 2:
+            if len(relative.parts) == 1 and path.name != "model_index.json":
+                continue
+            target = draft.path / relative
+            target.parent.mkdir(exist_ok=True)
+            if path.suffix == ".safetensors":
+                draft.link(path.resolve(), str(relative))
+            else:
+                shutil.copyfile(path, target)

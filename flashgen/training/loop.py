@@ -1,0 +1,128 @@
+"""The one training loop: resumable, guarded against non-finite numbers, randomness a function of (seed, step)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from flashgen.errors import NumericsError
+from flashgen.progress import track
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+def fit(
+    name: str,
+    steps: int,
+    step_fn: Callable[[int], dict[str, float]],
+    state: Mapping[str, Stateful],
+    work: Path,
+    *,
+    save_every_s: float = 60.0,
+    log_every: int = 20,
+) -> None:
+    """Call `step_fn(step)` for every step in 0..steps-1 that no earlier run has finished.
+
+    `state` names everything that must survive (modules, optimizers, EMA); it is saved to `work/<name>.pt` in
+    time intervals and at the end. Metrics go to `work/stats.jsonl`, averaged over `log_every` steps.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / f"{name}.pt"
+    start = 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        for key, item in state.items():
+            item.load_state_dict(saved["state"][key])
+        start = int(saved["step"])
+        _truncate_stats(work / "stats.jsonl", name, start)
+    last_save = time.monotonic()
+    window: list[dict[str, float]] = []
+    for step in track(range(start, steps), name, total=steps, done=start):
+        window.append(step_fn(step))
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            means = {k: float(np.mean([w[k] for w in window if k in w])) for k in sorted({k for w in window for k in w})}
+            with (work / "stats.jsonl").open("a") as stats:
+                stats.write(json.dumps({"phase": name, "step": step + 1, "time": round(time.time(), 1), **means}) + "\n")
+            window.clear()
+        if time.monotonic() - last_save > save_every_s or step + 1 == steps:
+            save_state({"step": step + 1, "state": {k: v.state_dict() for k, v in state.items()}}, path)
+            last_save = time.monotonic()
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write a torch file so that a kill at any moment leaves the old or the new one."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _truncate_stats(path: Path, name: str, step: int) -> None:
+    """Forget rows that the resumed run will write again."""
+    if path.exists():
+        rows = [row for row in path.read_text().splitlines() if _keep(row, name, step)]
+        path.write_text("".join(row + "\n" for row in rows))
+
+
+def _keep(row: str, name: str, step: int) -> bool:
+    try:
+        data = json.loads(row)
+    except json.JSONDecodeError:
+        return False  # the line a kill cut short
+    return bool(data["phase"] != name or data["step"] <= step)
+
+
+def descend(
+    loss: torch.Tensor, parameters: Iterable[torch.nn.Parameter], optimizers: Iterable[torch.optim.Optimizer], *, clip: float, where: str
+) -> float:
+    """Backward, check, clip and step. Raises NumericsError before any weight changes when something is not finite."""
+    optimizers, parameters = list(optimizers), list(parameters)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+    if not (math.isfinite(norm) and math.isfinite(loss.item())):
+        raise NumericsError(
+            f"{where}: loss {loss.item():.4g}, gradient norm {norm:.4g}; stopped before the optimizer step. "
+            "Lower the learning rate (--set ...lr=) and run the same command: it resumes from the last checkpoint."
+        )
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
+
+
+class Ema:
+    """Exponential moving average of a module's parameters (buffers are shared, not averaged)."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {k: p.detach().clone() for k, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module, step: int) -> None:
+        """shadow <- d shadow + (1-d) weights, d = min(decay, (1+step)/(10+step)) so that early steps count."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        live = [p.detach() for p in module.parameters()]
+        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+
+    def copy_to(self, module: torch.nn.Module) -> None:
+        with torch.no_grad():
+            for key, parameter in module.named_parameters():
+                parameter.copy_(self.shadow[key])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, value in state["shadow"].items():
+            self.shadow[key].copy_(value)

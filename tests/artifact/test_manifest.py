@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from flashgen.artifact.manifest import File, Manifest, Sampler, parse
+from flashgen.errors import ArtifactError
+
+SHA = "a" * 64
+SAMPLER = {"sigmas": [1.0, 0.5, 0.0], "shift": 3.0, "guidance": 1.0, "encoder": "full", "clip_tokens": 77, "t5_tokens": 16}
+SAMPLER |= {"size_px": 64, "trained_steps": [2]}
+
+
+def make(**changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "kind": "student", "stage": "distill", "version": "v0001", "created": "2026-01-01T00:00:00+00:00", "flashgen_version": "0.1.0",
+        "recipe": {}, "seed": 0, "parents": [], "packages": {}, "sampler": SAMPLER, "metrics": {}, "extra": {},
+        "files": [{"path": "vae/a.json", "size": 1, "sha256": SHA}, {"path": "b.json", "size": 2, "sha256": SHA}],
+    }  # fmt: skip
+    return Manifest.model_validate(fields | changes).sealed()
+
+
+def test_parse_returns_the_manifest_that_was_written() -> None:
+    manifest = make()
+    assert parse(manifest.model_dump_json().encode(), "m") == manifest
+
+
+def test_digest_ignores_order_time_and_lineage_but_not_content() -> None:
+    base = make()
+    assert make(files=[f.model_dump() for f in reversed(base.files)], created="later", seed=7, extra={"a": 1}).digest == base.digest
+    assert make(kind="quantized").digest != base.digest
+    assert make(sampler=SAMPLER | {"sigmas": [1.0, 0.4, 0.0]}).digest != base.digest
+    assert make(files=[]).digest != base.digest
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../x.json", "vae/../../x.json", "a\\b", "C:x", "a\0b", "", ".", "vae//a", "./a", "vae/", "manifest.json"],
+)
+def test_file_path_is_refused_when_it_could_leave_the_version(path: str) -> None:
+    with pytest.raises(ValidationError, match="not a plain relative path"):
+        File(path=path, size=0, sha256=SHA)
+
+
+@pytest.mark.parametrize("path", ["a/model.pt", "diffusion_pytorch_model.bin", "x.PKL", "vae/pytorch_model-00001-of-2.bin", "a.ckpt"])
+def test_file_is_refused_when_it_may_be_a_pickle(path: str) -> None:
+    with pytest.raises(ValidationError, match="pickled"):
+        File(path=path, size=0, sha256=SHA)
+
+
+def test_file_is_accepted_when_it_is_a_weight_of_another_runtime() -> None:
+    assert File(path="transformer/openvino_model.bin", size=0, sha256=SHA).path
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 0.5], [1.2, 0.0], [0.5, 0.5, 0.0], [0.4, 0.6, 0.0], [0.0], [float("nan"), 0.0]])
+def test_sampler_is_refused_when_sigmas_do_not_fall_to_zero(sigmas: list[float]) -> None:
+    with pytest.raises(ValidationError):
+        Sampler.model_validate(SAMPLER | {"sigmas": sigmas})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema_version is 2"),
+        ({"schema_version": None}, "schema_version is None"),
+        ({"surprise": 1}, "surprise"),
+        ({"kind": "virus"}, "kind"),
+        ({"version": "../v0001"}, "version"),
+        ({"files": [{"path": "../../home", "size": 1, "sha256": SHA}]}, r"files\.0"),
+        ({"files": [{"path": "a", "size": 1, "sha256": SHA}] * 2}, "listed twice"),
+        ({"files": []}, "altered"),
+        ({"digest": "0" * 64}, "altered"),
+    ],
+)
+def test_parse_names_the_field_when_the_manifest_is_hostile(change: dict[str, Any], message: str) -> None:
+    raw = json.loads(make().model_dump_json()) | change
+    with pytest.raises(ArtifactError, match=message):
+        parse(json.dumps(raw).encode(), "m")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b"{}"])
+def test_parse_refuses_when_the_text_is_no_manifest(data: bytes) -> None:
+    with pytest.raises(ArtifactError):
+        parse(data, "m")

@@ -1,0 +1,71 @@
+"""Tiny real artifacts, made once a session by the real stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashgen.artifact.manifest import Sampler
+from flashgen.artifact.store import Artifact, Draft, begin
+from flashgen.flow.grid import few_step_grid
+from flashgen.recipe.schema import ExportRecipe, QuantizeRecipe, Recipe
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    tiny = Recipe(name="test", quantize=QuantizeRecipe(group=16), export=ExportRecipe(accuracy_level=0))
+    return tiny.model_copy(update={"bench": tiny.bench.model_copy(update={"per_task": 1, "repeats": 2, "warmup": 1})})
+
+
+def make_pipeline_artifact(out: Path, *, kind: str, sampler: Sampler, seed: int = 0) -> Artifact:
+    """A tiny SD3 pipeline with random weights, published as `kind`."""
+    from flashgen.models.build import build_pipeline
+    from flashgen.models.save import save_pipeline
+    from flashgen.models.specs import SPECS
+
+    draft = begin(out, kind=kind, stage="test", recipe={}, seed=seed, parents=[])  # type: ignore[arg-type]
+    assert isinstance(draft, Draft)
+    pipe = build_pipeline(SPECS["tiny"], seed)
+    if sampler.encoder != "full":
+        pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipe.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
+    save_pipeline(draft, pipe)
+    return draft.publish(sampler=sampler)
+
+
+def tiny_sampler(**changes: object) -> Sampler:
+    plain = {"sigmas": few_step_grid(4, 3.0), "shift": 3.0, "guidance": 1.0, "encoder": "full", "clip_tokens": 16, "t5_tokens": 16}
+    return Sampler.model_validate({**plain, "size_px": 64, "trained_steps": [4], **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_pipeline_artifact(tmp_path_factory.mktemp("artifacts") / "student", kind="student", sampler=tiny_sampler())
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    sampler = tiny_sampler(sigmas=few_step_grid(3, 3.0), guidance=4.5, trained_steps=[])
+    return make_pipeline_artifact(tmp_path_factory.mktemp("artifacts") / "teacher", kind="teacher", sampler=sampler, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_device(tiny_student: Artifact, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    from flashgen.stages import export
+
+    return export.run(str(tiny_student.path), tmp_path_factory.mktemp("artifacts") / "device", recipe, 0, False)
+
+
+@pytest.fixture(scope="session")
+def tiny_quantized(tiny_student: Artifact, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    from flashgen.stages import quantize
+
+    return quantize.run(str(tiny_student.path), tmp_path_factory.mktemp("artifacts") / "int4", recipe, 0, False)
+
+
+@pytest.fixture(scope="session")
+def tiny_int4_device(tiny_quantized: Artifact, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    from flashgen.stages import export
+
+    return export.run(str(tiny_quantized.path), tmp_path_factory.mktemp("artifacts") / "int4-device", recipe, 0, False)

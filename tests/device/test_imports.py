@@ -1,0 +1,43 @@
+"""The base install has no torch: nothing on the device path may import it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from flashgen.artifact.store import Artifact
+
+CHECK = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "accelerate"):
+            raise ImportError(f"{name} is not in the base install")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def run_without_torch(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guard_itself_works() -> None:
+    with pytest.raises(AssertionError, match="not in the base install"):
+        run_without_torch("import torch")
+
+
+def test_generate_and_bench_run_on_a_device_artifact_without_torch(tiny_int4_device: Artifact, tmp_path: object) -> None:
+    path = str(tiny_int4_device.path)
+    run_without_torch(
+        f"""
+from pathlib import Path
+from flashgen.stages import bench, generate
+from flashgen.metrics.latency import Job, measure
+assert generate.run({path!r}, ["a red circle"], Path({str(tmp_path)!r}) / "a.png", seed=1)[0].exists()
+result, images = measure(Job({path!r}, ["a red circle"], [1], 0, 1, 1))
+assert images.shape == (1, 64, 64, 3)
+"""
+    )

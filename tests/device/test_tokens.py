@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashgen.device.tokens import PromptTokenizer
+from flashgen.errors import ArtifactError
+from flashgen.models.tokenizers import clip_tokenizer, t5_tokenizer
+
+PROMPTS = [
+    "",
+    "two red circles on a white background",
+    "a Photo of a cat, 123!",
+    "ein Bär äöü 猫",
+    " ".join(["four green triangles and"] * 9),
+]
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_ids_equal_those_of_transformers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs: Any = clip_tokenizer(16) if kind == "clip" else t5_tokenizer(16)
+    theirs.save_pretrained(tmp_path / "tokenizer")
+    ours = PromptTokenizer(tmp_path / "tokenizer" / "tokenizer.json", 16, theirs.pad_token_id)
+    want = theirs(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="np").input_ids
+    np.testing.assert_array_equal(ours.encode(PROMPTS), want)
+    assert capsys.readouterr().err.count("'four green triangles") == 1  # the long prompt is named
+
+
+def test_broken_tokenizer_is_an_artifact_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="tokenizer.json"):
+        PromptTokenizer(tmp_path / "tokenizer.json", 16, 0)

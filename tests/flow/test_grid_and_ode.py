@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flashgen.flow.grid import few_step_grid, shift, teacher_grid, unshift
+from flashgen.flow.ode import euler, guide
+
+
+def test_few_step_grid_is_the_one_of_method_1_2() -> None:
+    assert few_step_grid(4, 3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    assert few_step_grid(2, 3.0) == pytest.approx([1.0, 0.75, 0.0])
+
+
+def test_teacher_grid_contains_the_students_nodes_when_its_steps_are_a_multiple() -> None:
+    fine = teacher_grid(28, 3.0)
+    assert len(fine) == 29 and fine[-1] == 0
+    assert [fine[i] for i in range(0, 29, 7)] == pytest.approx(few_step_grid(4, 3.0))
+
+
+def test_unshift_undoes_shift() -> None:
+    for sigma in np.linspace(0, 1, 11):
+        assert shift(unshift(sigma, 3.0), 3.0) == pytest.approx(sigma, abs=1e-15)
+
+
+def test_euler_is_exact_on_straight_paths_and_passes_each_node() -> None:
+    x0, eps = np.array([1.0, -2.0]), np.array([0.3, 0.7])
+    seen: list[tuple[float, int]] = []
+
+    def velocity(x: np.ndarray, sigma: float, index: int) -> np.ndarray:
+        np.testing.assert_allclose(x, (1 - sigma) * x0 + sigma * eps)
+        seen.append((sigma, index))
+        return np.asarray(eps - x0)
+
+    np.testing.assert_allclose(euler(eps, velocity, [1.0, 0.9, 0.5, 0.0]), x0)
+    assert seen == [(1.0, 0), (0.9, 1), (0.5, 2)]
+
+
+def test_guide_weighs_as_diffusers_does() -> None:
+    u, c = np.array([1.0]), np.array([3.0])
+    assert guide(u, c, 1.0) == 3.0
+    assert guide(u, c, 4.0) == 9.0

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashgen.errors import UsageError
+from flashgen.recipe import load as loader
+from flashgen.recipe.load import load, names
+from flashgen.recipe.schema import Recipe
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_shipped_recipe_loads_under_its_own_name(name: str) -> None:
+    assert load(name).name == name
+
+
+def test_names_include_the_default_of_the_command_line() -> None:
+    assert "shapes-demo" in names()
+
+
+def test_extends_and_set_layer_in_order(tmp_path: Path) -> None:
+    write(tmp_path, "base", "name: base\ndistill: {steps: 8, trajectory: {batch: 3, lr: 1e-3}}\nquantize: {protect: [a, b]}\n")
+    child = write(tmp_path, "child", "extends: ./base.yaml\nname: child\ndistill: {trajectory: {batch: 5}}\nquantize: {protect: [c]}\n")
+    recipe = load(child, ["distill.trajectory.lr=2e-4", "distill.steps=2", "distill.steps=1"])
+    assert (recipe.name, recipe.distill.steps) == ("child", 1), "the last --set wins"
+    assert (recipe.distill.trajectory.batch, recipe.distill.trajectory.lr) == (5, 2e-4)
+    assert recipe.quantize.protect == ["c"], "lists are replaced, not merged"
+
+
+def test_a_resolved_recipe_reads_back_as_itself() -> None:
+    recipe = load("shapes-demo", ["distill.steps=2"])
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_extends_finds_a_shipped_recipe_by_name(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "mine", "extends: shapes-demo\nname: mine\n")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "sets", "message"),
+    [
+        ("name: a\ndistil: {}\n", [], r"a\.yaml: distil: unknown key, did you mean distill\?"),
+        ("name: a\ndistill: {stepz: 2}\n", [], r"a\.yaml: distill\.stepz: unknown key, did you mean steps\?.*Known here: .*trajectory"),
+        ("name: a\ndistill: {steps: 0}\n", [], r"a\.yaml: distill\.steps: .*greater than or equal to 1 \(got 0\)"),
+        ("name: a\ndistill: {steps: four}\n", [], r"a\.yaml: distill\.steps: .*integer"),
+        ("name: a\ndistill:\n", [], r"a\.yaml: distill: .*\(got None\)"),
+        ("name: a\ndistill: 3\n", [], r"a\.yaml: distill: "),
+        ("name: a\n", ["distill.steps=99"], r"--set distill\.steps=99: distill\.steps: .*less than or equal to 16"),
+        ("name: a\n", ["distill.x.y=1"], r"--set distill\.x\.y=1: distill\.x: unknown key"),
+        ("name: a\n", ["nonsense"], "--set nonsense: write it as"),
+        ("name: a\n", ["a..b=1"], r"--set a\.\.b=1: write it as"),
+        ("name: a\n", ["distill.steps=[1"], "not readable as YAML"),
+        ("distill: {steps: 2}\n", [], r"a\.yaml: name: Field required"),
+        ("name: a\nname: b\n", [], r"a\.yaml: .*'name' is written twice"),
+        ("name: a\nextends: [x, y]\n", [], r"a\.yaml: extends: must be the name or file of one recipe"),
+        ("name: a\nextends: none-such\n", [], "no recipe named 'none-such'"),
+        ("name: a\nextends: ./none.yaml\n", [], "no recipe file .*none.yaml"),
+        ("name: a\nextends: ./a.yaml\n", [], "circle"),
+        ("- 1\n", [], r"a\.yaml: a recipe is a mapping"),
+        ("", [], r"a\.yaml: a recipe is a mapping"),
+        ("a: [\n", [], r"a\.yaml: not readable as YAML"),
+        ("a: !!python/object/apply:os.system [ls]\n", [], r"a\.yaml: not readable as YAML"),
+    ],
+)
+def test_a_bad_recipe_names_field_and_source(tmp_path: Path, text: str, sets: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load(write(tmp_path, "a", text), sets)
+
+
+def test_an_error_names_the_layer_that_brought_the_value(tmp_path: Path) -> None:
+    write(tmp_path, "base", "name: base\ndistill: {steps: 0, trajectory: {batch: 0}}\n")
+    child = write(tmp_path, "child", "extends: ./base.yaml\ndistill: {trajectory: {batch: -1}}\n")
+    with pytest.raises(UsageError) as caught:
+        load(child)
+    first, second = str(caught.value).splitlines()
+    assert "base.yaml: distill.steps" in first
+    assert "child.yaml: distill.trajectory.batch" in second
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_closest() -> None:
+    with pytest.raises(UsageError, match=r"did you mean shapes-demo.*There are: .*shapes-demo"):
+        load("shapes-dmo")
+
+
+def test_a_huge_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "MAX_BYTES", 10)
+    with pytest.raises(UsageError, match="more than 10 bytes"):
+        load(write(tmp_path, "a", "name: aaaaaaaaaaa\n"))

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flashgen.artifact.store import Artifact
+from flashgen.device.noise import latents
+from flashgen.device.sampler import DevicePipeline
+from flashgen.errors import ArtifactError, UsageError
+from flashgen.flow.grid import few_step_grid, unshift
+from flashgen.models.sample import load_pipeline, sample
+from flashgen.stages import generate
+
+PROMPTS = ["two red circles on a white background", "a blue square left of a green cross", "something else entirely"]
+
+
+def image_psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """With the usual peak of 255 for uint8 pictures."""
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return 200.0 if error == 0 else float(20 * np.log10(255 / np.sqrt(error)))
+
+
+def in_diffusers(artifact: Artifact, seeds: list[int], **options: Any) -> np.ndarray:
+    """The call that sample()'s docstring gives."""
+    from diffusers import StableDiffusion3Pipeline
+
+    sampler = artifact.manifest.sampler
+    assert sampler is not None
+    absent = {} if sampler.encoder == "full" else {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(artifact.path), **absent).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(
+        PROMPTS,
+        latents=torch.from_numpy(latents((16, 8, 8), seeds)),
+        sigmas=[unshift(s, sampler.shift) for s in sampler.sigmas[:-1]],
+        guidance_scale=sampler.guidance,
+        max_sequence_length=sampler.t5_tokens,
+        height=64,
+        width=64,
+        **options,
+    )
+    return np.stack([np.asarray(image) for image in out.images])
+
+
+@pytest.mark.parametrize("which", ["tiny_student", "tiny_teacher"])
+def test_picture_equals_diffusers(which: str, request: pytest.FixtureRequest) -> None:
+    artifact: Artifact = request.getfixturevalue(which)
+    assert artifact.manifest.sampler is not None
+    ours = sample(load_pipeline(artifact.path), artifact.manifest.sampler, PROMPTS, [5, 6, 7], batch=2)
+    assert image_psnr(in_diffusers(artifact, [5, 6, 7]), ours) >= 60
+    assert image_psnr(in_diffusers(artifact, [8, 6, 7]), ours) < 40  # the test sees another seed
+
+
+@pytest.mark.parametrize(("encoder", "t5_tokens"), [("zeros", 16), ("prune", 0)])
+def test_picture_equals_diffusers_without_t5(encoder: str, t5_tokens: int, tmp_path: Path) -> None:
+    from tests.conftest import make_pipeline_artifact, tiny_sampler
+
+    sampler = tiny_sampler(encoder=encoder, t5_tokens=t5_tokens)
+    artifact = make_pipeline_artifact(tmp_path / "slim", kind="student", sampler=sampler)
+    ours = sample(load_pipeline(artifact.path), sampler, PROMPTS, [5, 6, 7])
+    assert image_psnr(in_diffusers(artifact, [5, 6, 7]), ours) >= 60
+
+
+def test_device_picture_equals_torch(tiny_student: Artifact, tiny_device: Artifact) -> None:
+    assert tiny_student.manifest.sampler is not None
+    want = sample(load_pipeline(tiny_student.path), tiny_student.manifest.sampler, PROMPTS, [5, 6, 7])
+    pipeline = DevicePipeline(tiny_device)
+    assert image_psnr(want, pipeline.sample(PROMPTS, [5, 6, 7], batch=2)) >= 60
+    guided = sample(load_pipeline(tiny_student.path), tiny_student.manifest.sampler, PROMPTS, [5, 6, 7], guidance=6.0, negative="a cat")
+    assert image_psnr(guided, pipeline.sample(PROMPTS, [5, 6, 7], guidance=6.0, negative="a cat")) >= 60
+    assert image_psnr(guided, want) < 60
+
+
+def test_int4_device_picture_equals_the_quantized_student(tiny_quantized: Artifact, tiny_int4_device: Artifact) -> None:
+    assert tiny_quantized.manifest.sampler is not None
+    want = sample(load_pipeline(tiny_quantized.path), tiny_quantized.manifest.sampler, PROMPTS, [5, 6, 7])
+    assert image_psnr(want, DevicePipeline(tiny_int4_device).sample(PROMPTS, [5, 6, 7])) >= 55  # fp16 file against fp32 codes
+
+
+def test_same_command_twice_gives_identical_bytes_and_says_how_it_was_made(tiny_device: Artifact, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        assert generate.run(str(tiny_device.path), [PROMPTS[0]], tmp_path / name, seed=3) == [tmp_path / name]
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (64, 64)
+        assert image.info["prompt"] == PROMPTS[0] and image.info["seed"] == "3"
+        assert image.info["artifact"] == tiny_device.manifest.digest
+
+
+def test_several_prompts_give_numbered_files_that_single_runs_repeat(tiny_device: Artifact, tmp_path: Path) -> None:
+    files = generate.run(str(tiny_device.path), PROMPTS, tmp_path / "a.png", seed=3)
+    assert [f.name for f in files] == ["a-1.png", "a-2.png", "a-3.png"]
+    single = generate.run(str(tiny_device.path), [PROMPTS[2]], tmp_path / "c.png", seed=5)[0]
+    pictures = [np.asarray(Image.open(f)) for f in (files[2], single)]
+    assert image_psnr(*pictures) >= 60
+
+
+def test_teacher_draws_in_any_number_of_steps(tiny_teacher: Artifact, tmp_path: Path) -> None:
+    generate.run(str(tiny_teacher.path), [PROMPTS[0]], tmp_path / "a.png", seed=1, steps=2)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["sigmas"] == str([round(s, 9) for s in few_step_grid(2, 3.0)])
+        assert image.info["guidance"] == "4.5"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ["a cat", "  "]}, "prompt is empty"),
+        ({"prompts": []}, "prompt is empty"),
+        ({"steps": 5}, "--steps 5: .* draws in 4 steps"),
+        ({"steps": 0}, "--steps 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"guidance": 0.5}, "--guidance 0.5"),
+        ({"size_px": 128}, "--size 128: this export draws 64 px only"),
+        ({"out": "a.jpg"}, "a.jpg is not a .png"),
+        ({"out": "."}, "is not a .png"),
+        ({"out": "file/a.png"}, "--out"),
+    ],
+)
+def test_impossible_requests_are_usage_errors_before_any_work(
+    changes: dict[str, Any], message: str, tiny_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(DevicePipeline, "__init__", None)  # starting to work would be another error
+    request: dict[str, Any] = {"prompts": ["a cat"], "out": "a.png", "seed": 0, **changes}
+    with pytest.raises(UsageError, match=message):
+        generate.run(str(tiny_device.path), request.pop("prompts"), Path(request.pop("out")), **request)
+
+
+def test_torch_artifact_refuses_sizes_that_its_model_cannot_make(tiny_student: Artifact, tmp_path: Path) -> None:
+    for size in (40, 272, 0):
+        with pytest.raises(UsageError, match=f"--size {size}: this model draws multiples of 16 px up to 256"):
+            generate.run(str(tiny_student.path), ["a cat"], tmp_path / "a.png", size_px=size)
+    generate.run(str(tiny_student.path), ["a cat"], tmp_path / "a.png", size_px=80)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (80, 80)
+
+
+def test_negative_without_guidance_is_a_loud_warning(tiny_device: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate.run(str(tiny_device.path), ["a cat"], tmp_path / "a.png", negative="a dog")
+    assert "NO EFFECT at guidance 1" in capsys.readouterr().err
+
+
+def test_folder_that_is_no_sd3_pipeline_is_an_artifact_error(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ArtifactError, match="FluxPipeline, not StableDiffusion3Pipeline"):
+        load_pipeline(tmp_path)
