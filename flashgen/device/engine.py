@@ -20,11 +20,11 @@ Array = NDArray[Any]
 
 
 def open_session(model: Path, threads: int | None = None) -> InferenceSession:
-    """A CPU session on `threads` threads (default: all cores) that gives memory back instead of pooling it."""
+    """A CPU session on `threads` threads (default: OMP_NUM_THREADS or all cores) that gives memory back instead of pooling it."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3

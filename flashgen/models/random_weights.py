@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -90,7 +91,7 @@ def _tensors(network: nn.Module, key: tuple[int, int]) -> Iterator[tuple[str, Te
 
 
 def _position_table(network: nn.Module) -> Tensor:
-    embed = network.pos_embed
+    embed: Any = network.pos_embed
     table = get_2d_sincos_pos_embed(
         embed.proj.out_channels,
         embed.pos_embed_max_size,

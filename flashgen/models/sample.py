@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,6 +26,8 @@ from flashgen.timing import Laps
 
 def load_pipeline(path: str | Path) -> StableDiffusion3Pipeline:
     """An SD3-class pipeline in fp32 and eval mode. Safetensors only, nothing fetched, no code from the artifact."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # a bar for each of nine parts, gone in a blink
     try:
         index = json.loads((Path(path) / "model_index.json").read_text())
         if index["_class_name"] != "StableDiffusion3Pipeline":
@@ -34,11 +38,10 @@ def load_pipeline(path: str | Path) -> StableDiffusion3Pipeline:
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ArtifactError(f"{path} does not load as an SD3 pipeline ({error}); check it with: flashgen show {path} --verify") from error
-    pipe.to(torch.float32)  # transformers 5 loads in the dtype of the file
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
+            part.float().eval().requires_grad_(False)  # transformers 5 loads in the dtype of the file
     return pipe
 
 

@@ -66,8 +66,10 @@ def quantize_groups(weight: Tensor, bits: int, group: int, symmetric: bool, clip
             error = _error(groups, *trial)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
-            best = tuple(
-                torch.where(better if old.ndim == 2 else better[..., None], new, old) for new, old in zip(trial, best, strict=True)
+            best = (
+                torch.where(better[..., None], trial[0], best[0]),
+                torch.where(better, trial[1], best[1]),
+                torch.where(better, trial[2], best[2]),
             )
     codes, scales, zeros = best
     packed_zeros = None if symmetric else pack(zeros.to(torch.uint8), bits)

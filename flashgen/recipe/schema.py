@@ -31,8 +31,8 @@ class FlowTraining(Model):
     ema: float = Field(0.995, ge=0, lt=1)
     encoder_drop: float = Field(0.464, ge=0, lt=1, description="each text encoder independently, as in SD3")
     caption_drop: float = Field(0.05, ge=0, lt=1, description="prompts replaced by the empty one, which guidance uses")
-    sigma_mean: float = 0.0
-    sigma_std: float = Field(1.0, gt=0)
+    sigma_mean: float = 1.1  # ln 3: the logit-normal density under the sampler's shift of 3
+    sigma_std: float = Field(1.2, gt=0)
     t5_tokens: int = Field(16, ge=1)
     bf16: bool = False
     compile: bool = Field(True, description="torch.compile the transformer; 1.2 to 1.3 x faster here, needs a C++ compiler")

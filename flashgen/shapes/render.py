@@ -21,7 +21,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.asarray(np.hypot(x, y) - 1.0)
     if shape == "square":
         return np.asarray(np.maximum(abs(x), abs(y)) - 0.88)
-    if shape == "triangle":  # upright, equilateral: apex at y = -1.1, base at y = +0.85
+    if shape == "triangle":  # upright, equilateral: apex at y = -1.3, base at y = +0.75
         return np.asarray(np.maximum(y - 0.75, 0.8660254 * abs(x) - 0.5 * y - 0.65))
     if shape == "cross":  # two bars of half-width 0.36
         bars = np.minimum(np.maximum(abs(x) - 1.05, abs(y) - 0.36), np.maximum(abs(y) - 1.05, abs(x) - 0.36))

@@ -82,7 +82,7 @@ class Request:
 
 def parse(prompt: str) -> Request:
     """Read a prompt of the grammar. Raises ValueError when the prompt is not in it."""
-    text = " ".join(prompt.lower().replace(",", " ").rstrip(".").split())
+    text = " ".join(prompt.lower().replace(",", " ").strip().rstrip(".").split())
     background = None
     if found := re.search(r" on an? (\w+)(?: background)?$", text):
         background, text = found.group(1), text[: found.start()]
@@ -200,7 +200,7 @@ def _other(rng: np.random.Generator, values: tuple, current: object):  # type: i
 
 
 def _with(request: Request, **changes: object) -> Request:
-    return Request(**{**request.__dict__, **changes})  # type: ignore[arg-type]
+    return Request(**{**request.__dict__, **changes})
 
 
 def prompt_set(seed: int, per_task: int, *, color_prob: float = 0.5, background_prob: float = 0.5) -> list[Request]:

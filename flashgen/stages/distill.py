@@ -6,9 +6,10 @@ import copy
 from pathlib import Path
 
 from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, begin, open_artifact
+from flashgen.artifact.store import Artifact, begin
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
+from flashgen.stages.teacher import open_teacher
 
 
 def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
@@ -16,7 +17,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if config.trajectory.teacher_steps % config.steps:
         given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
         raise UsageError(f"{given}; the grids must nest")
-    parent = open_artifact(teacher, ("teacher",))
+    parent = open_teacher(teacher, out)
     draft = begin(
         out, kind="student", stage="distill", recipe=config.model_dump(), seed=seed, parents=[parent.as_parent("teacher")], force=force
     )

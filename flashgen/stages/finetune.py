@@ -19,7 +19,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     parent = open_artifact(student, ("student",))
     teacher = _teacher_of(parent)
     draft = begin(
-        out, kind="student", stage="finetune", recipe=config.model_dump(), seed=seed,
+        out, kind="student", stage="finetune", recipe=config.model_dump() | {"t5_drop": recipe.distill.t5_drop}, seed=seed,
         parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):

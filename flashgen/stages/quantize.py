@@ -20,7 +20,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if isinstance(draft, Artifact):
         return draft
     from safetensors.torch import save_file
-    from torch import nn
+    from torch import Tensor, nn
 
     from flashgen.models.sample import load_pipeline
     from flashgen.models.save import save_changed
@@ -30,14 +30,16 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
 
     transformer = load_pipeline(parent.path).transformer
     linears = [(name, module) for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    tensors, layers, error = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, object]] = {}
+    error: dict[str, float] = {}
     for name, linear in track(linears, "quantize", total=len(linears)):
         bits = 8 if name.startswith(tuple(config.protect)) else config.bits
         q = quantize_groups(linear.weight, bits, config.group, config.symmetric)
         tensors |= {f"{name}.codes": q.codes, f"{name}.scales": q.scales} | ({} if q.zeros is None else {f"{name}.zeros": q.zeros})
         layers[name] = {"bits": bits, "group": config.group, "symmetric": config.symmetric}
         weight = dequantize(q)
-        error[name] = float((weight - linear.weight).norm() / linear.weight.norm())
+        error[name] = float((weight - linear.weight).norm() / linear.weight.norm().clamp_min(1e-12))
         linear.weight.data.copy_(weight)
     (draft.path / "quantized").mkdir()
     save_file(tensors, draft.path / "quantized" / "transformer.safetensors")

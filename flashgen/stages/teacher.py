@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 from flashgen.artifact.manifest import Parent, Sampler
-from flashgen.artifact.store import Artifact, Draft, begin, check_disk
-from flashgen.errors import ArtifactError, MachineError
+from flashgen.artifact.store import Artifact, Draft, begin, check_disk, open_artifact
+from flashgen.errors import ArtifactError
 from flashgen.flow.grid import teacher_grid
 from flashgen.models.specs import SPECS, Spec, spec
 from flashgen.recipe.schema import Recipe
 
 TEACHER_STEPS = 28
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
 
 def _sampler(clip_tokens: int, t5_tokens: int, size_px: int, guidance: float, shift: float) -> Sampler:
@@ -72,7 +74,7 @@ def import_(source: str, out: Path, force: bool) -> Artifact:
     """A StableDiffusion3Pipeline folder or hub id: checked, hard-linked where possible, digested."""
     folder = Path(source) if Path(source).is_dir() else _download(source)
     _check_pipeline(folder)
-    identity = Parent(role="source", path=str(source), digest=hashlib.sha256((folder / "model_index.json").read_bytes()).hexdigest())
+    identity = Parent(role="source", path=str(source), digest=_fingerprint(folder))
     draft = begin(out, kind="teacher", stage="teacher", recipe={"import": source}, seed=0, parents=[identity], force=force)
     if isinstance(draft, Artifact):
         return draft
@@ -84,6 +86,14 @@ def import_(source: str, out: Path, force: bool) -> Artifact:
     return draft.publish(sampler=_sampler(tokens, min(t5_tokens, 256), transformer["sample_size"] * 8, 4.5, shift))
 
 
+def open_teacher(ref: str, out: Path) -> Artifact:
+    """A teacher artifact; a plain diffusers folder or hub id is imported beside `out` first."""
+    folder = Path(ref)
+    plain = (folder / "model_index.json").is_file() and not (folder / "manifest.json").exists()
+    hub = not folder.exists() and HUB_ID.fullmatch(ref) is not None
+    return import_(ref, out.with_name(f"{out.name}-teacher"), force=False) if plain or hub else open_artifact(ref, ("teacher",))
+
+
 def _download(source: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
@@ -92,7 +102,13 @@ def _download(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
         why = f"could not be fetched from the hub ({type(error).__name__})"
-        raise MachineError(f"{source} is no folder here and {why}; give a local folder") from error
+        raise ArtifactError(f"{source} is no folder here and {why}; give a local folder") from error
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes when a file of the pipeline does, without reading gigabytes: names, sizes and times."""
+    stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def _check_pipeline(folder: Path) -> None:

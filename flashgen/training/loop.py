@@ -40,14 +40,14 @@ def fit(
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"{name}.pt"
     start = 0
+    window: list[dict[str, float]] = []
     if path.exists():
         saved = torch.load(path, weights_only=True, map_location="cpu")
         for key, item in state.items():
             item.load_state_dict(saved["state"][key])
-        start = int(saved["step"])
-        _truncate_stats(work / "stats.jsonl", name, start)
+        start, window = int(saved["step"]), saved.get("window", [])
+    _truncate_stats(work / "stats.jsonl", name, start)
     last_save = time.monotonic()
-    window: list[dict[str, float]] = []
     for step in track(range(start, steps), name, total=steps, done=start):
         window.append(step_fn(step))
         if (step + 1) % log_every == 0 or step + 1 == steps:
@@ -56,7 +56,7 @@ def fit(
                 stats.write(json.dumps({"phase": name, "step": step + 1, "time": round(time.time(), 1), **means}) + "\n")
             window.clear()
         if time.monotonic() - last_save > save_every_s or step + 1 == steps:
-            save_state({"step": step + 1, "state": {k: v.state_dict() for k, v in state.items()}}, path)
+            save_state({"step": step + 1, "window": window, "state": {k: v.state_dict() for k, v in state.items()}}, path)
             last_save = time.monotonic()
 
 

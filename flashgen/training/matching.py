@@ -17,7 +17,7 @@ from flashgen.objectives.matching import matching_direction, matching_loss, shar
 from flashgen.objectives.proxy import proxy_loss
 from flashgen.randomness import generator
 from flashgen.recipe.schema import MatchingTraining
-from flashgen.training.loop import Ema, descend, fit
+from flashgen.training.loop import Ema, Stateful, descend, fit
 from flashgen.training.prompts import PromptPool
 from flashgen.training.trajectories import guided_velocity, velocity
 
@@ -105,7 +105,7 @@ def train_matching(
         losses = [fit_proxy(rollout, g, step) for _ in range(config.proxy_updates)]
         return {"proxy_loss": sum(losses) / len(losses), **fit_student(rollout, g, step)}
 
-    state = {"student": student, "proxy": proxy, "optimizer": optimizer, "proxy_optimizer": proxy_optimizer, "ema": ema}
-    fit(name, config.iterations, step_fn, state, work)
+    networks: dict[str, Stateful] = {"student": student, "proxy": proxy, "ema": ema}
+    fit(name, config.iterations, step_fn, {**networks, "optimizer": optimizer, "proxy_optimizer": proxy_optimizer}, work)
     if config.iterations:
         ema.copy_to(student)

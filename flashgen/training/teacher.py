@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,7 +27,8 @@ def roles(pipe: StableDiffusion3Pipeline) -> nn.ModuleDict:
 
 def optimizers_for(module: nn.Module, config: FlowTraining) -> list[torch.optim.Optimizer]:
     """Muon on the matrices inside blocks, AdamW on embeddings, biases, norms and in/out projections."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             inner = ("transformer_blocks" in name or ".block." in name or ".layers." in name) and parameter.ndim == 2
@@ -47,7 +47,6 @@ def train_flow(
     ema = Ema(module, config.ema)
     tokens = tokenize(pipe, [*captions, ""], config.t5_tokens)
     base_lrs = [config.muon_lr, config.adam_lr]
-    step_loss: Callable[..., torch.Tensor] = _flow_loss
     if config.compile:
         pipe.transformer.compile()
 
@@ -62,7 +61,7 @@ def train_flow(
         keep = (torch.rand(config.batch, 3, generator=g) >= config.encoder_drop).float()
         eps = torch.randn(x0.shape, generator=g)
         sigma = torch.sigmoid(config.sigma_mean + config.sigma_std * torch.randn(config.batch, generator=g))
-        loss = step_loss(pipe, x0, eps, sigma, tokens[rows], keep, config)
+        loss = _flow_loss(pipe, x0, eps, sigma, tokens[rows], keep, config)
         norm = descend(loss, parameters, optimizers, clip=1.0, where=f"teacher step {step}")
         ema.update(module, step)
         return {"loss": loss.item(), "grad_norm": norm}
@@ -77,4 +76,5 @@ def _flow_loss(pipe, x0, eps, sigma, tokens, keep, config: FlowTraining) -> torc
     s = sigma[:, None, None, None]
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
         v = pipe.transformer((1 - s) * x0 + s * eps, c.embeds, c.pooled, 1000 * sigma, return_dict=False)[0]
-    return (v.float() - (eps - x0)).square().mean()
+    loss: torch.Tensor = (v.float() - (eps - x0)).square().mean()
+    return loss

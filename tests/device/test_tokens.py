@@ -31,5 +31,5 @@ def test_ids_equal_those_of_transformers(kind: str, tmp_path: Path, capsys: pyte
 
 def test_broken_tokenizer_is_an_artifact_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="tokenizer.json"):
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         PromptTokenizer(tmp_path / "tokenizer.json", 16, 0)

@@ -1,0 +1,54 @@
+# make demo: from the embedded teacher to a device artifact and its table      make test: the whole test suite
+# Both make .venv and install first. PYTHON=... picks the interpreter (3.11 or newer), VENV=... the environment's folder.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+FLASHGEN := $(BIN)/flashgen
+INSTALLED := $(VENV)/.installed
+DEMO := artifacts/demo
+RECIPE := --recipe shapes-demo
+PROMPT := two red circles on a white background
+
+.PHONY: install demo test check teacher clean distclean
+
+install: $(INSTALLED)
+
+# The lock has hashes; its head says why torch is not in it.
+$(INSTALLED): pyproject.toml requirements/ci.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --require-hashes --no-deps -r requirements/ci.txt
+	$(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	$(BIN)/pip check
+	touch $@
+
+# Every stage says "up to date" when its inputs, recipe and seed are those of the last run, and resumes when it was interrupted.
+demo: install
+	$(FLASHGEN) distill shapes $(RECIPE) --out $(DEMO)/student
+	$(FLASHGEN) finetune $(DEMO)/student $(RECIPE) --out $(DEMO)/finetuned
+	$(FLASHGEN) restructure-encoder $(DEMO)/finetuned --mode prune $(RECIPE) --out $(DEMO)/slim
+	$(FLASHGEN) quantize $(DEMO)/slim $(RECIPE) --out $(DEMO)/int4
+	$(FLASHGEN) export $(DEMO)/int4 $(RECIPE) --out $(DEMO)/device
+	$(FLASHGEN) generate $(DEMO)/device "$(PROMPT)" --seed 1 --out $(DEMO)/picture.png
+	$(FLASHGEN) bench shapes $(DEMO)/student $(DEMO)/slim $(DEMO)/device $(RECIPE) --out $(DEMO)/bench
+
+test: install
+	$(BIN)/pytest
+
+# The same as CI.
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# The embedded teacher from nothing: its autoencoder, then its transformer and text encoders. Resumes when interrupted.
+teacher: install
+	$(FLASHGEN) teacher train --recipe shapes --out artifacts/teacher
+
+clean:
+	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find flashgen tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

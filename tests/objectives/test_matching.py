@@ -1,0 +1,119 @@
+"""Distribution matching: its gradient, its normaliser, where it is evaluated, and what the proxy must be fitted on."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flashgen.flow.convert import add_noise, eps_from_v, x0_from_v
+from flashgen.flow.ode import guide
+from flashgen.objectives.matching import MIN_SIGMA, matching_direction, matching_loss, shared_point, shared_sigma
+
+G = torch.Generator().manual_seed(0)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (4, 2, 3, 3)), generator=G, dtype=torch.float64)
+
+
+def test_gradient_with_respect_to_the_sample_is_the_direction_over_numel() -> None:
+    x0, direction = draw().requires_grad_(), draw().requires_grad_()
+    loss = matching_loss(x0, direction)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert x0.grad is not None and torch.allclose(x0.grad, direction.detach() / x0.numel(), rtol=1e-9, atol=1e-14)
+    assert direction.grad is None
+    assert loss.item() == pytest.approx(0.5 * direction.square().mean().item())
+
+
+def test_direction_gives_no_gradient_and_points_from_teacher_to_proxy() -> None:
+    student, teacher, proxy = draw().requires_grad_(), draw().requires_grad_(), draw().requires_grad_()
+    direction = matching_direction(student, teacher, proxy, floor=0.1)
+    assert not direction.requires_grad and direction.dtype == torch.float32
+    assert torch.all(torch.sign(direction) == torch.sign((proxy - teacher).float()))
+
+
+def test_direction_does_not_change_with_a_samples_scale() -> None:
+    student, teacher, proxy = draw(), draw(), draw()
+    scale = torch.tensor([1.0, 3.0, 10.0, 100.0], dtype=torch.float64)[:, None, None, None]
+    plain = matching_direction(student, teacher, proxy, floor=1e-6)
+    assert torch.allclose(matching_direction(scale * student, scale * teacher, scale * proxy, floor=1e-6), plain, rtol=1e-5)
+    distance = (student - teacher).abs().mean(dim=(1, 2, 3))
+    assert torch.allclose(plain.abs().mean(dim=(1, 2, 3)).double(), (proxy - teacher).abs().mean(dim=(1, 2, 3)) / distance, rtol=1e-5)
+
+
+def test_direction_is_floored_when_the_student_agrees_with_the_teacher() -> None:
+    teacher, proxy = draw(), draw()
+    direction = matching_direction(teacher + 1e-9, teacher, proxy, floor=0.1)
+    assert torch.allclose(direction, ((proxy - teacher) / 0.1).float(), rtol=1e-6)
+
+
+def test_direction_is_zero_when_the_proxy_is_the_unguided_teacher() -> None:
+    x, v_u, v_c, sigma = draw(), draw(), draw(), torch.tensor([0.9, 0.75, 0.5, 0.1], dtype=torch.float64)
+    proxy = x0_from_v(x, v_c, sigma)
+    unguided, guided = (x0_from_v(x, guide(v_u, v_c, w), sigma) for w in (1.0, 4.5))
+    assert torch.allclose(matching_direction(draw(), unguided, proxy, floor=0.1), torch.zeros(4, 2, 3, 3), atol=1e-6)
+    assert matching_direction(draw(), guided, proxy, floor=0.1).abs().mean() > 0.1
+
+
+def test_shared_point_is_renoising_with_the_students_noise_at_the_next_node() -> None:
+    """method.md 3.3, fact 1."""
+    x, v = draw().requires_grad_(), draw().requires_grad_()
+    sigma, sigma_next = torch.tensor([[1.0, 0.9, 0.75, 0.5], [0.9, 0.75, 0.5, 0.3]], dtype=torch.float64)
+    point = shared_point(x, v, sigma, sigma_next)
+    assert torch.allclose(point, add_noise(x0_from_v(x, v, sigma), eps_from_v(x, v, sigma), sigma_next), atol=1e-14, rtol=0)
+    assert not point.requires_grad
+
+
+def test_shared_sigma_is_the_next_node_and_on_the_last_segment_a_point_of_it() -> None:
+    sigma, sigma_next = torch.tensor([1.0, 0.9, 0.5, 0.5, 0.5]), torch.tensor([0.9, 0.75, 0.0, 0.0, 0.0])
+    drawn = shared_sigma(sigma, sigma_next, torch.tensor([0.3, 0.3, 0.0, 0.5, 1.0]))
+    assert torch.allclose(drawn, torch.tensor([0.9, 0.75, MIN_SIGMA, (0.5 + MIN_SIGMA) / 2, 0.5]))
+
+
+# A toy world in which everything is known: 1-D data 0.5 N(-2, 0.3^2) + 0.5 N(2, 0.3^2).
+MEANS, SD, NODES = np.array([-2.0, 2.0]), 0.3, [1.0, 0.9, 0.75, 0.5, 0.0]
+
+
+def denoise(x: np.ndarray, sigma: float, means: np.ndarray, sd: np.ndarray | float) -> np.ndarray:
+    """E[x0 | x_s] of an equal mixture of Gaussians N(means, sd^2), in closed form."""
+    a, variance = 1 - sigma, (1 - sigma) ** 2 * np.square(sd) + sigma**2
+    log = -((x[:, None] - a * means) ** 2) / (2 * variance) - 0.5 * np.log(variance)
+    weight = np.exp(log - log.max(1, keepdims=True))
+    each = means + a * np.square(sd) / variance * (x[:, None] - a * means)
+    return np.asarray((weight * each).sum(1) / weight.sum(1))
+
+
+def perfect_rollout() -> list[np.ndarray]:
+    """States at the nodes of a student that has the exact average velocities: those of the fine ODE."""
+    quantiles = (np.arange(400) + 0.5) / 400
+    x = np.sqrt(2) * torch.erfinv(torch.tensor(2 * quantiles - 1)).numpy()  # noise as quantiles, not as draws
+    states = [x]
+    for s, s_next in itertools.pairwise(NODES):
+        fine = np.linspace(s, s_next, 401)
+        for u, u_next in itertools.pairwise(fine):
+            x = x + (u_next - u) * ((x - denoise(x, u, MEANS, SD)) / u)
+        states.append(x)
+    return states
+
+
+@pytest.mark.parametrize("node", [0, 1, 2])
+def test_perfect_student_is_left_alone_only_if_the_proxy_is_fitted_on_finished_samples(node: int) -> None:
+    """method.md 3.3, fact 4: the best proxy for a sample set is the exact denoiser of those samples."""
+    states = perfect_rollout()
+    s, s_next = NODES[node], NODES[node + 1]
+    velocity = (states[node + 1] - states[node]) / (s_next - s)
+    x0_step, x_eval = states[node] - s * velocity, states[node + 1]
+    teacher = denoise(x_eval, s_next, MEANS, SD)
+
+    def push(samples: np.ndarray) -> float:
+        """Size of the direction in units of the normaliser; the whole set is one "picture" of 400 pixels."""
+        proxy = denoise(x_eval, s_next, samples, 0.0)
+        one = [torch.tensor(values)[None, None, None] for values in (x0_step, teacher, proxy)]
+        return float(matching_direction(*one, floor=1e-6).abs().mean())
+
+    assert push(states[-1]) < 0.01  # measured 0.001 to 0.002
+    assert push(x0_step) > 1  # measured 1.1 to 2.6: away from where it should stay
