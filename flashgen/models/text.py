@@ -1,4 +1,4 @@
-"""Prompt encoding exactly as `StableDiffusion3Pipeline.encode_prompt` does it, with per-encoder dropout for training."""
+"""Prompt encoding exactly as `StableDiffusion3Pipeline.encode_prompt` does it."""
 
 from __future__ import annotations
 
@@ -47,24 +47,17 @@ def tokenize(pipe: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int)
     return Tokens(ids(pipe.tokenizer, length), ids(pipe.tokenizer_2, length), t5)
 
 
-def encode(pipe: StableDiffusion3Pipeline, tokens: Tokens, t5_tokens: int, keep: Tensor | None = None) -> Conditioning:
-    """Gradient flows to the encoders. `keep` [B, 3] (0 or 1) drops CLIP-L, CLIP-G or T5 of a sample, as SD3's training does.
-
-    Without T5 its `t5_tokens` positions are zeros, and with `t5_tokens` 0 they are not there at all (encoder mode `prune`).
-    """
-    keep = torch.ones(len(tokens.clip_l), 3) if keep is None else keep
+def encode(pipe: StableDiffusion3Pipeline, tokens: Tokens, t5_tokens: int) -> Conditioning:
+    """Without T5 its `t5_tokens` positions are zeros, and with `t5_tokens` 0 they are not there at all (encoder mode `prune`)."""
     clip, pooled = [], []
-    for column, (encoder, ids) in enumerate(((pipe.text_encoder, tokens.clip_l), (pipe.text_encoder_2, tokens.clip_g))):
+    for encoder, ids in ((pipe.text_encoder, tokens.clip_l), (pipe.text_encoder_2, tokens.clip_g)):
         out = encoder(ids, output_hidden_states=True)
-        clip.append(out.hidden_states[-2] * keep[:, column, None, None])
-        pooled.append(out.text_embeds * keep[:, column, None])
+        clip.append(out.hidden_states[-2])
+        pooled.append(out.text_embeds)
     width = pipe.transformer.config.joint_attention_dim
     features = torch.cat(clip, -1)
     features = torch.nn.functional.pad(features, (0, width - features.shape[-1]))
-    if tokens.t5 is None:
-        t5 = features.new_zeros(len(features), t5_tokens, width)
-    else:
-        t5 = pipe.text_encoder_3(tokens.t5)[0] * keep[:, 2, None, None]
+    t5 = features.new_zeros(len(features), t5_tokens, width) if tokens.t5 is None else pipe.text_encoder_3(tokens.t5)[0]
     return Conditioning(torch.cat([features, t5], 1), torch.cat(pooled, -1))
 
 

@@ -23,9 +23,13 @@ def clip_tokenizer(max_length: int) -> CLIPTokenizer:
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(
-        WORDS, BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix="</w>", min_frequency=1, show_progress=False)
-    )
+    # Named in advance: the trainer numbers last letters as it meets them, in another order every time, and breaks ties by number.
+    last = sorted({word[-1] + "</w>" for word in WORDS})
+    trainer = BpeTrainer(
+        vocab_size=4096, initial_alphabet=alphabet, special_tokens=[*alphabet, *last],
+        end_of_word_suffix="</w>", min_frequency=1, show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(WORDS, trainer)
     trained = json.loads(bpe.to_str())["model"]
     symbols = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
     symbols += [a + "</w>" for a in alphabet if a + "</w>" not in trained["vocab"]] + [BOS, EOS]

@@ -20,6 +20,14 @@ class AutoencoderTraining(Model):
     kl_weight: float = Field(1e-3, ge=0)
 
 
+class EncoderTraining(Model):
+    """Text encoders, on captions alone."""
+
+    steps: int = Field(800, ge=1)
+    batch: int = Field(128, ge=1)
+    lr: float = Field(1e-3, gt=0)
+
+
 class FlowTraining(Model):
     samples: int = Field(40_000, ge=1, description="rendered scenes in the data set")
     steps: int = Field(4600, ge=1)
@@ -75,7 +83,7 @@ class FinetuneRecipe(Model):
 
     split: float = Field(0.5, gt=0, lt=1)
     merge_high: float = Field(0.7, ge=0, le=1, description="weight of the high-noise branch; the other gets the rest")
-    matching: MatchingTraining = MatchingTraining(iterations=60, lr=1e-4, proxy_lr=1e-4)
+    matching: MatchingTraining = MatchingTraining()
 
 
 class RestructureRecipe(Model):
@@ -87,7 +95,7 @@ class RestructureRecipe(Model):
 
 class QuantizeRecipe(Model):
     bits: int = Field(4, ge=4, le=4)
-    group: int = Field(64, ge=16, le=256)
+    group: Literal[16, 32, 64, 128, 256] = Field(64, description="weights that share a scale")
     symmetric: bool = False
     protect: list[str] = Field(
         ["proj_out", "pos_embed", "norm_out", "context_embedder", "time_text_embed"], description="layers kept at 8 bits, by name prefix"
@@ -96,6 +104,7 @@ class QuantizeRecipe(Model):
 
 class TeacherRecipe(Model):
     autoencoder: AutoencoderTraining = AutoencoderTraining()
+    encoders: EncoderTraining = EncoderTraining()
     flow: FlowTraining = FlowTraining()
     guidance: float = Field(4.5, ge=1)
 
@@ -110,7 +119,7 @@ class BenchRecipe(Model):
     per_task: int = Field(20, ge=1, description="prompts of each of the six tasks that a score is taken on")
     warmup: int = Field(1, ge=0, description="pictures drawn before the measured ones")
     repeats: int = Field(5, ge=1, description="pictures measured, one at a time")
-    batch: int = Field(30, ge=1, description="pictures drawn together for the quality score")
+    batch: int = Field(30, ge=1, description="pictures drawn together for a quality score")
 
 
 class Recipe(Model):

@@ -49,4 +49,4 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
 
     save_changed(draft, parent.path, {"transformer": student})
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps]})
-    return finish(draft, sampler, per_task=recipe.bench.per_task)
+    return finish(draft, sampler, recipe.bench)

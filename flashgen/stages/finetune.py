@@ -53,7 +53,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
             )  # fmt: skip
     merge(pipe.transformer, high, low, config.merge_high)
     save_changed(draft, parent.path, {"transformer": pipe.transformer})
-    return finish(draft, sampler, per_task=recipe.bench.per_task)
+    return finish(draft, sampler, recipe.bench)
 
 
 def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float) -> None:

@@ -48,4 +48,4 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     count = sum(linear.weight.numel() for _, linear in linears)
     packed = sum(t.numel() * t.element_size() for t in tensors.values())
     metrics = {"mean_bits": 8 * packed / count, "packed_bytes": packed, "weight_error_max": max(error.values())}
-    return finish(draft, parent.manifest.sampler, per_task=recipe.bench.per_task, metrics=metrics)  # type: ignore[arg-type]
+    return finish(draft, parent.manifest.sampler, recipe.bench, metrics=metrics)  # type: ignore[arg-type]

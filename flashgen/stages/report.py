@@ -11,16 +11,17 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, Draft
 from flashgen.models.sample import load_pipeline, sample
 from flashgen.progress import say
+from flashgen.recipe.schema import BenchRecipe
 from flashgen.shapes.scene import prompt_set
 from flashgen.shapes.verify import composition
 
 VALIDATION_SEED = 1000  # prompts that stages may look at; `bench` judges on others
 
 
-def finish(draft: Draft, sampler: Sampler, *, per_task: int, metrics: dict[str, object] | None = None) -> Artifact:
+def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str, object] | None = None) -> Artifact:
     """Sample the written pipeline on validation prompts, judge it, and publish."""
-    requests = prompt_set(VALIDATION_SEED, per_task)
-    images = sample(load_pipeline(draft.path), sampler, [r.caption() for r in requests], list(range(len(requests))), batch=64)
+    requests = prompt_set(VALIDATION_SEED, bench.per_task)
+    images = sample(load_pipeline(draft.path), sampler, [r.caption() for r in requests], list(range(len(requests))), batch=bench.batch)
     scores = composition(list(images), requests)
     (draft.path / "samples").mkdir()
     Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(draft.path / "samples" / "validation.png")

@@ -47,4 +47,4 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
     left = sampler.model_copy(update={"encoder": mode, "t5_tokens": 0 if mode == "prune" else sampler.t5_tokens})
     saved = sum(f.size for f in parent.manifest.files if f.path.startswith("text_encoder_3/"))
     tokens = {"before": sampler.clip_tokens + sampler.t5_tokens, "after": left.clip_tokens + left.t5_tokens}
-    return finish(draft, left, per_task=recipe.bench.per_task, metrics={"bytes_saved": saved, "text_tokens": tokens})
+    return finish(draft, left, recipe.bench, metrics={"bytes_saved": saved, "text_tokens": tokens})

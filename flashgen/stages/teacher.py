@@ -41,16 +41,18 @@ def train(recipe: Recipe, out: Path, seed: int, force: bool) -> Artifact:
     from flashgen.models.save import save_pipeline
     from flashgen.stages.report import finish
     from flashgen.training.autoencoder import encode_scenes, train_autoencoder
-    from flashgen.training.teacher import roles, train_flow
+    from flashgen.training.encoders import train_encoders
+    from flashgen.training.teacher import train_flow
 
     config, shapes = recipe.teacher, SPECS["shapes"]
     pipe = build_pipeline(shapes, seed)
     train_autoencoder(pipe.vae, config.autoencoder, seed, draft.work)
     latents, captions = encode_scenes(pipe.vae, config.flow.samples, seed, draft.work)
+    train_encoders(pipe, config.encoders, config.flow.t5_tokens, seed, draft.work)
     ema = train_flow(pipe, latents, captions, config.flow, seed, draft.work)
-    ema.copy_to(roles(pipe))
+    ema.copy_to(pipe.transformer)
     save_pipeline(draft, pipe)
-    return finish(draft, _sampler(shapes.clip_tokens, shapes.t5_tokens, 64, config.guidance, SHIFT), per_task=recipe.bench.per_task)
+    return finish(draft, _sampler(shapes.clip_tokens, shapes.t5_tokens, 64, config.guidance, SHIFT), recipe.bench)
 
 
 def random(like: str, out: Path, seed: int, force: bool) -> Artifact:

@@ -15,6 +15,7 @@ from flashgen.recipe.schema import AutoencoderTraining
 from flashgen.shapes.render import render
 from flashgen.shapes.scene import realise, sample_request
 from flashgen.training.loop import descend, fit
+from flashgen.training.schedule import cosine
 
 VAE_STREAM, DATA_STREAM = 1, 2
 
@@ -58,19 +59,6 @@ def train_autoencoder(vae: AutoencoderKL, config: AutoencoderTraining, seed: int
         return {"loss": loss.item(), "psnr": psnr, "kl": kl.item(), "grad_norm": norm}
 
     fit("autoencoder", config.steps, step_fn, {"vae": vae, "optimizer": optimizer}, work)
-
-
-def cosine(lr: float, step: int, steps: int, *, warmup: int, floor: float = 0.02) -> float:
-    """Linear warm-up, then cosine decay to floor * lr."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
-
-
-def hold_then_decay(lr: float, step: int, steps: int, *, warmup: int, decay_share: float, floor: float = 0.02) -> float:
-    """Linear warm-up, constant, then linear decay to floor * lr over the last `decay_share` of the steps."""
-    left = (steps - step) / max(1.0, decay_share * steps)
-    return lr * min(1.0, (step + 1) / warmup, floor + (1 - floor) * left)
 
 
 @torch.no_grad()

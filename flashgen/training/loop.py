@@ -49,7 +49,7 @@ def fit(
     _truncate_stats(work / "stats.jsonl", name, start)
     last_save = time.monotonic()
     for step in track(range(start, steps), name, total=steps, done=start):
-        window.append(step_fn(step))
+        window.append({k: float(v) for k, v in step_fn(step).items()})
         if (step + 1) % log_every == 0 or step + 1 == steps:
             means = {k: float(np.mean([w[k] for w in window if k in w])) for k in sorted({k for w in window for k in w})}
             with (work / "stats.jsonl").open("a") as stats:

@@ -10,10 +10,10 @@ from torch import nn
 from flashgen.models.text import Conditioning
 from flashgen.randomness import generator
 from flashgen.recipe.schema import RestructureRecipe
-from flashgen.training.autoencoder import cosine
 from flashgen.training.loop import Ema, descend, fit
 from flashgen.training.matching import roll_out
 from flashgen.training.prompts import PromptPool
+from flashgen.training.schedule import cosine
 from flashgen.training.trajectories import velocity
 
 RECOVERY_STREAM = 13

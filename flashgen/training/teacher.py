@@ -1,4 +1,4 @@
-"""Rectified-flow training of a small SD3-class teacher, text encoders trained along."""
+"""Rectified-flow training of a small SD3-class transformer on frozen text encoders."""
 
 from __future__ import annotations
 
@@ -6,49 +6,52 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from torch import nn
+from torch import Tensor, nn
 
-from flashgen.models.text import encode, tokenize
+from flashgen.flow.convert import add_noise
+from flashgen.models.text import Conditioning, encode_prompts
 from flashgen.randomness import generator
 from flashgen.recipe.schema import FlowTraining
-from flashgen.training.autoencoder import hold_then_decay
 from flashgen.training.loop import Ema, descend, fit
+from flashgen.training.schedule import hold_then_decay
 
 FLOW_STREAM = 3
 
 
-def roles(pipe: StableDiffusion3Pipeline) -> nn.ModuleDict:
-    """The networks that flow training changes; the position tables of CLIP stay as built."""
-    module = nn.ModuleDict({k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")})
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_("position_embedding" not in name)
-    return module
-
-
-def optimizers_for(module: nn.Module, config: FlowTraining) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside blocks, AdamW on embeddings, biases, norms and in/out projections."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            inner = ("transformer_blocks" in name or ".block." in name or ".layers." in name) and parameter.ndim == 2
-            (matrices if inner and "relative_attention_bias" not in name else others).append(parameter)
+def optimizers_for(transformer: nn.Module, config: FlowTraining) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices inside blocks, AdamW on embedders, biases, norms and the output projection."""
+    matrices = [p for n, p in transformer.named_parameters() if "transformer_blocks" in n and p.ndim == 2]
+    others = [p for n, p in transformer.named_parameters() if not ("transformer_blocks" in n and p.ndim == 2)]
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)
     return [muon, torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def train_flow(
-    pipe: StableDiffusion3Pipeline, latents: torch.Tensor, captions: list[str], config: FlowTraining, seed: int, work: Path
-) -> Ema:
-    """Minimise |v - (eps - x0)|^2 with logit-normal sigma (SD3 eq. 19); returns the EMA weights."""
-    module = roles(pipe)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizers = optimizers_for(module, config)
-    ema = Ema(module, config.ema)
-    tokens = tokenize(pipe, [*captions, ""], config.t5_tokens)
+def drop_encoders(cond: Conditioning, keep: Tensor, width_l: int, width_g: int, clip_tokens: int) -> Conditioning:
+    """Zero what CLIP-L, CLIP-G or T5 contribute to a sample where `keep` [B, 3] is 0, as SD3's training does."""
+    embeds, pooled = cond.embeds.clone(), cond.pooled.clone()
+    k = keep[:, :, None, None].to(embeds.dtype)
+    embeds[:, :clip_tokens, :width_l] *= k[:, 0]
+    embeds[:, :clip_tokens, width_l : width_l + width_g] *= k[:, 1]
+    embeds[:, clip_tokens:] *= k[:, 2]
+    pooled[:, :width_l] *= k[:, 0, 0]
+    pooled[:, width_l:] *= k[:, 1, 0]
+    return Conditioning(embeds, pooled)
+
+
+def train_flow(pipe: StableDiffusion3Pipeline, latents: Tensor, captions: list[str], config: FlowTraining, seed: int, work: Path) -> Ema:
+    """Minimise |v - (eps - x0)|^2 with logit-normal sigma (SD3 eq. 19); returns the EMA weights. Gradient: the transformer only."""
+    transformer = pipe.transformer
+    parameters = list(transformer.parameters())
+    optimizers = optimizers_for(transformer, config)
+    ema = Ema(transformer, config.ema)
+    # Every caption once, the empty one last; no encoder runs during training.
+    vocabulary = {caption: row for row, caption in enumerate(sorted(set(captions)))}
+    index = torch.tensor([vocabulary[c] for c in captions])
+    pool = encode_prompts(pipe, [*vocabulary, ""], config.t5_tokens)
+    widths = pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.hidden_size
     base_lrs = [config.muon_lr, config.adam_lr]
     if config.compile:
-        pipe.transformer.compile()
+        transformer.compile()
 
     def step_fn(step: int) -> dict[str, float]:
         g = generator(seed, FLOW_STREAM, step)
@@ -56,25 +59,19 @@ def train_flow(
             for group in optimizer.param_groups:
                 group["lr"] = hold_then_decay(lr, step, config.steps, warmup=100, decay_share=config.decay_share)
         rows = torch.randint(len(captions), (config.batch,), generator=g)
-        x0 = latents[rows]
-        rows = torch.where(torch.rand(config.batch, generator=g) < config.caption_drop, len(captions), rows)
+        x0, said = latents[rows], index[rows]
+        said = torch.where(torch.rand(config.batch, generator=g) < config.caption_drop, len(vocabulary), said)
         keep = (torch.rand(config.batch, 3, generator=g) >= config.encoder_drop).float()
+        cond = drop_encoders(pool[said], keep, *widths, pipe.tokenizer.model_max_length)
         eps = torch.randn(x0.shape, generator=g)
         sigma = torch.sigmoid(config.sigma_mean + config.sigma_std * torch.randn(config.batch, generator=g))
-        loss = _flow_loss(pipe, x0, eps, sigma, tokens[rows], keep, config)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            v = transformer(add_noise(x0, eps, sigma), cond.embeds, cond.pooled, 1000 * sigma, return_dict=False)[0]
+        loss = (v.float() - (eps - x0)).square().mean()
         norm = descend(loss, parameters, optimizers, clip=1.0, where=f"teacher step {step}")
-        ema.update(module, step)
+        ema.update(transformer, step)
         return {"loss": loss.item(), "grad_norm": norm}
 
     named = {"muon": optimizers[0], "adamw": optimizers[1]}
-    fit("teacher", config.steps, step_fn, {"module": module, "ema": ema, **named}, work)
+    fit("teacher", config.steps, step_fn, {"transformer": transformer, "ema": ema, **named}, work)
     return ema
-
-
-def _flow_loss(pipe, x0, eps, sigma, tokens, keep, config: FlowTraining) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    c = encode(pipe, tokens, config.t5_tokens, keep)
-    s = sigma[:, None, None, None]
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-        v = pipe.transformer((1 - s) * x0 + s * eps, c.embeds, c.pooled, 1000 * sigma, return_dict=False)[0]
-    loss: torch.Tensor = (v.float() - (eps - x0)).square().mean()
-    return loss

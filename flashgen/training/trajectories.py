@@ -16,9 +16,9 @@ from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.progress import track
 from flashgen.randomness import generator
 from flashgen.recipe.schema import TrajectoryTraining
-from flashgen.training.autoencoder import cosine
 from flashgen.training.loop import Ema, descend, fit, save_state
 from flashgen.training.prompts import PromptPool
+from flashgen.training.schedule import cosine
 
 CACHE_STREAM, TRAJECTORY_STREAM = 10, 11
 SHARD = 128

@@ -1,0 +1,324 @@
+"""The chain on a tiny random teacher: what each stage publishes, links, refuses and resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flashgen.artifact.store import Artifact, open_artifact, versions
+from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.flow.grid import few_step_grid, teacher_grid
+from flashgen.models.sample import load_pipeline
+from flashgen.quant.pack import QuantizedLinear, dequantize
+from flashgen.recipe.load import load
+from flashgen.recipe.schema import Recipe
+from flashgen.stages import distill, finetune, quantize, restructure, teacher
+from flashgen.training import loop, matching
+
+MICRO = [
+    "distill.trajectory.prompts=16", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=3", "distill.trajectory.batch=4",
+    "distill.matching.iterations=2", "distill.matching.prompts=16", "distill.matching.batch=4",
+    "finetune.matching.iterations=2", "finetune.matching.prompts=16", "finetune.matching.batch=4",
+    "restructure.iterations=2", "restructure.prompts=16", "restructure.batch=4", "bench.per_task=1",
+]  # fmt: skip
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def micro(*more: str) -> Recipe:
+    return load("shapes-demo", [*MICRO, *more])
+
+
+class Chain(NamedTuple):
+    teacher: Artifact
+    student: Artifact
+    finetuned: Artifact
+    zeros: Artifact
+    prune: Artifact
+    int4: Artifact
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    out, recipe = tmp_path_factory.mktemp("chain"), micro()
+    top = teacher.random("tiny", out / "teacher", 0, False)
+    student = distill.run(str(top.path), out / "student", recipe, 0, False)
+    tuned = finetune.run(str(student.path), out / "finetuned", recipe, 0, False)
+    slim = [restructure.run(str(tuned.path), out / mode, recipe, 0, False, mode) for mode in restructure.MODES]
+    return Chain(top, student, tuned, *slim, quantize.run(str(slim[1].path), out / "int4", recipe, 0, False))
+
+
+def digests(artifact: Artifact) -> dict[str, str]:
+    """Of every file but the log, which holds wall-clock times."""
+    return {f.path: f.sha256 for f in artifact.manifest.files if f.path != "stats.jsonl"}
+
+
+def linked(a: Artifact, b: Artifact) -> set[str]:
+    """Top-level parts of `b` whose every file is the same one on disk in `a`."""
+    parts: dict[str, bool] = {}
+    for file in b.manifest.files:
+        part, other = file.path.split("/")[0], a.path / file.path
+        parts[part] = parts.get(part, True) and other.is_file() and other.samefile(b.path / file.path)
+    return {part for part, same in parts.items() if same}
+
+
+def test_every_stage_publishes_a_whole_version_of_its_kind(chain: Chain) -> None:
+    facts = {name: (a.manifest.kind, a.manifest.stage, [p.role for p in a.manifest.parents]) for name, a in chain._asdict().items()}
+    assert facts == {
+        "teacher": ("teacher", "teacher", []),
+        "student": ("student", "distill", ["teacher"]),
+        "finetuned": ("student", "finetune", ["student", "teacher"]),
+        "zeros": ("student", "restructure-encoder", ["student"]),
+        "prune": ("student", "restructure-encoder", ["student"]),
+        "int4": ("quantized", "quantize", ["student"]),
+    }
+    for artifact in chain:
+        assert open_artifact(artifact.path, verify=True).manifest == artifact.manifest
+        assert [v.name for v in versions(artifact.path.parent)] == ["v0001"]
+        assert not (artifact.path.parent / ".work").exists()  # nothing is left to resume
+    for artifact in chain[1:]:
+        assert (artifact.path / "samples" / "validation.png").is_file()
+        assert 0 <= artifact.manifest.metrics["composition"]["overall"] <= 1
+    assert chain.finetuned.manifest.parents[0].digest == chain.student.manifest.digest
+
+
+def test_every_stage_states_how_to_sample_it(chain: Chain) -> None:
+    samplers = {name: a.manifest.sampler for name, a in chain._asdict().items()}
+    for name, sampler in samplers.items():
+        assert sampler is not None and sampler.prediction == "velocity" and sampler.shift == 3.0 and sampler.size_px == 64
+        if name == "teacher":
+            assert sampler.sigmas == teacher_grid(28, 3.0) and sampler.guidance == 4.5 and sampler.trained_steps == []
+        else:
+            assert sampler.sigmas == few_step_grid(4, 3.0) and sampler.guidance == 1.0 and sampler.trained_steps == [4]
+    text = {name: (s.encoder, s.clip_tokens, s.t5_tokens) for name, s in samplers.items() if s}
+    assert text["teacher"] == text["student"] == text["finetuned"] == ("full", 16, 16)
+    assert text["zeros"] == ("zeros", 16, 16) and text["prune"] == text["int4"] == ("prune", 16, 0)
+
+
+def test_unchanged_components_are_the_same_files_on_disk(chain: Chain) -> None:
+    clips = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
+    assert linked(chain.teacher, chain.student) == clips | {"text_encoder_3", "tokenizer_3"}
+    assert linked(chain.student, chain.finetuned) == clips | {"text_encoder_3", "tokenizer_3"}
+    assert linked(chain.finetuned, chain.zeros) == clips | {"transformer"}
+    assert linked(chain.finetuned, chain.prune) == clips
+    assert linked(chain.prune, chain.int4) == clips
+    for artifact in (chain.zeros, chain.prune):
+        assert not (artifact.path / "text_encoder_3").exists() and not (artifact.path / "tokenizer_3").exists()
+    saved = sum(f.size for f in chain.finetuned.manifest.files if f.path.startswith("text_encoder_3/"))
+    assert chain.prune.manifest.metrics["bytes_saved"] == saved > 0
+    assert chain.prune.manifest.metrics["text_tokens"] == {"before": 32, "after": 16}
+
+
+def test_every_stage_changes_the_transformer_it_trains(chain: Chain) -> None:
+    found = {name: digests(a)[TRANSFORMER] for name, a in chain._asdict().items()}
+    assert len({found[name] for name in ("teacher", "student", "finetuned", "prune", "int4")}) == 5
+    assert found["zeros"] == found["finetuned"]
+    phases = {name: [json.loads(line)["phase"] for line in (chain[i].path / "stats.jsonl").read_text().splitlines()]
+              for i, name in ((1, "student"), (2, "finetuned"), (4, "prune"))}  # fmt: skip
+    assert phases == {"student": ["trajectory", "matching"], "finetuned": ["high", "low"], "prune": ["recovery"]}
+
+
+def test_the_same_command_again_returns_the_version_that_is_there(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = micro(), chain.teacher.path.parents[1]
+    again = [
+        teacher.random("tiny", out / "teacher", 0, False),
+        distill.run(str(out / "teacher"), out / "student", recipe, 0, False),
+        finetune.run(str(out / "student"), out / "finetuned", recipe, 0, False),
+        restructure.run(str(out / "finetuned"), out / "zeros", recipe, 0, False, "zeros"),
+        restructure.run(str(out / "finetuned"), out / "prune", recipe, 0, False, "prune"),
+        quantize.run(str(out / "prune"), out / "int4", recipe, 0, False),
+    ]
+    assert [a.path for a in again] == [a.path for a in chain]
+    assert capsys.readouterr().err.count("is up to date") == 6
+
+
+def test_finetune_is_redone_when_the_t5_drop_it_trains_with_changes(chain: Chain, tmp_path: Path) -> None:
+    tiny = micro("finetune.matching.iterations=0")
+    first = finetune.run(str(chain.student.path), tmp_path, tiny, 0, False)
+    changed = micro("finetune.matching.iterations=0", "distill.t5_drop=0.9")
+    assert finetune.run(str(chain.student.path), tmp_path, changed, 0, False).path != first.path
+
+
+@pytest.fixture
+def saved_often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(matching, "fit", lambda *a, **k: loop.fit(*a, **k, save_every_s=0.0))
+    yield
+
+
+@pytest.mark.usefixtures("saved_often")
+def test_a_resumed_distill_equals_an_uninterrupted_one_file_by_file(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object, where: str, **options: object) -> float:
+        if where == "matching proxy step 1":
+            raise KeyboardInterrupt
+        return loop.descend(*arguments, where=where, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(matching, "descend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(str(chain.teacher.path), tmp_path / "out", micro(), 0, False)
+    assert versions(tmp_path / "out") == [] and not (tmp_path / "out" / "latest").exists()
+    monkeypatch.setattr(matching, "descend", loop.descend)
+    resumed = distill.run(str(chain.teacher.path), tmp_path / "out", micro(), 0, False)
+    assert "resuming" in capsys.readouterr().err
+    assert digests(resumed) == digests(chain.student)
+    assert resumed.manifest.metrics == chain.student.manifest.metrics
+    rows = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in (a.path / "stats.jsonl").read_text().splitlines()]
+            for a in (resumed, chain.student)]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def test_another_seed_makes_another_student(chain: Chain, tmp_path: Path) -> None:
+    other = distill.run(str(chain.teacher.path), tmp_path / "out", micro("distill.matching.iterations=0"), 1, False)
+    same = distill.run(str(chain.teacher.path), tmp_path / "again", micro("distill.matching.iterations=0"), 1, False)
+    assert digests(other) == digests(same) and digests(other)[TRANSFORMER] != digests(chain.student)[TRANSFORMER]
+
+
+def test_wrong_kinds_and_modes_are_refused_before_anything_is_written(chain: Chain, tmp_path: Path) -> None:
+    recipe, out = micro(), tmp_path / "out"
+    top, student, int4, zeros = (str(a.path) for a in (chain.teacher, chain.student, chain.int4, chain.zeros))
+    wrong: list[tuple[str, Callable[[], Artifact]]] = [
+        ("is a student, this needs a teacher", lambda: distill.run(student, out, recipe, 0, False)),
+        ("is a teacher, this needs a student", lambda: finetune.run(top, out, recipe, 0, False)),
+        ("is a quantized, this needs a student", lambda: finetune.run(int4, out, recipe, 0, False)),
+        ("is a teacher, this needs a student", lambda: restructure.run(top, out, recipe, 0, False, "zeros")),
+        ("is a quantized, this needs a student", lambda: quantize.run(int4, out, recipe, 0, False)),
+        ("names no teacher.*flashgen distill", lambda: finetune.run(zeros, out, recipe, 0, False)),
+    ]
+    for message, call in wrong:
+        with pytest.raises(ArtifactError, match=message):
+            call()
+    usage: list[tuple[str, Callable[[], Artifact]]] = [
+        ("--mode half .*zeros, prune", lambda: restructure.run(student, out, recipe, 0, False, "half")),
+        ("already runs without T5", lambda: restructure.run(zeros, out, recipe, 0, False, "prune")),
+        ("no multiple of distill.steps", lambda: distill.run(top, out, micro("distill.steps=3"), 0, False)),
+    ]
+    for message, call in usage:
+        with pytest.raises(UsageError, match=message):
+            call()
+    assert not out.exists()
+
+
+def test_finetune_refuses_a_teacher_that_is_not_the_students(chain: Chain, tmp_path: Path) -> None:
+    shutil.copytree(chain.teacher.path, tmp_path / "teacher")
+    student = distill.run(str(tmp_path / "teacher"), tmp_path / "student", micro("distill.matching.iterations=0"), 0, False)
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(ArtifactError, match="teacher"):
+        finetune.run(str(student.path), tmp_path / "out", micro(), 0, False)
+    other = teacher.random("tiny", tmp_path / "other", 9, False)
+    shutil.copytree(other.path, tmp_path / "teacher")
+    with pytest.raises(ArtifactError, match=r"is not the one .* was made from"):
+        finetune.run(str(student.path), tmp_path / "out", micro(), 0, False)
+
+
+def test_finetune_of_two_steps_leaves_the_low_branch_alone(chain: Chain, tmp_path: Path) -> None:
+    recipe = micro("distill.steps=2", "distill.matching.iterations=0", "finetune.merge_high=0.0")
+    student = distill.run(str(chain.teacher.path), tmp_path / "student", recipe, 0, False)
+    tuned = finetune.run(str(student.path), tmp_path / "tuned", recipe, 0, False)
+    before, after = load_file(student.path / TRANSFORMER), load_file(tuned.path / TRANSFORMER)
+    assert all(torch.equal(before[name], after[name]) for name in before)  # all low: nothing was trained
+    high = finetune.run(str(student.path), tmp_path / "tuned", micro("distill.steps=2", "finetune.merge_high=1.0"), 0, False)
+    assert digests(high)[TRANSFORMER] != digests(student)[TRANSFORMER]
+
+
+def test_quantized_folder_holds_the_codes_of_its_own_weights(chain: Chain) -> None:
+    layers = json.loads((chain.int4.path / "quantized" / "layers.json").read_text())
+    tensors = load_file(chain.int4.path / "quantized" / "transformer.safetensors")
+    state = load_file(chain.int4.path / TRANSFORMER)
+    before = load_pipeline(chain.prune.path).transformer
+    linears = {name for name, module in before.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(layers) == linears and any(".norm1.linear" in name for name in linears)  # adaLN too
+    for name, layer in layers.items():
+        protected = name.startswith(("proj_out", "pos_embed", "norm_out", "context_embedder", "time_text_embed"))
+        assert layer == {"bits": 8 if protected else 4, "group": 64, "symmetric": False}
+        k = before.get_submodule(name).in_features
+        codes, scales, zeros = (tensors[f"{name}.{part}"] for part in ("codes", "scales", "zeros"))
+        q = QuantizedLinear(codes, scales, zeros, layer["bits"], 64, k)
+        assert torch.equal(state[f"{name}.weight"], dequantize(q).half())
+    packed = sum(t.nbytes for t in tensors.values())
+    assert chain.int4.manifest.metrics["packed_bytes"] == packed
+    assert 0 < chain.int4.manifest.metrics["weight_error_max"] < 0.2
+    untouched = {name for name in state if name.endswith(".bias")}
+    source = load_file(chain.prune.path / TRANSFORMER)
+    assert untouched and all(torch.equal(state[name], source[name]) for name in untouched)
+
+
+def test_quantize_refuses_weights_that_are_not_finite(chain: Chain, tmp_path: Path) -> None:
+    shutil.copytree(chain.prune.path, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / TRANSFORMER)
+    weights["transformer_blocks.0.attn.to_q.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "broken" / TRANSFORMER, metadata={"format": "pt"})  # the same size: only --verify would see it
+    with pytest.raises(NumericsError, match="finite"):
+        quantize.run(str(tmp_path / "broken"), tmp_path / "out", micro(), 0, False)
+    assert versions(tmp_path / "out") == []
+
+
+def test_distill_stops_before_a_step_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:
+    shutil.copytree(chain.teacher.path, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / TRANSFORMER)
+    weights["proj_out.bias"][0] = float("inf")
+    save_file(weights, tmp_path / "broken" / TRANSFORMER, metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=r"trajectory step 0.*before the optimizer step"):
+        distill.run(str(tmp_path / "broken"), tmp_path / "out", micro(), 0, False)
+    assert versions(tmp_path / "out") == []
+
+
+def test_import_takes_a_plain_diffusers_folder(chain: Chain, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    load_pipeline(chain.teacher.path).save_pretrained(folder)
+    (folder / "README.md").write_text("not part of a pipeline")
+    first = teacher.import_(str(folder), tmp_path / "out", False)
+    assert open_artifact(first.path, ("teacher",), verify=True).manifest.sampler == chain.teacher.manifest.sampler
+    assert (first.path / TRANSFORMER).samefile(folder / TRANSFORMER) and not (first.path / "README.md").exists()
+    a, b = (load_pipeline(path).transformer.state_dict() for path in (folder, first.path))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert teacher.import_(str(folder), tmp_path / "out", False).path == first.path
+
+    weights = load_file(folder / TRANSFORMER)
+    weights["proj_out.bias"] += 1
+    (folder / TRANSFORMER).unlink()
+    save_file(weights, folder / TRANSFORMER, metadata={"format": "pt"})  # other weights, the same size
+    assert teacher.import_(str(folder), tmp_path / "out", False).path.name == "v0002"
+    assert open_artifact(first.path, verify=True).path == first.path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), "no model_index.json"),
+        (lambda folder: (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'), "FluxPipeline"),
+        (lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae has no safetensors"),
+    ],
+    ids=["no index", "another pipeline", "no weights"],
+)
+def test_import_refuses_other_folders(spoil, message: str, chain: Chain, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(chain.teacher.path, tmp_path / "plain")
+    spoil(tmp_path / "plain")
+    with pytest.raises(ArtifactError, match=message):
+        teacher.import_(str(tmp_path / "plain"), tmp_path / "out", False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_makes_a_teacher_that_can_be_distilled(tmp_path: Path) -> None:
+    recipe = load(
+        "shapes-demo",
+        [
+            *MICRO, "teacher.autoencoder.steps=2", "teacher.autoencoder.batch=4", "teacher.encoders.steps=2", "teacher.encoders.batch=4",
+            "teacher.flow.steps=2", "teacher.flow.batch=4", "teacher.flow.samples=64", "teacher.flow.compile=false",
+        ],
+    )  # fmt: skip
+    made = teacher.train(recipe, tmp_path / "teacher", 0, False)
+    assert open_artifact(made.path, ("teacher",), verify=True).manifest.sampler == made.manifest.sampler
+    pipe = load_pipeline(made.path)
+    assert pipe.vae.config.scaling_factor != 1.0 and pipe.vae.config.shift_factor != 0.0  # set from the data
+    phases = {json.loads(line)["phase"] for line in (made.path / "stats.jsonl").read_text().splitlines()}
+    assert phases == {"autoencoder", "encoders", "teacher"}
+    assert teacher.train(recipe, tmp_path / "teacher", 0, False).path == made.path
+    again = teacher.train(recipe, tmp_path / "again", 0, False)
+    assert digests(again) == digests(made)  # the same command makes the same teacher, tokenizers included

@@ -1,0 +1,170 @@
+"""Resuming, refusing non-finite numbers, averaging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flashgen.errors import NumericsError
+from flashgen.randomness import generator
+from flashgen.training.loop import Ema, Stateful, descend, fit, save_state
+
+
+class Regression:
+    """A linear layer under Adam with an EMA; step 7 may be told to fail once."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.model = nn.Linear(3, 2)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator(1)))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.ema = Ema(self.model, 0.9)
+        self.fail_at, self.seen = fail_at, list[int]()
+
+    def step(self, step: int) -> dict[str, float]:
+        if step == self.fail_at:
+            raise KeyboardInterrupt
+        self.seen.append(step)
+        x = torch.randn(4, 3, generator=generator(2, step))
+        loss = (self.model(x) - x[:, :2]).square().mean()
+        norm = descend(loss, self.model.parameters(), [self.optimizer], clip=1.0, where=f"step {step}")
+        self.ema.update(self.model, step)
+        return {"loss": loss.item(), "grad_norm": norm}
+
+    def fit(self, work: Path, *, steps: int = 12, save_every_s: float = 0.0, log_every: int = 3) -> None:
+        state: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        fit("phase", steps, self.step, state, work, save_every_s=save_every_s, log_every=log_every)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()] + [v.clone() for v in self.ema.shadow.values()]
+
+
+def rows(work: Path) -> list[dict[str, Any]]:
+    """The lines of stats.jsonl without their times."""
+    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in (work / "stats.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def uninterrupted(tmp_path: Path) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    run = Regression()
+    run.fit(tmp_path / "reference")
+    return run.weights(), rows(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("save_every_s", [0.0, 1e9], ids=["saved every step", "never saved before the end"])
+@pytest.mark.parametrize("fail_at", [0, 1, 7, 9])
+def test_fit_ends_the_same_bit_for_bit_when_it_was_interrupted(
+    fail_at: int, save_every_s: float, uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Regression(fail_at).fit(tmp_path, save_every_s=save_every_s)
+    again = Regression()
+    again.fit(tmp_path, save_every_s=save_every_s)
+    assert again.seen == list(range(fail_at if save_every_s == 0 else 0, 12))
+    assert all(torch.equal(a, b) for a, b in zip(again.weights(), uninterrupted[0], strict=True))
+    assert rows(tmp_path) == uninterrupted[1] and [r["step"] for r in rows(tmp_path)] == [3, 6, 9, 12]
+
+
+def test_fit_does_nothing_when_it_had_finished(uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]], tmp_path: Path) -> None:
+    again = Regression(fail_at=0)
+    again.fit(tmp_path / "reference")
+    assert again.seen == [] and all(torch.equal(a, b) for a, b in zip(again.weights(), uninterrupted[0], strict=True))
+    assert rows(tmp_path / "reference") == uninterrupted[1]
+
+
+def test_fit_keeps_rows_of_other_phases_and_drops_a_line_cut_short(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Regression(fail_at=4).fit(tmp_path)
+    other = json.dumps({"phase": "other", "step": 99, "time": 0, "loss": 1.0})
+    stats = tmp_path / "stats.jsonl"
+    stats.write_text(other + "\n" + stats.read_text() + '{"phase": "phase", "ste')
+    Regression().fit(tmp_path)
+    assert [(r["phase"], r["step"]) for r in rows(tmp_path)] == [("other", 99), ("phase", 3), ("phase", 6), ("phase", 9), ("phase", 12)]
+
+
+def test_fit_averages_metrics_over_the_rows_window(tmp_path: Path) -> None:
+    fit("mean", 5, lambda step: {"value": float(step)} | ({"rare": 7.0} if step == 1 else {}), {}, tmp_path, log_every=2)
+    assert [(r["step"], r["value"], r.get("rare")) for r in rows(tmp_path)] == [(2, 0.5, 7.0), (4, 2.5, None), (5, 4.0, None)]
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_old_checkpoint(
+    uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.save, list[int]()
+
+    def cut_short(state: object, path: Path) -> None:
+        real(state, path)
+        calls.append(1)
+        if len(calls) == 6:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        Regression().fit(tmp_path)
+    assert torch.load(tmp_path / "phase.pt", weights_only=True)["step"] == 5
+    monkeypatch.undo()
+    again = Regression()
+    again.fit(tmp_path)
+    assert again.seen[0] == 5 and all(torch.equal(a, b) for a, b in zip(again.weights(), uninterrupted[0], strict=True))
+
+
+def test_save_state_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
+    for value in (1, 2):
+        save_state({"value": torch.tensor(value)}, tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["value"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("broken", ["nan loss", "inf loss", "inf gradient", "nan gradient"])
+def test_descend_raises_before_a_weight_changes_when_something_is_not_finite(broken: str) -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 0.0]))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    for _ in range(2):  # Adam has moments, so that even a zero gradient would move the weight
+        descend(weight.square().sum(), [weight], [optimizer], clip=1.0, where="start")
+    before, moments = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    losses = {
+        "nan loss": weight.sum() * float("nan"),
+        "inf loss": weight[0] * 1e30 * 1e30,
+        "inf gradient": (weight - weight.detach()).sqrt().sum(),  # finite (zero) loss, infinite slope
+        "nan gradient": ((weight - weight.detach()).sqrt() * 0).sum(),
+    }
+    assert torch.isfinite(losses["inf gradient"]) and torch.isfinite(losses["nan gradient"])
+    with pytest.raises(NumericsError, match=r"teacher step 7.*before the optimizer step.*--set"):
+        descend(losses[broken], [weight], [optimizer], clip=1.0, where="teacher step 7")
+    assert torch.equal(weight, before) and torch.equal(optimizer.state[weight]["exp_avg"], moments)
+    assert NumericsError.exit_code == 4
+
+
+def test_descend_clips_the_norm_forgets_old_gradients_and_reports_the_norm_before() -> None:
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for expected in ([2.4, 3.2], [1.8, 2.4]):
+        norm = descend(10 * weight.square().sum() / 2, [weight], [optimizer], clip=1.0, where="")
+        assert torch.allclose(weight.detach(), torch.tensor(expected))
+        assert norm == pytest.approx(10 * (torch.tensor(expected) * 1.0).norm().item() + 10)
+
+
+def test_ema_follows_its_closed_form() -> None:
+    """shadow_n = w_0 prod d_k + sum_k (1 - d_k) w_k prod_{j > k} d_j with d_k = min(decay, (1+k)/(10+k))."""
+    module = nn.Linear(1, 1, bias=False).double()
+    values = [float(torch.randn((), generator=generator(k), dtype=torch.float64)) for k in range(31)]
+    nn.init.constant_(module.weight, values[0])
+    ema = Ema(module, 0.7)
+    for step, value in enumerate(values[1:]):
+        nn.init.constant_(module.weight, value)
+        ema.update(module, step)
+    decay = [min(0.7, (1 + k) / (10 + k)) for k in range(30)]
+    assert decay[0] == 0.1 and decay[-1] == 0.7
+    tail = [torch.tensor(decay[k + 1 :]).double().prod().item() for k in range(30)]
+    expected = values[0] * decay[0] * tail[0] + sum((1 - decay[k]) * values[k + 1] * tail[k] for k in range(30))
+    assert ema.shadow["weight"].item() == pytest.approx(expected, rel=1e-6)
+    assert module.weight.item() == values[-1]  # the live weights are left alone
+    ema.copy_to(module)
+    assert module.weight.item() == ema.shadow["weight"].item()

@@ -1,0 +1,126 @@
+"""The teacher's training: which encoder a sample is denied, what an optimizer gets, and what must not move."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from flashgen.models.build import build_pipeline
+from flashgen.models.specs import SPECS
+from flashgen.models.text import encode_prompts
+from flashgen.recipe.schema import EncoderTraining, FlowTraining
+from flashgen.shapes.scene import prompt_set
+from flashgen.training import loop, teacher
+from flashgen.training.encoders import FIELDS, meaning, train_encoders
+from flashgen.training.schedule import cosine, hold_then_decay
+from flashgen.training.teacher import drop_encoders, optimizers_for, train_flow
+
+PROMPTS = ["a red circle left of a blue square", "", "two circles", "four purple crosses on a gray background"]
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@pytest.fixture
+def pipe() -> StableDiffusion3Pipeline:
+    return build_pipeline(SPECS["tiny"], 0)
+
+
+def frozen(pipe: StableDiffusion3Pipeline, *names: str) -> list[torch.Tensor]:
+    return [p.detach().clone() for name in names for p in getattr(pipe, name).parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Where each encoder's part is: (rows of the sequence, columns of the features, columns of pooled).
+CLIP, T5 = slice(0, 16), slice(16, 32)
+PARTS = [(CLIP, slice(0, 16), slice(0, 16)), (CLIP, slice(16, 32), slice(16, 32)), (T5, slice(0, 32), slice(0, 0))]
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 2], ids=["clip-l", "clip-g", "t5"])
+def test_keep_mask_drops_exactly_one_encoder_of_one_sample(dropped: int, pipe: StableDiffusion3Pipeline) -> None:
+    whole = encode_prompts(pipe, PROMPTS, 16)
+    keep = torch.ones(4, 3)
+    keep[2, dropped] = 0
+    less = drop_encoders(whole, keep, 16, 16, 16)
+    for number, (rows, columns, pooled) in enumerate(PARTS):
+        for sample in range(4):
+            gone = sample == 2 and number == dropped
+            assert not whole.embeds[sample, rows, columns].eq(0).all()
+            assert torch.equal(less.embeds[sample, rows, columns], whole.embeds[sample, rows, columns] * (not gone))
+            assert torch.equal(less.pooled[sample, pooled], whole.pooled[sample, pooled] * (not gone))
+
+
+def test_each_parameter_has_exactly_one_optimizer_and_muon_gets_matrices_of_blocks(pipe: StableDiffusion3Pipeline) -> None:
+    groups = [[p for g in o.param_groups for p in g["params"]] for o in optimizers_for(pipe.transformer, FlowTraining())]
+    names = {id(p): n for n, p in pipe.transformer.named_parameters()}
+    assert sorted(id(p) for group in groups for p in group) == sorted(names)
+    assert all(p.ndim == 2 and "transformer_blocks" in names[id(p)] for p in groups[0]) and len(groups[0]) > 20
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, list[str]]:
+    captions = [r.caption() for r in prompt_set(0, 2)]
+    return torch.randn(len(captions), 16, 4, 4, generator=torch.Generator().manual_seed(0)), captions
+
+
+def test_flow_training_moves_the_transformer_only_and_resumes_bit_for_bit(
+    pipe: StableDiffusion3Pipeline, data: tuple[torch.Tensor, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FlowTraining(steps=4, batch=4, compile=False)
+    still, start = frozen(pipe, *ENCODERS, "vae"), copy.deepcopy(pipe.transformer)
+
+    def train(work: Path) -> list[torch.Tensor]:
+        pipe.transformer.load_state_dict(start.state_dict())
+        ema = train_flow(pipe, *data, config, 0, work)
+        return frozen(pipe, "transformer") + list(ema.shadow.values())
+
+    expected = train(tmp_path / "whole")
+    assert same(frozen(pipe, *ENCODERS, "vae"), still)
+    assert not same(expected[: len(list(start.parameters()))], [p.detach() for p in start.parameters()])
+
+    monkeypatch.setattr(teacher, "fit", lambda *a, **k: loop.fit(*a, **k, save_every_s=0.0))
+
+    def interrupted(*arguments: object, where: str, **options: object) -> float:
+        if where == "teacher step 2":
+            raise KeyboardInterrupt
+        return loop.descend(*arguments, where=where, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(teacher, "descend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut")
+    monkeypatch.setattr(teacher, "descend", loop.descend)
+    assert same(train(tmp_path / "cut"), expected)
+
+
+def test_encoder_training_moves_encoders_only_and_ends_frozen(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    still, before = frozen(pipe, "transformer", "vae"), {name: frozen(pipe, name) for name in ENCODERS}
+    table = pipe.text_encoder.text_model.embeddings.position_embedding.weight.detach().clone()
+    train_encoders(pipe, EncoderTraining(steps=2, batch=4), 16, 0, tmp_path)
+    assert same(frozen(pipe, "transformer", "vae"), still)
+    assert not any(same(frozen(pipe, name), before[name]) for name in ENCODERS)
+    assert torch.equal(pipe.text_encoder.text_model.embeddings.position_embedding.weight, table)
+    assert not any(p.requires_grad for name in ENCODERS for p in getattr(pipe, name).parameters())
+    row = json.loads((tmp_path / "stats.jsonl").read_text())
+    assert row["loss"] == pytest.approx(row["grammar"] + row["words"], rel=1e-5)
+
+
+def test_meaning_tells_all_captions_apart() -> None:
+    requests = prompt_set(1, 60)
+    told = {tuple(meaning(r)): r.caption() for r in requests}
+    assert len(told) == len({r.caption() for r in requests})
+    assert all(0 <= index < len(values) for key in told for index, values in zip(key, FIELDS, strict=True))
+
+
+def test_learning_rates_warm_up_and_end_at_their_floor() -> None:
+    cosines = [cosine(2.0, step, 100, warmup=10) for step in range(100)]
+    holds = [hold_then_decay(2.0, step, 100, warmup=10, decay_share=0.3) for step in range(100)]
+    for rates in (cosines, holds):
+        assert rates[0] == 0.2 and rates[9] == 2.0 == max(rates)
+        assert rates[10:] == sorted(rates[10:], reverse=True) and 0.04 <= rates[-1] < 0.15
+    assert holds[69] == 2.0 > holds[75] and cosines[54] == pytest.approx(1.02, abs=0.05)

@@ -1,0 +1,144 @@
+"""Stage 1: cached teacher trajectories and the regression onto them; recovery without T5; the merge of branches."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashgen.errors import UsageError
+from flashgen.flow.grid import few_step_grid, teacher_grid
+from flashgen.flow.ode import guide
+from flashgen.models.text import Conditioning
+from flashgen.randomness import generator
+from flashgen.recipe.schema import RestructureRecipe, TrajectoryTraining
+from flashgen.stages.finetune import merge
+from flashgen.training import trajectories
+from flashgen.training.prompts import PromptPool
+from flashgen.training.recovery import recover, without_t5_tokens
+from flashgen.training.trajectories import CACHE_STREAM, cache_trajectories, guided_velocity, train_on_trajectories, velocity
+
+SHAPE = (16, 4, 4)
+Build = Callable[[int], nn.Module]
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_guided_velocity_is_two_forwards_in_one(transformer: Build, pool: PromptPool) -> None:
+    net = transformer(0)
+    x, sigma = torch.randn(8, *SHAPE), torch.linspace(0.1, 1, 8)
+    empty = pool.empty_rows(8)
+    with torch.no_grad():
+        both = guided_velocity(net, x, sigma, pool.cond, empty, 4.5)
+        apart = guide(velocity(net, x, sigma, empty), velocity(net, x, sigma, pool.cond), 4.5)
+    assert torch.allclose(both, apart, atol=1e-5)
+    assert not torch.allclose(both, guide(velocity(net, x, sigma, pool.cond), velocity(net, x, sigma, empty), 4.5), atol=1e-2)
+
+
+def cache(net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0) -> Tensor:
+    return cache_trajectories(net, pool, few_step_grid(steps, 3.0), teacher_grid(fine, 3.0), SHAPE, 2.0, seed, work)
+
+
+def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    net, fine = transformer(0), teacher_grid(4, 3.0)
+    states = cache(net, pool, tmp_path)
+    x = torch.randn((8, *SHAPE), generator=generator(0, CACHE_STREAM, 0))
+    visited = {1.0: x}
+    with torch.no_grad():
+        for s, s_next in itertools.pairwise(fine):
+            x = x + (s_next - s) * guided_velocity(net, x, torch.full((8,), s), pool.cond, pool.empty_rows(8), 2.0)
+            visited[s_next] = x
+    expected = torch.stack([visited[s] for s in few_step_grid(2, 3.0)], 1)
+    assert states.shape == (8, 3, *SHAPE) and states.dtype == torch.float16
+    assert torch.allclose(states.float(), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_grids_nest_exactly_for_every_multiple_and_are_refused_otherwise(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    for steps, factor in itertools.product(range(1, 17), range(1, 9)):
+        assert set(few_step_grid(steps, 3.0)) <= set(teacher_grid(steps * factor, 3.0))
+    with pytest.raises(UsageError, match=r"distill\.trajectory\.teacher_steps.*distill\.steps"):
+        cache(transformer(0), pool, tmp_path, steps=3, fine=4)
+
+
+def test_cache_computes_missing_shards_only_and_the_same_again(
+    transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectories, "SHARD", 3)
+    net, batches = transformer(0), list[int]()
+    net.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
+    first = cache(net, pool, tmp_path)
+    names = sorted(p.name for p in (tmp_path / "trajectories").iterdir())
+    assert names == ["000000.pt", "000003.pt", "000006.pt"] and len(first) == 8
+    (tmp_path / "trajectories" / names[1]).unlink()
+    batches.clear()
+    assert torch.equal(cache(net, pool, tmp_path), first)
+    assert batches == [6] * 4  # one shard of three prompts, guided, four steps
+    batches.clear()
+    assert torch.equal(cache(net, pool, tmp_path), first) and batches == []
+    assert not torch.equal(cache(net, pool, tmp_path / "other", seed=1), first)
+
+
+def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    teacher = transformer(0)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    nodes, before = few_step_grid(2, 3.0), weights(teacher)
+    states = cache(teacher, pool, tmp_path)
+    config = TrajectoryTraining(iterations=30, batch=8, lr=3e-3)
+
+    def loss(net: nn.Module) -> float:
+        with torch.no_grad():
+            target = (states[:, 1] - states[:, 0]).float() / (nodes[1] - nodes[0])
+            return float((velocity(net, states[:, 0].float(), torch.ones(8), pool.cond) - target).square().mean())
+
+    start = loss(student)
+    train_on_trajectories(student, states, pool, nodes, config, 0.25, 0, tmp_path)
+    assert loss(student) < 0.9 * start
+    assert same(weights(teacher), before) and all(p.grad is None for p in teacher.parameters())
+
+
+def test_prompts_are_drawn_with_their_own_t5_drop(pool: PromptPool) -> None:
+    cond = pool.draw(400, 0.3, generator(1))
+    dropped = (cond.embeds[:, 16:] == 0).all(dim=(1, 2))
+    assert 0.2 < dropped.float().mean() < 0.4
+    assert not (cond.embeds[:, :16] == 0).any() and not (cond.embeds[~dropped][:, 16:] == 0).any()
+    assert not (pool.cond.embeds == 0).any()  # the pool itself is left whole
+    again = pool.draw(400, 0.3, generator(1))
+    assert torch.equal(again.embeds, cond.embeds) and torch.equal(again.pooled, cond.pooled)
+
+
+def test_recovery_shows_the_student_clip_tokens_only(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    full = transformer(0)
+    slim = copy.deepcopy(full).requires_grad_(True)
+    lengths: dict[str, set[int]] = {"full": set(), "slim": set()}
+    for name, net in (("full", full), ("slim", slim)):
+        net.register_forward_hook(lambda module, inputs, output, name=name: lengths[name].add(inputs[1].shape[1]))
+    before = weights(full), weights(slim)
+    recover(slim, full, pool, few_step_grid(2, 3.0), RestructureRecipe(iterations=2, batch=4), SHAPE, 0, tmp_path)
+    assert lengths == {"full": {32}, "slim": {16}}
+    assert same(weights(full), before[0]) and not same(weights(slim), before[1])
+    kept = without_t5_tokens(pool.cond, 16)
+    assert isinstance(kept, Conditioning) and torch.equal(kept.embeds, pool.cond.embeds[:, :16])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_merge_is_the_exact_interpolation_of_two_branches(weight: float, transformer: Build) -> None:
+    target, high, low = transformer(0), transformer(1), transformer(2)
+    branches = weights(high), weights(low)
+    merge(target, high, low, weight)
+    merged = weights(target)
+    if weight in (0.0, 1.0):
+        assert same(merged, branches[0] if weight else branches[1])
+    for value, a, b in zip(merged, *branches, strict=True):
+        assert torch.allclose(value, (weight * a.double() + (1 - weight) * b.double()).float(), atol=1e-7, rtol=1e-6)
+    assert same(weights(high), branches[0]) and same(weights(low), branches[1])
