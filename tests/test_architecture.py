@@ -25,9 +25,10 @@ ALLOWED |= {
     "__init__": set(),
     "errors": set(),
     "progress": set(),
+    "randomness": set(),
     "timing": set(),
 }
-COMMON = {"errors", "progress", "timing", "__version__"}
+COMMON = {"errors", "progress", "randomness", "timing", "__version__"}
 
 
 def imports(path: Path) -> Iterator[str]:
