@@ -29,8 +29,10 @@ demo: install
 	$(FLASHGEN) restructure-encoder $(DEMO)/finetuned --mode prune $(RECIPE) --out $(DEMO)/slim
 	$(FLASHGEN) quantize $(DEMO)/slim $(RECIPE) --out $(DEMO)/int4
 	$(FLASHGEN) export $(DEMO)/int4 $(RECIPE) --out $(DEMO)/device
+	$(FLASHGEN) export $(DEMO)/slim $(RECIPE) --out $(DEMO)/device-fp32
 	$(FLASHGEN) generate $(DEMO)/device "$(PROMPT)" --seed 1 --out $(DEMO)/picture.png
 	$(FLASHGEN) bench shapes $(DEMO)/student $(DEMO)/slim $(DEMO)/device $(RECIPE) --out $(DEMO)/bench
+	$(BIN)/python benchmarks/bars.py $(DEMO)
 
 test: install
 	$(BIN)/pytest

@@ -30,9 +30,9 @@ class EncoderTraining(Model):
 
 class FlowTraining(Model):
     samples: int = Field(40_000, ge=1, description="rendered scenes in the data set")
-    steps: int = Field(4600, ge=1)
+    steps: int = Field(3700, ge=1)
     batch: int = Field(128, ge=1)
-    decay_share: float = Field(0.3, gt=0, le=1, description="share of the steps over which the learning rates fall to zero")
+    decay_share: float = Field(0.45, gt=0, le=1, description="share of the steps over which the learning rates fall to zero")
     muon_lr: float = Field(2e-2, gt=0)
     adam_lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)

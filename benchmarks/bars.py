@@ -1,0 +1,118 @@
+"""The bars of `make demo`: measured on artifacts/demo, printed as a table, written to bench/bars.json.
+
+python benchmarks/bars.py artifacts/demo
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from flashgen.artifact.store import open_artifact
+from flashgen.device.noise import latents
+from flashgen.device.sampler import DevicePipeline
+from flashgen.flow.grid import unshift
+from flashgen.models.sample import load_pipeline, sample
+from flashgen.shapes.scene import prompt_set
+
+PROMPT = "two red circles on a white background"
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """dB of 8-bit pictures; 99 when they are the same."""
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def seconds(*arguments: str, repeats: int = 5) -> float:
+    """Median wall time of a whole `python -m flashgen` process."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "flashgen", *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def in_diffusers(path: Path, prompts: list[str]) -> float:
+    """Lowest PSNR between flashgen's pictures of a student and diffusers' with the documented call."""
+    source = open_artifact(path)
+    sampler = source.manifest.sampler
+    assert sampler is not None
+    ours = sample(load_pipeline(source.path), sampler, prompts, list(range(len(prompts))))
+    pipe = StableDiffusion3Pipeline.from_pretrained(source.path, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    worst = 99.0
+    for seed, prompt in enumerate(prompts):
+        theirs = pipe(
+            prompt,
+            latents=torch.from_numpy(latents((16, sampler.size_px // 8, sampler.size_px // 8), [seed])),
+            sigmas=[unshift(s, sampler.shift) for s in sampler.sigmas[:-1]],
+            guidance_scale=sampler.guidance,
+            max_sequence_length=sampler.t5_tokens,
+            height=sampler.size_px,
+            width=sampler.size_px,
+            output_type="np",
+        ).images[0]
+        worst = min(worst, psnr(ours[seed], np.round(theirs * 255)))
+    return worst
+
+
+def exported(device: Path, student: Path, prompts: list[str]) -> float:
+    """Lowest PSNR between the exported artifact's pictures and torch's."""
+    source = open_artifact(student)
+    assert source.manifest.sampler is not None
+    seeds = list(range(len(prompts)))
+    ours = DevicePipeline(open_artifact(device)).sample(prompts, seeds)
+    torchs = sample(load_pipeline(source.path), source.manifest.sampler, prompts, seeds)
+    return min(psnr(a, b) for a, b in zip(ours, torchs, strict=True))
+
+
+def transformer_bytes(path: Path) -> int:
+    return sum(f.size for f in open_artifact(path).manifest.files if f.path.startswith("transformer/") and not f.path.endswith(".json"))
+
+
+def main(demo: Path) -> None:
+    rows = json.loads((demo / "bench" / "bench.json").read_text())["results"]
+    score = {Path(r["artifact"]).name: r["quality"]["composition"]["overall"] for r in rows}
+    prompts = [r.caption() for r in prompt_set(5, 1)]
+    picture = [demo / "bench" / f"again{i}.png" for i in (1, 2)]
+    for file in picture:
+        subprocess.run(
+            [sys.executable, "-m", "flashgen", "generate", str(demo / "device"), PROMPT, "--seed", "1", "-o", str(file)], check=True
+        )
+    wall = seconds("generate", str(demo / "device"), PROMPT, "-o", str(picture[0].with_name("timed.png")))
+    device, slim = transformer_bytes(demo / "device"), transformer_bytes(demo / "slim")
+    found = [
+        ("student / teacher composition", score["student"] / max(score["shapes"], 1e-9), ">= 0.85"),
+        ("INT4 device - fp student, composition", score["device"] - score["slim"], ">= -0.03"),
+        ("transformer bytes, INT4 ONNX / fp16", device / slim, "<= 0.35"),
+        ("exported fp32 against torch, PSNR dB", exported(demo / "device-fp32", demo / "slim", prompts), ">= 60"),
+        ("student in diffusers against flashgen, PSNR dB", in_diffusers(demo / "student", prompts), ">= 60"),
+        ("generate on the device artifact, whole process, s", wall, "<= 2"),
+        ("flashgen --help, s", seconds("--help"), "<= 0.4"),
+        ("same command twice, identical PNG bytes", float(picture[0].read_bytes() == picture[1].read_bytes()), ">= 1"),
+    ]
+    table = [{"what": what, "measured": value, "bar": bar, "met": met(value, bar)} for what, value, bar in found]
+    print(f"\n{'what':<52}{'measured':>10}  bar")
+    for row in table:
+        print(f"{row['what']:<52}{row['measured']:>10.3f}  {row['bar']:<8} {'' if row['met'] else 'MISSED'}")
+    (demo / "bench" / "bars.json").write_text(json.dumps({"command": "make demo", "rows": table}, indent=1) + "\n")
+
+
+def met(value: float, bar: str) -> bool:
+    sign, limit = bar.split()
+    return value >= float(limit) if sign == ">=" else value <= float(limit)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    main(Path(sys.argv[1]))
