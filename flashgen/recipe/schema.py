@@ -106,7 +106,7 @@ class TeacherRecipe(Model):
     autoencoder: AutoencoderTraining = AutoencoderTraining()
     encoders: EncoderTraining = EncoderTraining()
     flow: FlowTraining = FlowTraining()
-    guidance: float = Field(4.5, ge=1)
+    guidance: float = Field(3.0, ge=1, description="default guidance of the artifact")
 
 
 class ExportRecipe(Model):
