@@ -66,6 +66,7 @@ class MatchingTraining(Model):
     lr: float = Field(2e-4, gt=0)
     proxy_lr: float = Field(2e-4, gt=0)
     proxy_updates: int = Field(2, ge=1, description="proxy steps a student step")
+    proxy_warmup: int = Field(0, ge=0, description="first rounds that fit the proxy alone; a proxy that still is the teacher misleads")
     guidance: float = Field(4.5, ge=1, description="of the teacher's score; the proxy is never guided")
     floor: float = Field(0.1, gt=0, description="of the per-sample normaliser")
     ema: float = Field(0.99, ge=0, lt=1)

@@ -62,7 +62,8 @@ def train_matching(
 
     Per update: one rollout (N forwards), `proxy_updates` proxy steps on its finished samples, one student step on a
     random node of `train_nodes` (default all). The proxy starts as the teacher. Gradient: proxy steps change the proxy
-    only, student steps the student only. A student update costs N + 3 r + 6 forward equivalents.
+    only, student steps the student only. The first `proxy_warmup` rounds update the proxy alone. A student update costs
+    N + 3 r + 6 forward equivalents.
     """
     sigmas = torch.tensor(nodes)
     choices = torch.tensor(train_nodes if train_nodes is not None else list(range(len(nodes) - 1)))
@@ -103,9 +104,16 @@ def train_matching(
         g = generator(seed, MATCHING_STREAM, step)
         rollout = roll_out(network_at, torch.randn((config.batch, *shape), generator=g), pool.draw(config.batch, t5_drop, g), nodes)
         losses = [fit_proxy(rollout, g, step) for _ in range(config.proxy_updates)]
-        return {"proxy_loss": sum(losses) / len(losses), **fit_student(rollout, g, step)}
+        update = fit_student(rollout, g, step - config.proxy_warmup) if step >= config.proxy_warmup else {}
+        return {"proxy_loss": sum(losses) / len(losses), **update}
 
     networks: dict[str, Stateful] = {"student": student, "proxy": proxy, "ema": ema}
-    fit(name, config.iterations, step_fn, {**networks, "optimizer": optimizer, "proxy_optimizer": proxy_optimizer}, work)
+    fit(
+        name,
+        config.proxy_warmup + config.iterations,
+        step_fn,
+        {**networks, "optimizer": optimizer, "proxy_optimizer": proxy_optimizer},
+        work,
+    )
     if config.iterations:
         ema.copy_to(student)

@@ -169,3 +169,13 @@ def test_split_rollouts_ask_the_branch_of_each_node_and_train_only_their_own(tra
     rollout = [("high", 1000, False), ("high", 900, False), ("high", 750, False), ("low", 500, False)]
     assert asked == [*rollout, ("low", 500, True)] * 2
     assert same(weights(high), before[0]) and not same(weights(low), before[1])
+
+
+def test_proxy_warmup_moves_the_proxy_only(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    student, teacher = transformer(0), transformer(1)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    config = MatchingTraining(iterations=0, proxy_warmup=2, batch=2)
+    train_matching("warm", student, teacher, pool, [1.0, 0.75, 0.0], config, (16, 8, 8), 0, tmp_path, t5_drop=0.0)
+    saved = torch.load(tmp_path / "warm.pt", weights_only=True)["state"]
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert any(not torch.equal(v, teacher.state_dict()[k]) for k, v in saved["proxy"].items())
