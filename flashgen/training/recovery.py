@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from flashgen.models.text import Conditioning
+from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.randomness import generator
 from flashgen.recipe.schema import RestructureRecipe
 from flashgen.training.loop import Ema, descend, fit
@@ -50,9 +51,8 @@ def recover(
         states = roll_out(lambda _: full, torch.randn((config.batch, *shape), generator=g), cond, nodes).states
         node = torch.randint(len(nodes) - 1, (config.batch,), generator=g)
         x, x_next = (torch.stack(states, 1)[torch.arange(config.batch), node + k] for k in (0, 1))
-        target = (x_next - x) / (sigmas[node + 1] - sigmas[node])[:, None, None, None]
         v = velocity(student, x, sigmas[node], without_t5_tokens(cond, pool.clip_tokens))
-        loss = (v - target).square().mean()
+        loss = trajectory_loss(v, x, x_next, sigmas[node], sigmas[node + 1])
         norm = descend(loss, parameters, [optimizer], clip=1.0, where=f"recovery step {step}")
         ema.update(student, step)
         return {"loss": loss.item(), "grad_norm": norm}
