@@ -26,9 +26,10 @@ ALLOWED |= {
     "errors": set(),
     "progress": set(),
     "randomness": set(),
+    "processes": set(),
     "timing": set(),
 }
-COMMON = {"errors", "progress", "randomness", "timing", "__version__"}
+COMMON = {"errors", "processes", "progress", "randomness", "timing", "__version__"}
 
 
 def imports(path: Path) -> Iterator[str]:

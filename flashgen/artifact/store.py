@@ -26,6 +26,7 @@ from flashgen.artifact import manifest as manifests
 from flashgen.artifact.files import flip, fsync, lock, sha256, unlock, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.errors import ArtifactError, MachineError, UsageError
+from flashgen.processes import rank, wait_for_all
 from flashgen.progress import say, warn
 
 EMBEDDED_TEACHER = Path(__file__).resolve().parents[1] / "shapes" / "teacher"
@@ -179,6 +180,12 @@ class Draft:
         self, sampler: Sampler | None = None, metrics: Mapping[str, Any] | None = None, extra: Mapping[str, Any] | None = None
     ) -> Artifact:
         """Digest, fsync and rename into `out`, then flip `latest`; a kill in between leaves the previous version whole."""
+        if rank():
+            shutil.rmtree(self.path)
+            wait_for_all()
+            wait_for_all()
+            return open_artifact(self.out)
+        wait_for_all()  # all are done writing
         files = [File(path=name, size=size, sha256=sha256(self.path / name)) for name, size in walk(self.path) if name != manifests.NAME]
         found = versions(self.out)
         manifest = Manifest(
@@ -206,6 +213,7 @@ class Draft:
         if not any(self.work.parent.iterdir()):
             self.work.parent.rmdir()
         unlock(self.out)
+        wait_for_all()
         return Artifact(final, manifest)
 
 
@@ -221,10 +229,19 @@ def begin(
     if (out / manifests.NAME).exists() or (out.exists() and not out.is_dir()):
         raise UsageError(f"--out {out} is a {'file' if out.is_file() else 'published version'}; name a folder that may hold versions")
     key = manifests.hash_json([stage, kind, recipe, seed, [(p.role, p.digest) for p in parents], __version__])
+    if rank():  # process 0 has the lock; what this one writes is thrown away
+        wait_for_all()
+        if not force and (done := _up_to_date(out, key)):
+            return done
+        staging = out / ".work" / f"staging-{rank()}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        return Draft(out, staging, out / ".work" / key[:16], key, {})
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     if not force and (done := _up_to_date(out, key)):
         unlock(out)
+        wait_for_all()
         return done
     staging, work = out / ".work" / "staging", out / ".work" / key[:16]
     if staging.exists():
@@ -233,6 +250,7 @@ def begin(
     if work.exists():
         say(f"{stage}: resuming from {work}")
     work.mkdir(exist_ok=True)
+    wait_for_all()
     fields = {"kind": kind, "stage": stage, "recipe": recipe, "seed": seed, "parents": list(parents)}
     return Draft(out, staging, work, key, fields)
 

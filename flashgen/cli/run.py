@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flashgen.errors import FlashgenError, UsageError
+from flashgen.processes import rank
 from flashgen.progress import say
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def peak_rss_mib() -> float | None:
 
 def emit(options: Options, text: str, record: Mapping[str, Any]) -> None:
     """The result, the only thing on stdout."""
-    print(json.dumps(record) if options.json else text, flush=True)
+    if rank() == 0:
+        print(json.dumps(record) if options.json else text, flush=True)
 
 
 def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[str, Any]) -> dict[str, Any]:

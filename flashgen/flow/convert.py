@@ -22,6 +22,18 @@ def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     return (1 - s) * x0 + s * eps
 
 
+def diffuse(x: Tensor, eps: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    """x at `sigma` carried up to a noisier `sigma_to` by fresh noise: a x + b eps, so that the marginal is right (method.md 1.1)."""
+    a, b = diffusion_factors(sigma, sigma_to)
+    return expand(a, x) * x + expand(b, x) * eps
+
+
+def diffusion_factors(sigma: Tensor, sigma_to: Tensor) -> tuple[Tensor, Tensor]:
+    """a = (1 - t) / (1 - s) and b = sqrt(t^2 - a^2 s^2) of the transition s -> t >= s, [B] each; s < 1."""
+    a = (1 - sigma_to) / (1 - sigma)
+    return a, (sigma_to.square() - a.square() * sigma.square()).clamp_min(0).sqrt()
+
+
 def x0_from_v(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return x - expand(sigma, x) * v
 

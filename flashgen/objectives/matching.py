@@ -1,35 +1,35 @@
-"""Distribution matching (DMD2) with the evaluation point on the student's own trajectory (SD3.5-Flash, "timestep sharing")."""
+"""Distribution matching (DMD, DMD2) as two terms that can be weighed, placed and normalised apart (Decoupled DMD).
+
+    x0_proxy - x0_guided  =  (x0_proxy - x0_c)  +  (1 - guidance) (x0_c - x0_u)
+                                matching              augmentation
+
+`x0_c` and `x0_u` are the teacher's estimates with the prompt and with the empty one; the proxy is never guided.
+Every estimate is [B, C, H, W]; terms and directions are float32 and carry no gradient.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from flashgen.flow.convert import move
 
-MIN_SIGMA = 0.02  # scores are not evaluated nearer to the data than this (DMD2)
-
-
-def shared_sigma(sigma: Tensor, sigma_next: Tensor, uniform: Tensor) -> Tensor:
-    """Noise level at which scores are compared, [B]: the student's next node.
-
-    The last node has no score at 0; there a point on the last segment is drawn, `uniform` [B] in 0..1 (our choice).
-    """
-    return torch.where(sigma_next > 0, sigma_next, MIN_SIGMA + uniform * (sigma - MIN_SIGMA))
+def matching_term(x0_teacher: Tensor, x0_proxy: Tensor) -> Tensor:
+    """From where the teacher would go to where the student's own model goes; zero when the two distributions agree (DMD eq. 7)."""
+    return (x0_proxy - x0_teacher).float().detach()
 
 
-def shared_point(x: Tensor, v_student: Tensor, sigma: Tensor, sigma_eval: Tensor) -> Tensor:
-    """The student's own state at `sigma_eval`: x moved along its own velocity, not a re-noised x0. No gradient."""
-    return move(x, v_student, sigma, sigma_eval).detach()
+def augmentation_term(x0_teacher: Tensor, x0_unconditional: Tensor, guidance: float) -> Tensor:
+    """What guidance adds to the matching term; needs no proxy (Decoupled DMD)."""
+    return ((1 - guidance) * (x0_teacher - x0_unconditional)).float().detach()
 
 
-def matching_direction(x0_student: Tensor, x0_teacher: Tensor, x0_proxy: Tensor, *, floor: float) -> Tensor:
-    """(x0_proxy - x0_teacher) / max(mean |x0_student - x0_teacher|, floor), per sample, float32 (DMD eq. 8, DMD2).
+def distance(x0_student: Tensor, x0_teacher: Tensor) -> Tensor:
+    """mean |x0_student - x0_teacher| of each sample, [B, 1, 1, 1]: DMD's normaliser."""
+    return (x0_student - x0_teacher).float().abs().mean(dim=(1, 2, 3), keepdim=True).detach()
 
-    `x0_teacher` is guided, `x0_proxy` conditional and unguided. `floor` > 0 keeps the division from exploding.
-    """
-    scale = (x0_student - x0_teacher).float().abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(floor)
-    return ((x0_proxy - x0_teacher).float() / scale).detach()
+
+def normalise(term: Tensor, scale: Tensor, *, floor: float) -> Tensor:
+    """term / max(scale, floor) (DMD eq. 8); `floor` > 0 keeps the division from exploding where student and teacher agree."""
+    return term / scale.clamp_min(floor)
 
 
 def matching_loss(x0_student: Tensor, direction: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Model(BaseModel):
@@ -29,17 +29,17 @@ class EncoderTraining(Model):
 
 
 class FlowTraining(Model):
-    samples: int = Field(40_000, ge=1, description="rendered scenes in the data set")
-    steps: int = Field(3700, ge=1)
+    samples: int = Field(64_000, ge=1, description="rendered scenes in the data set")
+    steps: int = Field(6000, ge=1)
     batch: int = Field(128, ge=1)
-    decay_share: float = Field(0.45, gt=0, le=1, description="share of the steps over which the learning rates fall to zero")
+    decay_share: float = Field(0.8, gt=0, le=1, description="share of the steps over which the learning rates fall to zero")
     muon_lr: float = Field(2e-2, gt=0)
     adam_lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     ema: float = Field(0.995, ge=0, lt=1)
     encoder_drop: float = Field(0.464, ge=0, lt=1, description="each text encoder independently, as in SD3")
     caption_drop: float = Field(0.05, ge=0, lt=1, description="prompts replaced by the empty one, which guidance uses")
-    sigma_mean: float = 1.1  # ln 3: the logit-normal density under the sampler's shift of 3
+    sigma_mean: float = 1.6  # the logit-normal density under the sampler's shift (ln 3) and a little above, where layout is decided
     sigma_std: float = Field(1.2, gt=0)
     t5_tokens: int = Field(16, ge=1)
     bf16: bool = False
@@ -54,11 +54,34 @@ class TrajectoryTraining(Model):
     iterations: int = Field(1500, ge=0)
     batch: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
+    muon_lr: float = Field(0.0, ge=0, description="of Muon on the matrices inside blocks; 0 leaves them to AdamW")
     guidance: float = Field(4.5, ge=1, description="v_u + guidance (v_c - v_u)")
 
 
+class AdversarialTraining(Model):
+    """Discriminator heads on the proxy's features; their weight a node is `node_adversarial`."""
+
+    blocks: list[int] = Field([], description="transformer blocks whose image tokens are judged; none: the middle one and the last")
+    lr: float = Field(1e-4, gt=0)
+    refresh: float = Field(0.005, ge=0, le=1, description="probability a step that a head forgets everything")
+    band: list[float] = Field([0.05, 0.2], min_length=2, max_length=2, description="size of its direction over the matching one")
+
+
 class MatchingTraining(Model):
-    """Stage 2: distribution matching with timestep sharing."""
+    """Stage 2: distribution matching. The defaults are SD3.5-Flash's timestep sharing.
+
+    A `node_*` list holds one weight for all student steps, or one a step.
+    """
+
+    point: Literal["shared", "renoise", "interval"] = Field("shared", description="where scores are compared")
+    augmentation: Literal["tied", "decoupled"] = Field("tied", description="guidance at that point, or at one of its own below the node")
+    proxy_target: Literal["rollout", "step", "interval"] = Field("rollout", description="what the proxy is fitted on")
+    proxy_coupling: float = Field(1.0, gt=0, le=1, description="proxy <- c proxy + (1 - c) student after each update")
+    node_matching: list[float] = [1.0]
+    node_augmentation: list[float] = [1.0]
+    node_adversarial: list[float] = [0.0]
+    node_trajectory: list[float] = [0.0]
+    adversarial: AdversarialTraining = AdversarialTraining()
 
     prompts: int = Field(4096, ge=1)
     iterations: int = Field(300, ge=0)
@@ -70,20 +93,53 @@ class MatchingTraining(Model):
     guidance: float = Field(4.5, ge=1, description="of the teacher's score; the proxy is never guided")
     floor: float = Field(0.1, gt=0, description="of the per-sample normaliser")
     ema: float = Field(0.99, ge=0, lt=1)
+    watch_every: int = Field(0, ge=0, description="rounds between looks at held-out prompts, the best of which is kept; 0 never looks")
+
+    def node_weights(self, steps: int) -> dict[str, list[float]]:
+        """One weight a student step of each term; ValueError when a list fits neither all steps nor each."""
+        found = {}
+        for term in ("matching", "augmentation", "adversarial", "trajectory"):
+            given: list[float] = getattr(self, f"node_{term}")
+            if len(given) not in (1, steps) or min(given) < 0:
+                raise ValueError(f"node_{term} must hold one weight >= 0 for all steps or one for each of the {steps}, not {given}")
+            found[term] = given * steps if len(given) == 1 else given
+        return found
+
+
+class LoraTraining(Model):
+    """Teacher, student and proxy as adapters on one frozen backbone: memory for one network and two small sets of matrices."""
+
+    rank: int = Field(64, ge=1)
+    alpha: float = Field(0.0, ge=0, description="the update is alpha / rank B A; 0: alpha = rank")
+    targets: str = Field(
+        r".*transformer_blocks.*(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2)",
+        description="modules that get an adapter, as a regular expression",
+    )
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
 
 class DistillRecipe(Model):
     steps: int = Field(4, ge=1, le=16, description="student steps")
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
+    lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three whole networks")
     trajectory: TrajectoryTraining = TrajectoryTraining()
     matching: MatchingTraining = MatchingTraining()
+
+    @model_validator(mode="after")
+    def _one_weight_or_one_a_step(self) -> DistillRecipe:
+        self.matching.node_weights(self.steps)
+        return self
 
 
 class FinetuneRecipe(Model):
     """Stage 3: one branch above `split` and one below, then one merged checkpoint."""
 
     split: float = Field(0.5, gt=0, lt=1)
-    merge_high: float = Field(0.7, ge=0, le=1, description="weight of the high-noise branch; the other gets the rest")
+    merge_high: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.3, 0.5, 0.7], min_length=1, description="weights of the high branch to choose from on held-out prompts; low gets the rest"
+    )
+    control: bool = Field(False, description="no branches: as many plain updates of one network")
+    allow_worse: bool = Field(False, description="publish even a result that is surely below the input")
     matching: MatchingTraining = MatchingTraining()
 
 

@@ -31,8 +31,8 @@ Task = Literal["single_object", "two_object", "counting", "colors", "position", 
 TASKS: tuple[Task, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SIZE_PX = 64
 MIN_GAP_PX = 4.0
-LATTICE = 8  # cells a side on whose corners shapes stand
-RADII = {1: 0.25, 2: 0.17, 3: 0.13, 4: 0.13}  # by number of shapes, in units of the picture's side
+LATTICE = 4  # cells a side on whose corners shapes stand: the patches of the shapes transformer
+RADII = {1: 0.2, 2: 0.17, 3: 0.13, 4: 0.13}  # by number of shapes, in units of the picture's side
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def sample_request(rng: np.random.Generator, task: Task | None = None, *, color_
 def realise(request: Request, rng: np.random.Generator, *, free: bool = False) -> Scene:
     """A random finished picture that fulfils the request.
 
-    Shapes stand on an 8 px lattice in a size that follows from their number, so that a small teacher can learn crisp
+    Shapes stand on a 16 px lattice in a size that follows from their number, so that a small teacher can learn crisp
     outlines in an hour (our choice; docs/lab-log.md). `free` lifts both limits; the autoencoder is trained on such scenes.
     """
     background = request.background or str(rng.choice(list(BACKGROUNDS)))

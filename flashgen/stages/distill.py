@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin
 from flashgen.errors import UsageError
-from flashgen.recipe.schema import Recipe
+from flashgen.recipe.schema import MatchingTraining, Recipe
 from flashgen.stages.teacher import open_teacher
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+    from torch import nn
+
+    from flashgen.training.trajectories import Replay
+
+T5_STREAM = 14
 
 
 def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
@@ -23,30 +32,65 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     )
     if isinstance(draft, Artifact):
         return draft
-    from flashgen.flow.grid import few_step_grid, teacher_grid
+    from flashgen.flow.grid import few_step_grid
     from flashgen.models.sample import load_pipeline
     from flashgen.models.save import save_changed
-    from flashgen.stages.report import finish
-    from flashgen.training.matching import train_matching
+    from flashgen.stages.report import finish, watcher
+    from flashgen.training.matching import Matcher, train_matching
     from flashgen.training.prompts import prompt_pool
-    from flashgen.training.trajectories import cache_trajectories, train_on_trajectories
+    from flashgen.training.roles import roles_on
+    from flashgen.training.trajectories import train_on_trajectories
 
     taught = parent.manifest.sampler
     assert taught is not None
     nodes = few_step_grid(config.steps, taught.shift)
     pipe = load_pipeline(parent.path)
-    teacher_net = pipe.transformer.requires_grad_(False)
-    student = copy.deepcopy(teacher_net).requires_grad_(True)
+    teacher_net: nn.Module = pipe.transformer.requires_grad_(False)
+    student, proxy = copy.deepcopy(teacher_net).requires_grad_(True), None
+    if config.lora:
+        teacher_net, student, proxy = roles_on(pipe.transformer, config.lora, "student", "proxy", seed=seed)
     shape = (pipe.transformer.config.in_channels, taught.size_px // 8, taught.size_px // 8)
 
-    pool = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens)
-    fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
-    states = cache_trajectories(teacher_net, pool, nodes, fine, shape, config.trajectory.guidance, seed, draft.work)
-    train_on_trajectories(student, states, pool, nodes, config.trajectory, config.t5_drop, seed, draft.work)
+    replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work)
+    train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work)
 
     pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens)
-    train_matching("matching", student, teacher_net, pool, nodes, config.matching, shape, seed, draft.work, t5_drop=config.t5_drop)
-
-    save_changed(draft, parent.path, {"transformer": student})
+    matcher = Matcher(
+        "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
+    )
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps]})
-    return finish(draft, sampler, recipe.bench)
+    kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
+
+    save_changed(draft, parent.path, {"transformer": student.fused() if config.lora else student})
+    return finish(draft, sampler, recipe.bench, metrics={"watched": kept} if kept else {})
+
+
+def cached(
+    pipe: StableDiffusion3Pipeline, teacher: nn.Module, nodes: list[float], taught: Sampler, recipe: Recipe, seed: int, work: Path
+) -> Replay:
+    """The teacher's trajectories over `nodes` for `distill.trajectory`, a share of the prompts without T5."""
+    from flashgen.flow.grid import teacher_grid
+    from flashgen.randomness import generator
+    from flashgen.training.prompts import prompt_pool
+    from flashgen.training.trajectories import cache_trajectories
+
+    config = recipe.distill
+    pool = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens).dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
+    shape = (pipe.transformer.config.in_channels, taught.size_px // 8, taught.size_px // 8)
+    fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
+    return cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work)
+
+
+def replay_for(
+    matching: MatchingTraining,
+    recipe: Recipe,
+    pipe: StableDiffusion3Pipeline,
+    teacher: nn.Module,
+    sampler: Sampler,
+    seed: int,
+    work: Path,
+) -> Replay | None:
+    """Trajectories when a term of `matching` needs them: the adversary's real pictures, or trajectory guidance."""
+    weights = matching.node_weights(len(sampler.sigmas) - 1)
+    needed = any(weights["adversarial"]) or any(weights["trajectory"])
+    return cached(pipe, teacher, sampler.sigmas, sampler, recipe, seed, work) if needed else None

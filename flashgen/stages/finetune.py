@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, begin, open_artifact
-from flashgen.errors import ArtifactError
+from flashgen.errors import ArtifactError, NumericsError
+from flashgen.progress import say
 from flashgen.recipe.schema import Recipe
+from flashgen.stages.distill import replay_for
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
     from torch import nn
+
+    from flashgen.artifact.manifest import Sampler
 
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
@@ -19,41 +24,74 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     parent = open_artifact(student, ("student",))
     teacher = _teacher_of(parent)
     draft = begin(
-        out, kind="student", stage="finetune", recipe=config.model_dump() | {"t5_drop": recipe.distill.t5_drop}, seed=seed,
+        out, kind="student", stage="finetune", recipe=config.model_dump() | _borrowed(recipe), seed=seed,
         parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
     from flashgen.models.sample import load_pipeline
     from flashgen.models.save import save_changed
-    from flashgen.stages.report import finish
-    from flashgen.training.matching import train_matching
-    from flashgen.training.prompts import prompt_pool
+    from flashgen.stages.report import finish, upper_difference, verdicts
 
     sampler = parent.manifest.sampler
     assert sampler is not None
-    nodes = sampler.sigmas
     pipe = load_pipeline(parent.path)
-    teacher_net = load_pipeline(teacher.path).transformer.requires_grad_(False)
+    before = verdicts(pipe, sampler, recipe.bench)
+    high, low = train_branches(pipe, load_pipeline(teacher.path).transformer, sampler, recipe, seed, draft.work)
+    found = {}
+    for ratio in config.merge_high:
+        merge(pipe.transformer, high, low, ratio)
+        found[ratio] = verdicts(pipe, sampler, recipe.bench)
+        say(f"merged {ratio:g} high : {1 - ratio:g} low: composition {found[ratio].mean():.3f} on {len(before)} choice prompts")
+    best = max(found, key=lambda ratio: found[ratio].mean())
+    say(f"input {before.mean():.3f}, best merge {best:g}: {found[best].mean():.3f}")
+    if upper_difference(found[best], before) < 0 and not config.allow_worse:
+        raise NumericsError(
+            f"fine-tuning made the student worse: composition {before.mean():.3f} -> {found[best].mean():.3f} on {len(before)} prompts. "
+            "Lower finetune.matching.lr or raise finetune.matching.proxy_warmup; --set finetune.allow_worse=true publishes it nevertheless"
+        )
+    merge(pipe.transformer, high, low, best)
+    save_changed(draft, parent.path, {"transformer": pipe.transformer})
+    choice = {"input": float(before.mean()), **{f"merge {ratio:g}": float(passed.mean()) for ratio, passed in found.items()}}
+    return finish(draft, sampler, recipe.bench, metrics={"choice": choice, "merge_high": best})
+
+
+def train_branches(
+    pipe: StableDiffusion3Pipeline, teacher: nn.Module, sampler: Sampler, recipe: Recipe, seed: int, work: Path
+) -> tuple[nn.Module, nn.Module]:
+    """(high, low): copies of the student, each trained on its own nodes with rollouts through both.
+
+    With `finetune.control` both are one network, trained on all nodes for as many updates as the two branches together.
+    """
+    from flashgen.training.matching import Matcher, train_matching
+    from flashgen.training.prompts import prompt_pool
+
+    config, nodes, t5_drop = recipe.finetune, sampler.sigmas, recipe.distill.t5_drop
+    teacher.requires_grad_(False)
     shape = (pipe.transformer.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
     pool = prompt_pool(pipe, config.matching.prompts, seed + 2, sampler.t5_tokens)
-
+    replay = replay_for(config.matching, recipe, pipe, teacher, sampler, seed, work)
     high, low = (copy.deepcopy(pipe.transformer).requires_grad_(True) for _ in range(2))
-    branches = {"high": (high, [i for i, s in enumerate(nodes[:-1]) if s > config.split])}
-    branches["low"] = (low, [i for i, s in enumerate(nodes[:-1]) if s <= config.split])
-
-    def net_at(sigma: float) -> nn.Module:
-        return high if sigma > config.split else low  # type: ignore[no-any-return]
-
-    for number, (name, (branch, own)) in enumerate(branches.items()):
+    above = [i for i, s in enumerate(nodes[:-1]) if s > config.split]
+    beneath = [i for i, s in enumerate(nodes[:-1]) if s <= config.split]
+    turns = [("high", high, above, config.matching), ("low", low, beneath, config.matching)]
+    if config.control:
+        longer = config.matching.model_copy(update={"iterations": config.matching.iterations * (2 if beneath else 1)})
+        turns, low = [("control", high, above + beneath, longer)], high
+    for number, (name, branch, own, matching) in enumerate(turns):
         if own:  # with two steps the low branch has no node and keeps its weights
-            train_matching(
-                name, branch, teacher_net, pool, nodes, config.matching, shape, seed + 10 + number, draft.work,
-                t5_drop=recipe.distill.t5_drop, train_nodes=own, net_at=net_at,
+            matcher = Matcher(
+                name, branch, teacher, pool, nodes, matching, shape, seed + 10 + number, t5_drop=t5_drop, replay=replay,
+                train_nodes=own, net_at=lambda sigma: high if sigma > config.split else low,
             )  # fmt: skip
-    merge(pipe.transformer, high, low, config.merge_high)
-    save_changed(draft, parent.path, {"transformer": pipe.transformer})
-    return finish(draft, sampler, recipe.bench)
+            train_matching(matcher, work)  # a branch alone is no student: the merge is judged instead
+    return high, low
+
+
+def _borrowed(recipe: Recipe) -> dict[str, object]:
+    """Fields of other sections that the result depends on."""
+    trajectory = recipe.distill.trajectory.model_dump()
+    return {"t5_drop": recipe.distill.t5_drop, "trajectory": trajectory, "per_task": recipe.bench.per_task}
 
 
 def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float) -> None:

@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import scipy.stats
+from diffusers import StableDiffusion3Pipeline
+from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, Draft
 from flashgen.models.sample import load_pipeline, sample
+from flashgen.processes import rank
 from flashgen.progress import say
 from flashgen.recipe.schema import BenchRecipe
 from flashgen.shapes.scene import prompt_set
-from flashgen.shapes.verify import composition
+from flashgen.shapes.verify import composition, judge
 
 VALIDATION_SEED = 1000  # prompts that stages may look at; `bench` judges on others
+CHOICE_SEED = 2000  # prompts on which `finetune` chooses, so that its validation score stays honest
+
+
+def verdicts(pipe: StableDiffusion3Pipeline, sampler: Sampler, bench: BenchRecipe, picture: Path | None = None) -> NDArray[np.bool_]:
+    """Which of the choice prompts a pipeline paints right, task by task, [6 per_task]; `picture` gets a grid of them."""
+    requests = prompt_set(CHOICE_SEED, bench.per_task)
+    images = sample(pipe, sampler, [r.caption() for r in requests], list(range(len(requests))), batch=bench.batch)
+    if picture and rank() == 0:
+        picture.parent.mkdir(exist_ok=True)
+        Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(picture)
+    return np.array([judge(image, request).passed for image, request in zip(images, requests, strict=True)])
+
+
+def watcher(pipe: StableDiffusion3Pipeline, sampler: Sampler, bench: BenchRecipe, work: Path) -> Callable[[str, nn.Module], float]:
+    """For `train_matching`: composition of a network in place of the pipeline's own, and a grid in `work/samples`."""
+
+    def watch(name: str, transformer: nn.Module) -> float:
+        own, pipe.transformer = pipe.transformer, transformer
+        try:
+            return float(verdicts(pipe, sampler, bench, work / "samples" / f"{name}.png").mean())
+        finally:
+            pipe.transformer = own
+
+    return watch
+
+
+def upper_difference(found: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
+    """Upper end of the 95 % bootstrap interval of the mean of found - reference, pair by pair: negative when surely worse."""
+    difference = found.astype(float) - reference
+    if np.ptp(difference) == 0:
+        return float(difference[0])
+    result = scipy.stats.bootstrap((difference,), np.mean, rng=np.random.default_rng(0), method="percentile", n_resamples=2000)
+    return float(result.confidence_interval.high)
 
 
 def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str, object] | None = None) -> Artifact:
@@ -24,6 +64,8 @@ def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str
     images = sample(load_pipeline(draft.path), sampler, [r.caption() for r in requests], list(range(len(requests))), batch=bench.batch)
     scores = composition(list(images), requests)
     (draft.path / "samples").mkdir()
+    for picture in sorted((draft.work / "samples").glob("*.png")):
+        shutil.copyfile(picture, draft.path / "samples" / picture.name)
     Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(draft.path / "samples" / "validation.png")
     if (draft.work / "stats.jsonl").exists():
         shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")

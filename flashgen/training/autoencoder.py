@@ -13,11 +13,12 @@ from flashgen.progress import track
 from flashgen.randomness import generator
 from flashgen.recipe.schema import AutoencoderTraining
 from flashgen.shapes.render import render
-from flashgen.shapes.scene import realise, sample_request
+from flashgen.shapes.scene import TASKS, realise, sample_request
 from flashgen.training.loop import descend, fit
 from flashgen.training.schedule import cosine
 
 VAE_STREAM, DATA_STREAM = 1, 2
+TASK_SHARES = (0.1, 0.15, 0.2, 0.1, 0.25, 0.2)  # of the data set: one shape is learned long before two
 
 
 def scene_batch(seed: int, step: int, batch: int, crop_px: int | None) -> torch.Tensor:
@@ -72,7 +73,7 @@ def encode_scenes(vae: AutoencoderKL, count: int, seed: int, work: Path) -> tupl
         rng = np.random.default_rng([seed, DATA_STREAM])
         latents, captions = [], []
         for _ in track(range(math.ceil(count / 64)), "encode scenes", total=math.ceil(count / 64)):
-            requests = [sample_request(rng) for _ in range(64)]
+            requests = [sample_request(rng, task) for task in rng.choice(TASKS, 64, p=TASK_SHARES)]
             images = np.stack([render(realise(r, rng)) for r in requests])
             latents.append(vae.encode(to_tensor(images)).latent_dist.mean.half())
             captions += [r.caption() for r in requests]

@@ -1,7 +1,7 @@
 """Pretraining the shapes world's text encoders on captions alone; flow training then leaves them frozen, as SD3 does.
 
-The T5-type encoder learns grammar: every one of its tokens must tell which shape has which colour, count, place and background.
-The CLIP-type ones learn what words are there, not what belongs to what: a bag of words, as contrastive training makes of CLIP.
+The three differ in what they know, as the real ones do. T5-type: the whole grammar. CLIP-G-type: a bag of phrases, so which
+colour a shape has, but not what is left of what. CLIP-L-type: a bag of words.
 """
 
 from __future__ import annotations
@@ -18,35 +18,43 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from flashgen.models.text import tokenize
 from flashgen.models.tokenizers import WORDS
 from flashgen.recipe.schema import EncoderTraining
-from flashgen.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Request, sample_request
+from flashgen.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Group, Relation, Request, sample_request
 from flashgen.training.loop import descend, fit
 from flashgen.training.schedule import cosine
 
 ENCODER_STREAM = 4
-FIELDS: tuple[tuple[str | int | None, ...], ...] = (
-    SHAPES,
-    (None, *COLORS),
-    (1, 2, 3, 4),
-    (None, *SHAPES),
-    (None, *COLORS),
-    (None, *RELATIONS),
-    (None, *BACKGROUNDS),
-)
+SHAPE, COLOR, COUNT = (None, *SHAPES), (None, *COLORS), (None, 1, 2, 3, 4)
+LOCAL: tuple[tuple[str | int | None, ...], ...] = (SHAPE, COLOR, COUNT, (None, *RELATIONS))
+WHOLE: tuple[tuple[str | int | None, ...], ...] = (SHAPE, COLOR, COUNT, SHAPE, COLOR, (None, *RELATIONS), (None, *BACKGROUNDS))
+FIELDS = LOCAL + WHOLE
+PHRASES = tuple((shape, color) for shape in SHAPES for color in COLOR)
+INVERSE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
-def meaning(request: Request) -> list[int]:
-    """What a caption says, as one class index a field of `FIELDS`: first group, second group, relation, background."""
-    first, second = request.groups[0], request.groups[1] if len(request.groups) > 1 else None
-    said = (
-        first.shape,
-        first.color,
-        first.count,
-        second.shape if second else None,
-        second.color if second else None,
-        request.relation,
-        request.background,
-    )
-    return [values.index(value) for values, value in zip(FIELDS, said, strict=True)]
+def meaning(request: Request, length: int) -> list[list[int]]:
+    """What each of a caption's first `length` tokens says, as one class index a field of `FIELDS`; [length, fields].
+
+    A word of a group tells its own group's shape, colour, count and place (the relation as seen from this group), so that
+    image tokens can bind by attending to one group's words. Every token also tells the whole caption: first group, second
+    group, relation, background.
+    """
+    places = (request.relation, INVERSE[request.relation]) if request.relation else (None, None)
+    nothing: tuple[str | int | None, ...] = (None,) * len(LOCAL)
+    said: list[tuple[str | int | None, ...]] = []
+    for group, place in zip(request.groups, places, strict=False):
+        if said:
+            said += [nothing] * len((request.relation or "and").split())
+        said += [(group.shape, group.color, group.count, place)] * len(group.words().split())
+    said += [nothing] * (length - len(said))
+    first, second = request.groups[0], request.groups[1] if len(request.groups) > 1 else Group(1, None, "")
+    whole = (first.shape, first.color, first.count, second.shape or None, second.color, request.relation, request.background)
+    return [[values.index(value) for values, value in zip(FIELDS, (*fields, *whole), strict=True)] for fields in said[:length]]
+
+
+def phrases(request: Request) -> list[float]:
+    """Which (shape, colour) pairs a caption names, of `PHRASES`; in no order, without places."""
+    named = {(group.shape, group.color) for group in request.groups}
+    return [float(pair in named) for pair in PHRASES]
 
 
 def train_encoders(pipe: StableDiffusion3Pipeline, config: EncoderTraining, t5_tokens: int, seed: int, work: Path) -> None:
@@ -54,8 +62,8 @@ def train_encoders(pipe: StableDiffusion3Pipeline, config: EncoderTraining, t5_t
     torch.manual_seed(seed)
     encoders = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
     heads = nn.ModuleDict({"text_encoder_3": nn.Linear(pipe.text_encoder_3.config.d_model, sum(map(len, FIELDS)))})
-    for name in ("text_encoder", "text_encoder_2"):
-        heads[name] = nn.Linear(encoders[name].config.projection_dim, len(WORDS))
+    for name, known in (("text_encoder", len(WORDS)), ("text_encoder_2", len(WORDS) + len(PHRASES))):
+        heads[name] = nn.Linear(encoders[name].config.projection_dim, known)
     module = nn.ModuleDict({**encoders, "heads": heads})
     parameters = [p for n, p in module.named_parameters() if "position_embedding" not in n]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -67,12 +75,13 @@ def train_encoders(pipe: StableDiffusion3Pipeline, config: EncoderTraining, t5_t
         tokens = tokenize(pipe, captions, t5_tokens)
         for group in optimizer.param_groups:
             group["lr"] = cosine(config.lr, step, config.steps, warmup=50)
-        targets = torch.tensor([meaning(r) for r in requests])
+        targets = torch.tensor([meaning(r, t5_tokens) for r in requests])
         logits = heads["text_encoder_3"](pipe.text_encoder_3(tokens.t5)[0])
         grammar = torch.stack([cross_entropy(part.transpose(1, 2), want) for part, want in _fields(logits, targets)]).mean()
         present = torch.tensor([[float(word in caption.split()) for word in WORDS] for caption in captions])
+        said = {"text_encoder": present, "text_encoder_2": torch.cat([present, torch.tensor([phrases(r) for r in requests])], 1)}
         pooled = {"text_encoder": tokens.clip_l, "text_encoder_2": tokens.clip_g}
-        words = [binary_cross_entropy_with_logits(heads[n](encoders[n](ids).text_embeds), present) for n, ids in pooled.items()]
+        words = [binary_cross_entropy_with_logits(heads[n](encoders[n](ids).text_embeds), said[n]) for n, ids in pooled.items()]
         loss = grammar + sum(words)
         norm = descend(loss, parameters, [optimizer], clip=1.0, where=f"encoder step {step}")
         return {"loss": loss.item(), "grammar": grammar.item(), "words": sum(w.item() for w in words), "grad_norm": norm}
@@ -83,9 +92,8 @@ def train_encoders(pipe: StableDiffusion3Pipeline, config: EncoderTraining, t5_t
 
 
 def _fields(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits [B, L, classes], target [B, L]) of each field: every token is asked everything."""
+    """(logits [B, L, classes], target [B, L]) of each field, from `targets` [B, L, fields]."""
     start = 0
     for column, values in enumerate(FIELDS):
-        want = targets[:, column, None].expand(-1, logits.shape[1])
-        yield logits[..., start : start + len(values)], want
+        yield logits[..., start : start + len(values)], targets[..., column]
         start += len(values)

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 
 from flashgen.errors import NumericsError
+from flashgen.processes import rank, wait_for_all
 from flashgen.progress import track
+from flashgen.training.ranks import average_, averages
 
 
 class Stateful(Protocol):
@@ -35,7 +38,8 @@ def fit(
     """Call `step_fn(step)` for every step in 0..steps-1 that no earlier run has finished.
 
     `state` names everything that must survive (modules, optimizers, EMA); it is saved to `work/<name>.pt` in
-    time intervals and at the end. Metrics go to `work/stats.jsonl`, averaged over `log_every` steps.
+    time intervals and at the end. Metrics go to `work/stats.jsonl`, averaged over `log_every` steps, to a table on the
+    terminal, and to TensorBoard where that is installed.
     """
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"{name}.pt"
@@ -46,18 +50,38 @@ def fit(
         for key, item in state.items():
             item.load_state_dict(saved["state"][key])
         start, window = int(saved["step"]), saved.get("window", [])
-    _truncate_stats(work / "stats.jsonl", name, start)
+    wait_for_all()  # all have read the same state
+    if rank() == 0:
+        _truncate_stats(work / "stats.jsonl", name, start)
     last_save = time.monotonic()
-    for step in track(range(start, steps), name, total=steps, done=start):
+    shown: list[dict[str, float]] = []
+    board = _board(work) if rank() == 0 else None
+    for step in track(range(start, steps), name, total=steps, done=start, rows=shown):
         window.append({k: float(v) for k, v in step_fn(step).items()})
         if (step + 1) % log_every == 0 or step + 1 == steps:
             means = {k: float(np.mean([w[k] for w in window if k in w])) for k in sorted({k for w in window for k in w})}
-            with (work / "stats.jsonl").open("a") as stats:
-                stats.write(json.dumps({"phase": name, "step": step + 1, "time": round(time.time(), 1), **means}) + "\n")
+            means = averages(means)
+            if rank() == 0:
+                with (work / "stats.jsonl").open("a") as stats:
+                    stats.write(json.dumps({"phase": name, "step": step + 1, "time": round(time.time(), 1), **means}) + "\n")
+                shown.append({"step": step + 1, **means})
+                if board:
+                    for key, value in means.items():
+                        board.add_scalar(f"{name}/{key}", value, step + 1)
             window.clear()
-        if time.monotonic() - last_save > save_every_s or step + 1 == steps:
+        if rank() == 0 and (time.monotonic() - last_save > save_every_s or step + 1 == steps):
             save_state({"step": step + 1, "window": window, "state": {k: v.state_dict() for k, v in state.items()}}, path)
             last_save = time.monotonic()
+    wait_for_all()
+
+
+def _board(work: Path) -> Any:
+    """A TensorBoard writer for `tensorboard --logdir .../.work`, where that is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(work / "tensorboard")  # type: ignore[no-untyped-call]
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -90,10 +114,12 @@ def descend(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    mean = loss.detach().clone()
+    average_([mean, *(p.grad for p in parameters if p.grad is not None)])
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-    if not (math.isfinite(norm) and math.isfinite(loss.item())):
+    if not (math.isfinite(norm) and math.isfinite(mean.item())):
         raise NumericsError(
-            f"{where}: loss {loss.item():.4g}, gradient norm {norm:.4g}; stopped before the optimizer step. "
+            f"{where}: loss {mean.item():.4g}, gradient norm {norm:.4g}; stopped before the optimizer step. "
             "Lower the learning rate (--set ...lr=) and run the same command: it resumes from the last checkpoint."
         )
     for optimizer in optimizers:
@@ -120,9 +146,41 @@ class Ema:
             for key, parameter in module.named_parameters():
                 parameter.copy_(self.shadow[key])
 
+    @contextmanager
+    def shown_by(self, module: torch.nn.Module) -> Iterator[None]:
+        """`module` has the averaged weights inside, its own again afterwards."""
+        own = [p.detach().clone() for p in module.parameters()]
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(module.parameters(), own, strict=True):
+                    parameter.copy_(value)
+
     def state_dict(self) -> dict[str, Any]:
         return {"shadow": self.shadow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state["shadow"].items():
             self.shadow[key].copy_(value)
+
+
+class Best:
+    """The averaged weights with the highest score so far; the earlier ones win a tie."""
+
+    def __init__(self) -> None:
+        self.score, self.step, self.shadow = -math.inf, 0, dict[str, torch.Tensor]()
+        self.last = -math.inf
+
+    def offer(self, score: float, step: int, ema: Ema) -> None:
+        self.last = score
+        if score > self.score:
+            self.score, self.step = score, step
+            self.shadow = {k: v.clone() for k, v in ema.shadow.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "step": self.step, "shadow": self.shadow, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.score, self.step, self.shadow, self.last = state["score"], state["step"], state["shadow"], state["last"]

@@ -1,28 +1,37 @@
-"""Distribution matching with timestep sharing (stage 2), also the objective of split-timestep fine-tuning (stage 3)."""
+"""Distribution matching (stage 2), also the objective of split-timestep fine-tuning (stage 3).
+
+Four switches make the published methods recipes of one loss: where scores are compared (`point`), whether guidance has noise of
+its own (`augmentation`), what the proxy is fitted on (`proxy_target`), and how much each term weighs at each node (`node_*`).
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from flashgen.flow.convert import add_noise, move, x0_from_v
+from flashgen.flow.convert import add_noise, diffuse, move, x0_from_v
 from flashgen.models.text import Conditioning
-from flashgen.objectives.matching import matching_direction, matching_loss, shared_point, shared_sigma
-from flashgen.objectives.proxy import proxy_loss
-from flashgen.randomness import generator
+from flashgen.objectives.adversarial import banded, discriminator_loss, generator_loss
+from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, evaluation_point, evaluation_sigma
+from flashgen.objectives.matching import augmentation_term, distance, matching_loss, matching_term, normalise
+from flashgen.objectives.proxy import interval_loss, proxy_loss
+from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.recipe.schema import MatchingTraining
-from flashgen.training.loop import Ema, Stateful, descend, fit
+from flashgen.training.discriminator import Heads, Tap
+from flashgen.training.loop import Best, Ema, Stateful, descend, fit
 from flashgen.training.prompts import PromptPool
-from flashgen.training.trajectories import guided_velocity, velocity
+from flashgen.training.ranks import Draws
+from flashgen.training.trajectories import Replay, teacher_velocities, velocity
 
 MATCHING_STREAM = 12
-Network = Callable[..., Tensor]
+ADAM = {"betas": (0.0, 0.99), "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,10 @@ class Rollout:
 
     states: list[Tensor]
     cond: Conditioning
+
+    def at(self, node: Tensor) -> Tensor:
+        """State of each sample at its own node [B]."""
+        return torch.stack(self.states, 1)[torch.arange(len(node)), node]
 
 
 @torch.no_grad()
@@ -43,77 +56,228 @@ def roll_out(net_at: Callable[[float], nn.Module], noise: Tensor, cond: Conditio
     return Rollout(states, cond)
 
 
-def train_matching(
-    name: str,
-    student: nn.Module,
-    teacher: nn.Module,
-    pool: PromptPool,
-    nodes: list[float],
-    config: MatchingTraining,
-    shape: tuple[int, ...],
-    seed: int,
-    work: Path,
-    *,
-    t5_drop: float,
-    train_nodes: list[int] | None = None,
-    net_at: Callable[[float], nn.Module] | None = None,
-) -> None:
-    """Train `student` in place; it ends with its EMA weights.
+@contextmanager
+def fenced(*modules: nn.Module) -> Iterator[None]:
+    """No parameter of `modules` takes gradient inside; activations still pass it on."""
+    flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
-    Per update: one rollout (N forwards), `proxy_updates` proxy steps on its finished samples, one student step on a
-    random node of `train_nodes` (default all). The proxy starts as the teacher. Gradient: proxy steps change the proxy
-    only, student steps the student only. The first `proxy_warmup` rounds update the proxy alone. A student update costs
-    N + 3 r + 6 forward equivalents.
+
+class Matcher:
+    """The networks of one run and their turns.
+
+    An update is one rollout (N forwards), `proxy_updates` proxy steps, one student step on a random node of `train_nodes`
+    (default all) and, with an adversarial weight, one step of the heads. Gradient: proxy steps change the proxy only, student
+    steps the student only, head steps the heads only; the teacher never changes. With the paper's switches an update costs
+    N + 3 r + 6 forward equivalents; an adversarial one about 3 more for the student and 1 for the heads.
     """
-    sigmas = torch.tensor(nodes)
-    choices = torch.tensor(train_nodes if train_nodes is not None else list(range(len(nodes) - 1)))
-    network_at = net_at or (lambda _: student)
-    proxy = copy.deepcopy(teacher).requires_grad_(True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.0, 0.99), weight_decay=0.0)
-    proxy_optimizer = torch.optim.AdamW(proxy.parameters(), lr=config.proxy_lr, betas=(0.0, 0.99), weight_decay=0.0)
-    ema = Ema(student, config.ema)
 
-    def fit_proxy(rollout: Rollout, g: torch.Generator, step: int) -> float:
-        x0 = rollout.states[-1]
-        eps = torch.randn(x0.shape, generator=g)
-        sigma = torch.rand(len(x0), generator=g) * 0.96 + 0.02
-        loss = proxy_loss(velocity(proxy, add_noise(x0, eps, sigma), sigma, rollout.cond), x0, eps)
-        descend(loss, proxy.parameters(), [proxy_optimizer], clip=1.0, where=f"{name} proxy step {step}")
+    def __init__(
+        self,
+        name: str,
+        student: nn.Module,
+        teacher: nn.Module,
+        pool: PromptPool,
+        nodes: list[float],
+        config: MatchingTraining,
+        shape: tuple[int, ...],
+        seed: int,
+        *,
+        t5_drop: float,
+        proxy: nn.Module | None = None,
+        replay: Replay | None = None,
+        train_nodes: list[int] | None = None,
+        net_at: Callable[[float], nn.Module] | None = None,
+    ) -> None:
+        self.name, self.student, self.teacher, self.pool, self.config = name, student, teacher, pool, config
+        self.nodes, self.shape, self.seed, self.t5_drop, self.replay = nodes, shape, seed, t5_drop, replay
+        self.sigmas = torch.tensor(nodes)
+        self.choices = torch.tensor(train_nodes if train_nodes is not None else list(range(len(nodes) - 1)))
+        self.net_at = net_at or (lambda _: student)
+        self.weights = {term: torch.tensor(w) for term, w in config.node_weights(len(nodes) - 1).items()}
+        self.proxy = copy.deepcopy(teacher).requires_grad_(True) if proxy is None else proxy
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, **ADAM)
+        self.proxy_optimizer = torch.optim.AdamW(self.proxy.parameters(), lr=config.proxy_lr, **ADAM)
+        self.ema = Ema(student, config.ema)
+        self.heads: Heads | None = None
+        if self.weights["adversarial"][self.choices].any():
+            torch.manual_seed(seed)
+            layers = len(teacher.transformer_blocks)  # type: ignore[arg-type]
+            blocks = config.adversarial.blocks or [layers // 2 - 1, layers - 1]
+            self.heads = Heads(blocks, teacher.config.num_attention_heads * teacher.config.attention_head_dim)  # type: ignore[union-attr]
+            self.heads_optimizer = torch.optim.AdamW(self.heads.parameters(), lr=config.adversarial.lr, **ADAM)
+
+    def state(self) -> dict[str, Stateful]:
+        found: dict[str, Stateful] = {
+            "student": self.student, "proxy": self.proxy, "ema": self.ema,
+            "optimizer": self.optimizer, "proxy_optimizer": self.proxy_optimizer,
+        }  # fmt: skip
+        return found | ({"heads": self.heads, "heads_optimizer": self.heads_optimizer} if self.heads else {})
+
+    def update(self, step: int) -> dict[str, float]:
+        """One round; the first `proxy_warmup` ones fit the proxy alone."""
+        config, g = self.config, Draws(self.config.batch, self.seed, MATCHING_STREAM, step)
+        noise = g.randn(*self.shape)
+        rollout = roll_out(self.net_at, noise, self.pool.draw(self.t5_drop, g), self.nodes)
+        losses = [self.fit_proxy(rollout, g, step) for _ in range(config.proxy_updates)]
+        metrics = {"proxy_loss": sum(losses) / len(losses)}
+        if step >= config.proxy_warmup:
+            metrics |= self.fit_student(rollout, g, step)
+            if config.proxy_coupling < 1:
+                couple(self.proxy, self.student, config.proxy_coupling)
+        return metrics
+
+    def fit_proxy(self, rollout: Rollout, g: Draws, step: int) -> float:
+        """On finished samples, on each step's estimate of x0, or on unfinished states with the unbiased interval target."""
+        target, x0, eps = self.config.proxy_target, rollout.states[-1], g.randn(*self.shape)
+        if target == "rollout":
+            sigma = g.rand() * (MAX_SIGMA - MIN_SIGMA) + MIN_SIGMA
+        else:
+            node = g.randint(len(self.nodes) - 1)
+            s, s_next, x, x_next = self.sigmas[node], self.sigmas[node + 1], rollout.at(node), rollout.at(node + 1)
+            sigma = evaluation_sigma("interval" if target == "interval" else "renoise", s, s_next, g.rand())
+        if target == "interval":
+            v = velocity(self.proxy, diffuse(x_next, eps, s_next, sigma), sigma, rollout.cond)
+            loss = interval_loss(v, x_next, eps, s_next, sigma)
+        else:
+            if target == "step":  # the velocity of a step follows from where it led
+                x0 = move(x, (x_next - x) / (s_next - s).reshape(-1, 1, 1, 1), s, torch.zeros_like(s))
+            loss = proxy_loss(velocity(self.proxy, add_noise(x0, eps, sigma), sigma, rollout.cond), x0, eps)
+        descend(loss, self.proxy.parameters(), [self.proxy_optimizer], clip=1.0, where=f"{self.name} proxy step {step}")
         return loss.item()
 
-    def fit_student(rollout: Rollout, g: torch.Generator, step: int) -> dict[str, float]:
-        batch, cond = config.batch, rollout.cond
-        node = choices[torch.randint(len(choices), (batch,), generator=g)]
-        sigma, sigma_next = sigmas[node], sigmas[node + 1]
-        x = torch.stack(rollout.states, 1)[torch.arange(batch), node]
-        v = velocity(student, x, sigma, cond)
+    def fit_student(self, rollout: Rollout, g: Draws, step: int) -> dict[str, float]:
+        config, node = self.config, self.choices[g.randint(len(self.choices))]
+        sigma, sigma_next, x = self.sigmas[node], self.sigmas[node + 1], rollout.at(node)
+        v = velocity(self.student, x, sigma, rollout.cond)
         x0 = x0_from_v(x, v, sigma)
-        with torch.no_grad():
-            sigma_eval = shared_sigma(sigma, sigma_next, torch.rand(batch, generator=g))
-            x_eval = shared_point(x, v, sigma, sigma_eval)
-            v_teacher = guided_velocity(teacher, x_eval, sigma_eval, cond, pool.empty_rows(batch), config.guidance)
-            v_proxy = velocity(proxy, x_eval, sigma_eval, cond)
-            x0_teacher, x0_proxy = x0_from_v(x_eval, v_teacher, sigma_eval), x0_from_v(x_eval, v_proxy, sigma_eval)
-            direction = matching_direction(x0, x0_teacher, x0_proxy, floor=config.floor)
+        sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, g.rand())
+        eps = g.randn(*self.shape)
+        x_eval = evaluation_point(config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps)
+        direction, metrics = self.direction(x0.detach(), x_eval, sigma, sigma_eval, node, rollout.cond, g)
+        if self.heads:
+            rows = self.weights["adversarial"][node] > 0
+            if rows.any():
+                part = (x[rows], x0.detach()[rows], sigma[rows], sigma_next[rows], sigma_eval[rows], eps[rows], rollout.cond[rows])
+                adversarial = self.adversarial_direction(*part)
+                weight = self.weights["adversarial"][node][rows]
+                scaled, ratio = banded(weight.reshape(-1, 1, 1, 1) * adversarial, direction[rows], config.adversarial.band)
+                direction[rows] += scaled
+                metrics["adversarial_ratio"] = ratio.mean().item()
         loss = matching_loss(x0, direction)
-        norm = descend(loss, student.parameters(), [optimizer], clip=1.0, where=f"{name} step {step}")
-        ema.update(student, step)
-        return {"direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
+        if self.replay is not None and self.weights["trajectory"][self.choices].any():
+            loss = loss + self.trajectory_term(g)
+        norm = descend(loss, self.student.parameters(), [self.optimizer], clip=1.0, where=f"{self.name} step {step}")
+        self.ema.update(self.student, step - config.proxy_warmup)
+        if self.heads:
+            metrics |= self.fit_heads(x_eval, sigma_eval, rollout.cond, g, step)
+        return {**metrics, "direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
+
+    @torch.no_grad()
+    def direction(
+        self, x0: Tensor, x_eval: Tensor, sigma: Tensor, sigma_eval: Tensor, node: Tensor, cond: Conditioning, g: Draws
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Matching and augmentation at x0, weighed by node, normalised per sample; and the normaliser's minimum."""
+        config, empty = self.config, self.pool.empty_rows(len(x0))
+        w_match, w_augment = (self.weights[term][node].reshape(-1, 1, 1, 1) for term in ("matching", "augmentation"))
+        proxy = x0_from_v(x_eval, velocity(self.proxy, x_eval, sigma_eval, cond), sigma_eval)
+        if config.augmentation == "tied":
+            teacher, unconditional = (
+                x0_from_v(x_eval, v, sigma_eval) for v in teacher_velocities(self.teacher, x_eval, sigma_eval, cond, empty)
+            )
+            augment = augmentation_term(teacher, unconditional, config.guidance)
+            scale = distance(x0, teacher - augment)  # teacher - augment is the guided estimate
+            total = normalise(w_match * matching_term(teacher, proxy) + w_augment * augment, scale, floor=config.floor)
+        else:
+            teacher = x0_from_v(x_eval, velocity(self.teacher, x_eval, sigma_eval, cond), sigma_eval)
+            scale = distance(x0, teacher)
+            total = w_match * normalise(matching_term(teacher, proxy), scale, floor=config.floor)
+            below = MIN_SIGMA + g.rand() * (sigma - MIN_SIGMA)  # fresh noise under the node's own level
+            x = add_noise(x0, g.randn(*self.shape), below)
+            guided, unconditional = (x0_from_v(x, v, below) for v in teacher_velocities(self.teacher, x, below, cond, empty))
+            augment = augmentation_term(guided, unconditional, config.guidance)
+            total = total + w_augment * normalise(augment, distance(x0, guided - augment), floor=config.floor)
+        return total, {"scale_min": scale.min().item()}
+
+    def adversarial_direction(
+        self, x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_eval: Tensor, eps: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Per-sample gradient of the generator loss with respect to x0, through the frozen proxy and heads; times numel a sample."""
+        assert self.heads is not None
+        with fenced(self.proxy, self.heads), Tap(self.proxy, self.heads.blocks) as tap:
+            leaf = x0.clone().requires_grad_(True)
+            v = (x - leaf) / sigma.reshape(-1, 1, 1, 1)
+            velocity(self.proxy, evaluation_point(self.config.point, x, v, sigma, sigma_next, sigma_eval, eps), sigma_eval, cond)
+            loss = generator_loss(self.heads(tap.read()))
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient * leaf.numel()
+
+    def fit_heads(self, fake: Tensor, sigma: Tensor, cond: Conditioning, g: Draws, step: int) -> dict[str, float]:
+        """Real pictures are the teacher's cached ones, noised to the fakes' own levels."""
+        assert self.heads is not None and self.replay is not None
+        rows = g.randint(len(self.replay.states))
+        real = add_noise(self.replay.states[rows, -1].float(), g.randn(*self.shape), sigma)
+        features = []
+        with torch.no_grad(), Tap(self.proxy, self.heads.blocks) as tap:
+            for x, said in ((real, self.replay.pool.cond[rows]), (fake, cond)):
+                velocity(self.proxy, x, sigma, said)
+                features.append(tap.read())
+        logit_real, logit_fake = (self.heads(f) for f in features)
+        loss = discriminator_loss(logit_real, logit_fake)
+        descend(loss, self.heads.parameters(), [self.heads_optimizer], clip=1.0, where=f"{self.name} heads step {step}")
+        self.heads.refresh(self.config.adversarial.refresh, self.heads_optimizer, g.whole)
+        return {"heads_loss": loss.item(), "logit_real": logit_real.mean().item(), "logit_fake": logit_fake.mean().item()}
+
+    def trajectory_term(self, g: Draws) -> Tensor:
+        """Trajectory guidance from the cache, beside matching, on the nodes that it weighs (CrossDistill's routing)."""
+        assert self.replay is not None
+        weights = self.weights["trajectory"]
+        own = weights[self.choices]
+        node = self.choices[g.choice(own)]
+        rows = g.randint(len(self.replay.states))
+        x_from, x_to = (self.replay.states[rows, node + k].float() for k in (0, 1))
+        sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
+        v = velocity(self.student, x_from, sigma, self.replay.pool.cond[rows])
+        return own.mean() * trajectory_loss(v, x_from, x_to, sigma, sigma_next)
+
+
+@torch.no_grad()
+def couple(proxy: nn.Module, student: nn.Module, keep: float) -> None:
+    """proxy <- keep proxy + (1 - keep) student (SenseFlow's implicit distribution alignment)."""
+    torch._foreach_lerp_(list(proxy.parameters()), [p.detach() for p in student.parameters()], 1 - keep)
+
+
+def train_matching(matcher: Matcher, work: Path, watch: Callable[[str, nn.Module], float] | None = None) -> dict[str, float]:
+    """Run `matcher` to its last round, resuming from `work`; the student ends with its EMA weights.
+
+    Every `watch_every` rounds `watch(name, student)` sees the averaged weights and returns their score; the student then ends
+    with the best of them, the last included. Returns the scores of the best and of the last.
+    """
+    config, best = matcher.config, Best()
+    total = config.proxy_warmup + config.iterations
 
     def step_fn(step: int) -> dict[str, float]:
-        g = generator(seed, MATCHING_STREAM, step)
-        rollout = roll_out(network_at, torch.randn((config.batch, *shape), generator=g), pool.draw(config.batch, t5_drop, g), nodes)
-        losses = [fit_proxy(rollout, g, step) for _ in range(config.proxy_updates)]
-        update = fit_student(rollout, g, step - config.proxy_warmup) if step >= config.proxy_warmup else {}
-        return {"proxy_loss": sum(losses) / len(losses), **update}
+        metrics = matcher.update(step)
+        due = config.watch_every and ((step + 1) % config.watch_every == 0 or step + 1 == total)
+        if watch and due and step >= config.proxy_warmup:
+            with matcher.ema.shown_by(matcher.student):
+                metrics["composition"] = watch(f"{matcher.name}-{step + 1:06d}", matcher.student)
+            best.offer(metrics["composition"], step + 1, matcher.ema)
+        return metrics
 
-    networks: dict[str, Stateful] = {"student": student, "proxy": proxy, "ema": ema}
-    fit(
-        name,
-        config.proxy_warmup + config.iterations,
-        step_fn,
-        {**networks, "optimizer": optimizer, "proxy_optimizer": proxy_optimizer},
-        work,
-    )
-    if config.iterations:
-        ema.copy_to(student)
+    fit(matcher.name, total, step_fn, matcher.state() | {"best": best}, work)
+    if not config.iterations:
+        return {}
+    matcher.ema.copy_to(matcher.student)
+    if not best.shadow:
+        return {}
+    with torch.no_grad():
+        for name, parameter in matcher.student.named_parameters():
+            parameter.copy_(best.shadow[name])
+    return {"best": best.score, "best_step": best.step, "last": best.last}

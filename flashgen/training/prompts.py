@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from flashgen.models.text import Conditioning, encode_prompts
 from flashgen.shapes.scene import sample_request
+from flashgen.training.ranks import Draws
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,14 @@ class PromptPool:
     def __len__(self) -> int:
         return len(self.cond.pooled)
 
-    def draw(self, batch: int, t5_drop: float, g: torch.Generator) -> Conditioning:
+    def dropping_t5(self, share: float, g: torch.Generator) -> PromptPool:
+        """The same prompts, a random `share` of them without its T5 part for good."""
+        return replace(self, cond=self.cond.without_t5(torch.rand(len(self), generator=g) < share, self.clip_tokens))
+
+    def draw(self, t5_drop: float, g: Draws) -> Conditioning:
         """Random prompts, each without its T5 part with probability `t5_drop`."""
-        rows = torch.randint(len(self), (batch,), generator=g)
-        return self.cond[rows].without_t5(torch.rand(batch, generator=g) < t5_drop, self.clip_tokens)
+        rows = g.randint(len(self))
+        return self.cond[rows].without_t5(g.rand() < t5_drop, self.clip_tokens)
 
     def empty_rows(self, batch: int) -> Conditioning:
         return Conditioning(self.empty.embeds.expand(batch, -1, -1), self.empty.pooled.expand(batch, -1))

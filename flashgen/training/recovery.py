@@ -9,11 +9,11 @@ from torch import nn
 
 from flashgen.models.text import Conditioning
 from flashgen.objectives.trajectory import trajectory_loss
-from flashgen.randomness import generator
 from flashgen.recipe.schema import RestructureRecipe
 from flashgen.training.loop import Ema, descend, fit
 from flashgen.training.matching import roll_out
 from flashgen.training.prompts import PromptPool
+from flashgen.training.ranks import Draws
 from flashgen.training.schedule import cosine
 from flashgen.training.trajectories import velocity
 
@@ -36,7 +36,9 @@ def recover(
 ) -> None:
     """Regress `student`, which sees CLIP tokens only, onto the velocities of the frozen `full` student at its nodes.
 
-    States come from `full`'s own rollouts (our choice). Gradient: `student` only; it ends with its EMA weights.
+    `full` sees T5 tokens that are zeros, which its training knows (`t5_drop`): with the T5 text it would ask for what CLIP
+    tokens cannot tell, and the mean of that is a blur. States come from its own rollouts
+    (our choice). Gradient: `student` only; it ends with its EMA weights.
     """
     sigmas = torch.tensor(nodes)
     parameters = list(student.parameters())
@@ -44,13 +46,13 @@ def recover(
     ema = Ema(student, 0.99)
 
     def step_fn(step: int) -> dict[str, float]:
-        g = generator(seed, RECOVERY_STREAM, step)
+        g = Draws(config.batch, seed, RECOVERY_STREAM, step)
         for group in optimizer.param_groups:
             group["lr"] = cosine(config.lr, step, config.iterations, warmup=20)
-        cond = pool.draw(config.batch, 0.0, g)
-        states = roll_out(lambda _: full, torch.randn((config.batch, *shape), generator=g), cond, nodes).states
-        node = torch.randint(len(nodes) - 1, (config.batch,), generator=g)
-        x, x_next = (torch.stack(states, 1)[torch.arange(config.batch), node + k] for k in (0, 1))
+        cond = pool.draw(1.0, g)
+        states = roll_out(lambda _: full, g.randn(*shape), cond, nodes).states
+        node = g.randint(len(nodes) - 1)
+        x, x_next = (torch.stack(states, 1)[torch.arange(len(node)), node + k] for k in (0, 1))
         v = velocity(student, x, sigmas[node], without_t5_tokens(cond, pool.clip_tokens))
         loss = trajectory_loss(v, x, x_next, sigmas[node], sigmas[node + 1])
         norm = descend(loss, parameters, [optimizer], clip=1.0, where=f"recovery step {step}")

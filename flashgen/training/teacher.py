@@ -6,24 +6,17 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashgen.flow.convert import add_noise
 from flashgen.models.text import Conditioning, encode_prompts
-from flashgen.randomness import generator
 from flashgen.recipe.schema import FlowTraining
 from flashgen.training.loop import Ema, descend, fit
+from flashgen.training.optimizers import muon_and_adamw
+from flashgen.training.ranks import Draws
 from flashgen.training.schedule import hold_then_decay
 
 FLOW_STREAM = 3
-
-
-def optimizers_for(transformer: nn.Module, config: FlowTraining) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside blocks, AdamW on embedders, biases, norms and the output projection."""
-    matrices = [p for n, p in transformer.named_parameters() if "transformer_blocks" in n and p.ndim == 2]
-    others = [p for n, p in transformer.named_parameters() if not ("transformer_blocks" in n and p.ndim == 2)]
-    muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)
-    return [muon, torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def drop_encoders(cond: Conditioning, keep: Tensor, width_l: int, width_g: int, clip_tokens: int) -> Conditioning:
@@ -42,7 +35,7 @@ def train_flow(pipe: StableDiffusion3Pipeline, latents: Tensor, captions: list[s
     """Minimise |v - (eps - x0)|^2 with logit-normal sigma (SD3 eq. 19); returns the EMA weights. Gradient: the transformer only."""
     transformer = pipe.transformer
     parameters = list(transformer.parameters())
-    optimizers = optimizers_for(transformer, config)
+    optimizers = muon_and_adamw(transformer, config.muon_lr, config.adam_lr, weight_decay=config.weight_decay)
     ema = Ema(transformer, config.ema)
     # Every caption once, the empty one last; no encoder runs during training.
     vocabulary = {caption: row for row, caption in enumerate(sorted(set(captions)))}
@@ -54,17 +47,17 @@ def train_flow(pipe: StableDiffusion3Pipeline, latents: Tensor, captions: list[s
         transformer.compile()
 
     def step_fn(step: int) -> dict[str, float]:
-        g = generator(seed, FLOW_STREAM, step)
+        g = Draws(config.batch, seed, FLOW_STREAM, step)
         for optimizer, lr in zip(optimizers, base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = hold_then_decay(lr, step, config.steps, warmup=100, decay_share=config.decay_share)
-        rows = torch.randint(len(captions), (config.batch,), generator=g)
+        rows = g.randint(len(captions))
         x0, said = latents[rows], index[rows]
-        said = torch.where(torch.rand(config.batch, generator=g) < config.caption_drop, len(vocabulary), said)
-        keep = (torch.rand(config.batch, 3, generator=g) >= config.encoder_drop).float()
+        said = torch.where(g.rand() < config.caption_drop, len(vocabulary), said)
+        keep = (g.rand(3) >= config.encoder_drop).float()
         cond = drop_encoders(pool[said], keep, *widths, pipe.tokenizer.model_max_length)
-        eps = torch.randn(x0.shape, generator=g)
-        sigma = torch.sigmoid(config.sigma_mean + config.sigma_std * torch.randn(config.batch, generator=g))
+        eps = g.randn(*x0.shape[1:])
+        sigma = torch.sigmoid(config.sigma_mean + config.sigma_std * g.randn())
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             v = transformer(add_noise(x0, eps, sigma), cond.embeds, cond.pooled, 1000 * sigma, return_dict=False)[0]
         loss = (v.float() - (eps - x0)).square().mean()

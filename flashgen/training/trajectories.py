@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,11 +14,14 @@ from flashgen.flow.convert import move
 from flashgen.flow.ode import guide
 from flashgen.models.text import Conditioning
 from flashgen.objectives.trajectory import trajectory_loss
+from flashgen.processes import rank, wait_for_all, world
 from flashgen.progress import track
 from flashgen.randomness import generator
 from flashgen.recipe.schema import TrajectoryTraining
 from flashgen.training.loop import Ema, descend, fit, save_state
+from flashgen.training.optimizers import muon_and_adamw
 from flashgen.training.prompts import PromptPool
+from flashgen.training.ranks import Draws
 from flashgen.training.schedule import cosine
 
 CACHE_STREAM, TRAJECTORY_STREAM = 10, 11
@@ -29,10 +33,23 @@ def velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Te
     return net(x, cond.embeds, cond.pooled, 1000 * sigma, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Cached teacher trajectories: fp16 `states` [N, nodes, C, H, W], and the prompts they were drawn for, row by row."""
+
+    states: Tensor
+    pool: PromptPool
+
+
+def teacher_velocities(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning) -> tuple[Tensor, Tensor]:
+    """(conditional, unconditional) as two forwards in one batch."""
+    both = Conditioning(torch.cat([cond.embeds, empty.embeds]), torch.cat([cond.pooled, empty.pooled]))
+    v_c, v_u = velocity(net, torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+    return v_c, v_u
+
+
 def guided_velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning, guidance: float) -> Tensor:
-    """Two forwards in one batch: unconditional and conditional."""
-    both = Conditioning(torch.cat([empty.embeds, cond.embeds]), torch.cat([empty.pooled, cond.pooled]))
-    v_u, v_c = velocity(net, torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+    v_c, v_u = teacher_velocities(net, x, sigma, cond, empty)
     return guide(v_u, v_c, guidance)
 
 
@@ -46,18 +63,19 @@ def cache_trajectories(
     guidance: float,
     seed: int,
     work: Path,
-) -> Tensor:
-    """The guided teacher's states at the student's `nodes`, fp16 [N, len(nodes), C, H, W], one noise a prompt.
+) -> Replay:
+    """The guided teacher's states at the student's `nodes`, one noise a prompt.
 
-    `fine` is the teacher's grid and must contain every node. Written in shards; a resumed run computes the missing ones.
+    `fine` is the teacher's grid and must contain every node. Written in shards, shared out over the
+    processes; a resumed run computes the missing ones.
     """
     if not set(nodes) <= set(fine):
         raise UsageError("distill.trajectory.teacher_steps must be a multiple of distill.steps, so that the grids nest")
     folder = work / "trajectories"
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(pool), SHARD)
-    shards = []
-    for start in track(starts, "teacher trajectories", total=len(starts)):
+    own = starts[rank() :: world()]
+    for start in track(own, "teacher trajectories", total=len(own)):
         path = folder / f"{start:06d}.pt"
         if not path.exists():
             cond = pool.cond[slice(start, start + SHARD)]
@@ -70,38 +88,42 @@ def cache_trajectories(
                 if s_next in nodes:
                     states.append(x)
             save_state({"states": torch.stack(states, 1).half()}, path)
-        shards.append(torch.load(path, weights_only=True)["states"])
-    return torch.cat(shards)
+    wait_for_all()
+    return Replay(torch.cat([torch.load(folder / f"{start:06d}.pt", weights_only=True)["states"] for start in starts]), pool)
 
 
 def train_on_trajectories(
     student: nn.Module,
-    states: Tensor,
-    pool: PromptPool,
+    replay: Replay,
     nodes: list[float],
     config: TrajectoryTraining,
-    t5_drop: float,
     seed: int,
     work: Path,
 ) -> None:
-    """Regress average velocities; `student` ends with the EMA weights. States of the teacher, full text (our choice: teacher forcing)."""
-    sigmas = torch.tensor(nodes)
+    """Regress average velocities; `student` ends with the EMA weights. States are the teacher's (our choice: teacher forcing).
+
+    The student sees the text that the teacher saw: a regression onto what its own text cannot tell would end in a blur.
+    """
+    sigmas, states = torch.tensor(nodes), replay.states
     parameters = list(student.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers = {type(optimizer).__name__.lower(): optimizer for optimizer in muon_and_adamw(student, config.muon_lr, config.lr)}
+    rates = {"muon": config.muon_lr, "adamw": config.lr}
     ema = Ema(student, 0.99)
 
     def step_fn(step: int) -> dict[str, float]:
-        g = generator(seed, TRAJECTORY_STREAM, step)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(config.lr, step, config.iterations, warmup=20)
-        rows = torch.randint(len(states), (config.batch,), generator=g)
-        node = torch.randint(len(nodes) - 1, (config.batch,), generator=g)
-        cond = pool.cond[rows].without_t5(torch.rand(config.batch, generator=g) < t5_drop, pool.clip_tokens)
+        g = Draws(config.batch, seed, TRAJECTORY_STREAM, step)
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(rates[name], step, config.iterations, warmup=20)
+        rows = g.randint(len(states))
+        node = g.randint(len(nodes) - 1)
         x_from, x_to = states[rows, node].float(), states[rows, node + 1].float()
-        loss = trajectory_loss(velocity(student, x_from, sigmas[node], cond), x_from, x_to, sigmas[node], sigmas[node + 1])
-        norm = descend(loss, parameters, [optimizer], clip=1.0, where=f"trajectory step {step}")
+        loss = trajectory_loss(
+            velocity(student, x_from, sigmas[node], replay.pool.cond[rows]), x_from, x_to, sigmas[node], sigmas[node + 1]
+        )
+        norm = descend(loss, parameters, optimizers.values(), clip=1.0, where=f"trajectory step {step}")
         ema.update(student, step)
         return {"loss": loss.item(), "grad_norm": norm}
 
-    fit("trajectory", config.iterations, step_fn, {"student": student, "optimizer": optimizer, "ema": ema}, work)
+    fit("trajectory", config.iterations, step_fn, {"student": student, "ema": ema, **optimizers}, work)
     ema.copy_to(student)

@@ -11,13 +11,19 @@ from torch import Tensor
 
 from flashgen.flow.convert import add_noise, eps_from_v, x0_from_v
 from flashgen.flow.ode import guide
-from flashgen.objectives.matching import MIN_SIGMA, matching_direction, matching_loss, shared_point, shared_sigma
+from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, Point, evaluation_point, evaluation_sigma
+from flashgen.objectives.matching import augmentation_term, distance, matching_loss, matching_term, normalise
 
 G = torch.Generator().manual_seed(0)
 
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(*(shape or (4, 2, 3, 3)), generator=G, dtype=torch.float64)
+
+
+def matching_direction(student: Tensor, teacher: Tensor, proxy: Tensor, *, floor: float) -> Tensor:
+    """The matching term alone, as the training normalises it."""
+    return normalise(matching_term(teacher, proxy), distance(student, teacher), floor=floor)
 
 
 def test_gradient_with_respect_to_the_sample_is_the_direction_over_numel() -> None:
@@ -59,19 +65,53 @@ def test_direction_is_zero_when_the_proxy_is_the_unguided_teacher() -> None:
     assert matching_direction(draw(), guided, proxy, floor=0.1).abs().mean() > 0.1
 
 
-def test_shared_point_is_renoising_with_the_students_noise_at_the_next_node() -> None:
+def test_matching_and_augmentation_add_up_to_the_guided_difference() -> None:
+    x, v_u, v_c, v_p, sigma = draw(), draw(), draw(), draw(), torch.tensor([0.9, 0.75, 0.5, 0.1], dtype=torch.float64)
+    u, c, proxy = (x0_from_v(x, v, sigma) for v in (v_u, v_c, v_p))
+    guided = x0_from_v(x, guide(v_u, v_c, 4.5), sigma)
+    assert torch.allclose(matching_term(c, proxy) + augmentation_term(c, u, 4.5), (proxy - guided).float(), atol=1e-5)
+    assert torch.allclose(c - augmentation_term(c, u, 4.5), guided, atol=1e-5)
+    assert not augmentation_term(c, u, 1.0).any()
+
+
+def points(point: Point, sigma_eval: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(evaluation point, its sigma, x, v, sigma, sigma_next, eps) at the nodes of four steps."""
+    x, v, eps = draw(), draw(), draw()
+    sigma, sigma_next = torch.tensor([[1.0, 0.9, 0.75, 0.5], [0.9, 0.75, 0.5, 0.0]], dtype=torch.float64)
+    drawn = evaluation_sigma(point, sigma, sigma_next, torch.full((4,), 0.3, dtype=torch.float64)) if sigma_eval is None else sigma_eval
+    return evaluation_point(point, x, v, sigma, sigma_next, drawn, eps), drawn, x, v, sigma, sigma_next, eps
+
+
+def test_shared_is_renoising_with_the_students_own_noise_at_the_next_node() -> None:
     """method.md 3.3, fact 1."""
-    x, v = draw().requires_grad_(), draw().requires_grad_()
-    sigma, sigma_next = torch.tensor([[1.0, 0.9, 0.75, 0.5], [0.9, 0.75, 0.5, 0.3]], dtype=torch.float64)
-    point = shared_point(x, v, sigma, sigma_next)
-    assert torch.allclose(point, add_noise(x0_from_v(x, v, sigma), eps_from_v(x, v, sigma), sigma_next), atol=1e-14, rtol=0)
-    assert not point.requires_grad
+    shared, drawn, x, v, sigma, sigma_next, _ = points("shared")
+    assert torch.equal(drawn[:3], sigma_next[:3])
+    renoised = evaluation_point("renoise", x, v, sigma, sigma_next, drawn, eps_from_v(x, v, sigma))
+    assert torch.allclose(shared, renoised, atol=1e-14, rtol=0)
 
 
 def test_shared_sigma_is_the_next_node_and_on_the_last_segment_a_point_of_it() -> None:
     sigma, sigma_next = torch.tensor([1.0, 0.9, 0.5, 0.5, 0.5]), torch.tensor([0.9, 0.75, 0.0, 0.0, 0.0])
-    drawn = shared_sigma(sigma, sigma_next, torch.tensor([0.3, 0.3, 0.0, 0.5, 1.0]))
+    drawn = evaluation_sigma("shared", sigma, sigma_next, torch.tensor([0.3, 0.3, 0.0, 0.5, 1.0]))
     assert torch.allclose(drawn, torch.tensor([0.9, 0.75, MIN_SIGMA, (0.5 + MIN_SIGMA) / 2, 0.5]))
+
+
+def test_renoise_is_dmd2s_draw() -> None:
+    point, drawn, x, v, sigma, _, eps = points("renoise")
+    assert torch.allclose(drawn, torch.full((4,), MIN_SIGMA + 0.3 * (MAX_SIGMA - MIN_SIGMA), dtype=torch.float64))
+    assert torch.allclose(point, add_noise(x0_from_v(x, v, sigma), eps, drawn), atol=1e-14, rtol=0)
+
+
+def test_interval_stays_within_its_step_and_keeps_the_marginal() -> None:
+    """If the next state is (1 - s) x0 + s e1, its diffusion has mean (1 - t) x0 and the variance t^2 of the flow at t."""
+    point, drawn, x, v, sigma, sigma_next, eps = points("interval")
+    assert torch.all(drawn > sigma_next) and torch.all(drawn < sigma)
+    x0, e1 = x0_from_v(x, v, sigma), eps_from_v(x, v, sigma)
+    a = ((1 - drawn) / (1 - sigma_next)).reshape(-1, 1, 1, 1)
+    from_noise = point - (1 - drawn).reshape(-1, 1, 1, 1) * x0
+    b = (drawn**2 - (a.flatten() * sigma_next) ** 2).sqrt().reshape(-1, 1, 1, 1)
+    assert torch.allclose(from_noise, a * sigma_next.reshape(-1, 1, 1, 1) * e1 + b * eps, atol=1e-12)
+    assert torch.allclose(a.flatten() ** 2 * sigma_next**2 + b.flatten() ** 2, drawn**2)
 
 
 # A toy world in which everything is known: 1-D data 0.5 N(-2, 0.3^2) + 0.5 N(2, 0.3^2).

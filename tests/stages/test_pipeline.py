@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from flashgen.models.sample import load_pipeline
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
-from flashgen.stages import distill, finetune, quantize, restructure, teacher
+from flashgen.stages import distill, finetune, quantize, report, restructure, teacher
 from flashgen.training import loop, matching
 
 MICRO = [
@@ -218,13 +219,81 @@ def test_finetune_refuses_a_teacher_that_is_not_the_students(chain: Chain, tmp_p
 
 
 def test_finetune_of_two_steps_leaves_the_low_branch_alone(chain: Chain, tmp_path: Path) -> None:
-    recipe = micro("distill.steps=2", "distill.matching.iterations=0", "finetune.merge_high=0.0")
+    recipe = micro("distill.steps=2", "distill.matching.iterations=0", "finetune.merge_high=[0.0]")
     student = distill.run(str(chain.teacher.path), tmp_path / "student", recipe, 0, False)
     tuned = finetune.run(str(student.path), tmp_path / "tuned", recipe, 0, False)
     before, after = load_file(student.path / TRANSFORMER), load_file(tuned.path / TRANSFORMER)
     assert all(torch.equal(before[name], after[name]) for name in before)  # all low: nothing was trained
-    high = finetune.run(str(student.path), tmp_path / "tuned", micro("distill.steps=2", "finetune.merge_high=1.0"), 0, False)
+    high = finetune.run(str(student.path), tmp_path / "tuned", micro("distill.steps=2", "finetune.merge_high=[1.0]"), 0, False)
     assert digests(high)[TRANSFORMER] != digests(student)[TRANSFORMER]
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, *shares: float) -> None:
+    """The judge's next answers on 100 choice prompts: the input first, then each merge."""
+    answers = iter(shares)
+    monkeypatch.setattr(report, "verdicts", lambda *arguments: np.arange(100) < 100 * next(answers))
+
+
+def test_finetune_publishes_the_merge_that_does_best_on_the_choice_prompts(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, 0.5, 0.4, 0.6, 0.6)
+    tuned = finetune.run(str(chain.student.path), tmp_path / "out", micro("finetune.merge_high=[0.0, 1.0, 0.5]"), 0, False)
+    assert tuned.manifest.metrics["choice"] == {"input": 0.5, "merge 0": 0.4, "merge 1": 0.6, "merge 0.5": 0.6}
+    assert tuned.manifest.metrics["merge_high"] == 1.0
+    judged(monkeypatch, 0.5, 0.5)
+    alone = finetune.run(
+        str(chain.student.path), tmp_path / "high", micro("finetune.merge_high=[1.0]", "finetune.allow_worse=true"), 0, False
+    )
+    assert digests(alone)[TRANSFORMER] == digests(tuned)[TRANSFORMER]
+
+
+def test_finetune_publishes_nothing_that_is_surely_worse_unless_told(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, out = micro("finetune.merge_high=[0.5]"), tmp_path / "out"
+    judged(monkeypatch, 0.5, 0.3)
+    with pytest.raises(NumericsError, match=r"0\.500 -> 0\.300 .*allow_worse=true"):
+        finetune.run(str(chain.student.path), out, recipe, 0, False)
+    assert versions(out) == []
+    judged(monkeypatch, 0.5, 0.49)  # within the noise of a hundred prompts
+    finetune.run(str(chain.student.path), tmp_path / "noise", recipe, 0, False)
+    judged(monkeypatch, 0.5, 0.3)
+    told = micro("finetune.merge_high=[0.5]", "finetune.allow_worse=true")
+    assert finetune.run(str(chain.student.path), out, told, 0, False).manifest.metrics["choice"]["merge 0.5"] == 0.3
+
+
+def test_the_control_spends_the_updates_of_both_branches_on_one_network(chain: Chain, tmp_path: Path) -> None:
+    plain = finetune.run(str(chain.student.path), tmp_path, micro("finetune.control=true", "finetune.allow_worse=true"), 0, False)
+    rows = [json.loads(line) for line in (plain.path / "stats.jsonl").read_text().splitlines()]
+    assert [(row["phase"], row["step"]) for row in rows] == [("control", 5)]  # 1 for the proxy alone, 2 x 2 updates
+
+
+def test_distill_keeps_the_best_look_and_shows_each(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, 0.2, 0.6, 0.4)
+    recipe = micro("distill.matching.iterations=3", "distill.matching.watch_every=1")
+    student = distill.run(str(chain.teacher.path), tmp_path / "out", recipe, 0, False)
+    assert student.manifest.metrics["watched"] == {"best": 0.6, "best_step": 2, "last": 0.4}
+    two = distill.run(str(chain.teacher.path), tmp_path / "two", micro("distill.matching.iterations=2"), 0, False)
+    assert digests(student)[TRANSFORMER] == digests(two)[TRANSFORMER]
+
+
+def test_a_look_leaves_a_grid(chain: Chain, tmp_path: Path) -> None:
+    student = distill.run(str(chain.teacher.path), tmp_path, micro("distill.matching.watch_every=1"), 0, False)
+    assert {f.path for f in student.manifest.files} >= {"samples/matching-000001.png", "samples/matching-000002.png"}
+
+
+def test_the_adversarys_real_pictures_are_cached_for_finetune_too(chain: Chain, tmp_path: Path) -> None:
+    recipe = micro("finetune.matching.node_adversarial=[0, 0, 0, 1]", "finetune.allow_worse=true")
+    tuned = finetune.run(str(chain.student.path), tmp_path, recipe, 0, False)
+    rows = {row["phase"]: row for row in map(json.loads, (tuned.path / "stats.jsonl").read_text().splitlines())}
+    assert "logit_real" in rows["low"] and "logit_real" not in rows["high"]
+
+
+def test_upper_difference_is_negative_only_when_surely_worse() -> None:
+    reference = np.arange(200) < 100
+    assert report.upper_difference(np.arange(200) < 60, reference) < 0
+    assert report.upper_difference(np.arange(200) < 99, reference) >= 0
+    assert report.upper_difference(reference, reference) == 0
+    assert report.upper_difference(np.zeros(5, bool), np.ones(5, bool)) == -1
 
 
 def test_quantized_folder_holds_the_codes_of_its_own_weights(chain: Chain) -> None:

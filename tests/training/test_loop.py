@@ -12,7 +12,7 @@ from torch import nn
 
 from flashgen.errors import NumericsError
 from flashgen.randomness import generator
-from flashgen.training.loop import Ema, Stateful, descend, fit, save_state
+from flashgen.training.loop import Best, Ema, Stateful, descend, fit, save_state
 
 
 class Regression:
@@ -168,3 +168,26 @@ def test_ema_follows_its_closed_form() -> None:
     assert module.weight.item() == values[-1]  # the live weights are left alone
     ema.copy_to(module)
     assert module.weight.item() == ema.shadow["weight"].item()
+
+
+def test_the_average_is_shown_and_taken_back() -> None:
+    run = Regression()
+    run.ema.shadow = {k: torch.zeros_like(v) for k, v in run.ema.shadow.items()}
+    own = [p.detach().clone() for p in run.model.parameters()]
+    with pytest.raises(ZeroDivisionError), run.ema.shown_by(run.model):
+        assert not any(p.any() for p in run.model.parameters())
+        raise ZeroDivisionError
+    assert all(torch.equal(a, b) for a, b in zip(own, run.model.parameters(), strict=True))
+
+
+def test_best_keeps_a_copy_of_the_highest_and_survives_saving() -> None:
+    run, best = Regression(), Best()
+    for step, score in enumerate([0.3, 0.5, 0.5, 0.1]):
+        for value in run.ema.shadow.values():
+            value.fill_(step)
+        best.offer(score, step, run.ema)
+    again = Best()
+    again.load_state_dict(best.state_dict())
+    for kept in (best, again):
+        assert (kept.score, kept.step, kept.last) == (0.5, 1, 0.1)
+        assert all((value == 1).all() for value in kept.shadow.values())

@@ -7,22 +7,33 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from flashgen.flow.convert import move
+from flashgen.objectives.trajectory import trajectory_loss
+from flashgen.randomness import generator
 from flashgen.recipe.schema import MatchingTraining
 from flashgen.training import loop, matching
-from flashgen.training.matching import roll_out, train_matching
+from flashgen.training.discriminator import Heads
+from flashgen.training.matching import Matcher, couple, fenced, roll_out, train_matching
 from flashgen.training.prompts import PromptPool
-from flashgen.training.trajectories import velocity
+from flashgen.training.trajectories import Replay, velocity
 
 NODES = [1.0, 0.9, 0.75, 0.5, 0.0]
 SHAPE = (16, 4, 4)
 CONFIG = MatchingTraining(iterations=2, batch=3, lr=1e-2, proxy_lr=1e-2, proxy_updates=2, ema=0.5)
 Build = Callable[[int], nn.Module]
+
+
+def train(student: nn.Module, teacher: nn.Module, pool: PromptPool, config: MatchingTraining, work: Path, **options: Any) -> Matcher:
+    name, nodes = options.pop("name", "matching"), options.pop("nodes", NODES)
+    matcher = Matcher(name, student, teacher, pool, nodes, config, options.pop("shape", SHAPE), 0, **{"t5_drop": 0.5, **options})
+    train_matching(matcher, work)
+    return matcher
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -70,7 +81,7 @@ def test_proxy_steps_move_the_proxy_only_student_steps_the_student_only_and_noth
     student = trainable(teacher)
     before = weights(teacher)
     watch = Watch(student, teacher, monkeypatch)
-    train_matching("matching", student, teacher, pool, NODES, CONFIG, SHAPE, 0, tmp_path, t5_drop=0.5)
+    train(student, teacher, pool, CONFIG, tmp_path)
     assert watch.steps == ["proxy", "proxy", "student"] * 2
     assert same(weights(teacher), before) and not any(p.requires_grad for p in teacher.parameters())
 
@@ -78,7 +89,7 @@ def test_proxy_steps_move_the_proxy_only_student_steps_the_student_only_and_noth
 def test_a_student_update_costs_the_forwards_that_its_docstring_states(
     transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """N + 3 r + 6 with a backward as two forwards: N rollout, r proxy, 1 student, 2 teacher (one doubled batch), 1 proxy."""
+    """N + 3 r + 6 with a backward as two forwards: N rollout, r proxy, 1 student, 1 proxy, 2 teacher (one doubled batch)."""
     teacher = transformer(0)
     student = trainable(teacher)
     calls: list[tuple[str, int, bool]] = []
@@ -95,9 +106,9 @@ def test_a_student_update_costs_the_forwards_that_its_docstring_states(
     monkeypatch.setattr(matching, "copy", SimpleNamespace(deepcopy=copy_and_hook))
     student.register_forward_hook(hook("student"))
     config = CONFIG.model_copy(update={"iterations": 1})
-    train_matching("matching", student, teacher, pool, NODES, config, SHAPE, 0, tmp_path, t5_drop=0.0)
+    train(student, teacher, pool, config, tmp_path)
     rollout, proxy = [("student", 3, False)] * 4, [("proxy", 3, True)] * 2
-    assert calls == [*rollout, *proxy, ("student", 3, True), ("teacher", 6, False), ("proxy", 3, False)]
+    assert calls == [*rollout, *proxy, ("student", 3, True), ("proxy", 3, False), ("teacher", 6, False)]
     cost = sum(rows / 3 * (3 if grad else 1) for _, rows, grad in calls)
     assert cost == 4 + 3 * 2 + 6
 
@@ -108,12 +119,12 @@ def test_train_matching_resumes_bit_for_bit_and_ends_in_the_average(
     teacher = transformer(0)
     config = CONFIG.model_copy(update={"iterations": 4})
 
-    def train(work: Path) -> list[Tensor]:
+    def run(work: Path) -> list[Tensor]:
         student = trainable(teacher)
-        train_matching("matching", student, teacher, pool, NODES, config, SHAPE, 0, work, t5_drop=0.5)
+        train(student, teacher, pool, config, work)
         return weights(student)
 
-    expected = train(tmp_path / "whole")
+    expected = run(tmp_path / "whole")
     saved = torch.load(tmp_path / "whole" / "matching.pt", weights_only=True)["state"]
     assert same(expected, list(saved["ema"]["shadow"].values()))
     assert not same(expected, [saved["student"][name] for name in saved["ema"]["shadow"]])
@@ -127,9 +138,9 @@ def test_train_matching_resumes_bit_for_bit_and_ends_in_the_average(
 
     monkeypatch.setattr(matching, "descend", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut")
+        run(tmp_path / "cut")
     monkeypatch.setattr(matching, "descend", loop.descend)
-    assert same(train(tmp_path / "cut"), expected)
+    assert same(run(tmp_path / "cut"), expected)
     assert [json.loads(line)["step"] for line in (tmp_path / "cut" / "stats.jsonl").read_text().splitlines()] == [4]
 
 
@@ -137,7 +148,7 @@ def test_zero_iterations_leave_the_student_as_it_was(transformer: Build, pool: P
     teacher, student = transformer(0), trainable(transformer(1))
     before = weights(student)
     config = CONFIG.model_copy(update={"iterations": 0})
-    train_matching("matching", student, teacher, pool, NODES, config, SHAPE, 0, tmp_path, t5_drop=0.5)
+    train(student, teacher, pool, config, tmp_path)
     assert same(weights(student), before)
 
 
@@ -162,10 +173,7 @@ def test_split_rollouts_ask_the_branch_of_each_node_and_train_only_their_own(tra
     high.register_forward_hook(hook("high"))
     low.register_forward_hook(hook("low"))
     before = weights(high), weights(low)
-    train_matching(
-        "low", low, teacher, pool, NODES, CONFIG, SHAPE, 0, tmp_path,
-        t5_drop=0.0, train_nodes=[3], net_at=lambda sigma: high if sigma > 0.5 else low,
-    )  # fmt: skip
+    train(low, teacher, pool, CONFIG, tmp_path, train_nodes=[3], net_at=lambda sigma: high if sigma > 0.5 else low)
     rollout = [("high", 1000, False), ("high", 900, False), ("high", 750, False), ("low", 500, False)]
     assert asked == [*rollout, ("low", 500, True)] * 2
     assert same(weights(high), before[0]) and not same(weights(low), before[1])
@@ -175,7 +183,121 @@ def test_proxy_warmup_moves_the_proxy_only(transformer: Build, pool: PromptPool,
     student, teacher = transformer(0), transformer(1)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     config = MatchingTraining(iterations=0, proxy_warmup=2, batch=2)
-    train_matching("warm", student, teacher, pool, [1.0, 0.75, 0.0], config, (16, 8, 8), 0, tmp_path, t5_drop=0.0)
+    train(student, teacher, pool, config, tmp_path, name="warm", nodes=[1.0, 0.75, 0.0], shape=(16, 8, 8))
     saved = torch.load(tmp_path / "warm.pt", weights_only=True)["state"]
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     assert any(not torch.equal(v, teacher.state_dict()[k]) for k, v in saved["proxy"].items())
+
+
+def replay(pool: PromptPool) -> Replay:
+    return Replay(torch.randn(len(pool), len(NODES), *SHAPE, generator=torch.Generator().manual_seed(5)).half(), pool)
+
+
+@pytest.mark.parametrize("point", ["shared", "renoise", "interval"])
+@pytest.mark.parametrize("augmentation", ["tied", "decoupled"])
+@pytest.mark.parametrize("target", ["rollout", "step", "interval"])
+def test_every_switch_runs_and_moves_the_student(
+    point: str, augmentation: str, target: str, transformer: Build, pool: PromptPool, tmp_path: Path
+) -> None:
+    teacher, student = transformer(0), trainable(transformer(0))
+    before = weights(student)
+    switches = {"point": point, "augmentation": augmentation, "proxy_target": target, "iterations": 2}
+    train(student, teacher, pool, CONFIG.model_copy(update=switches), tmp_path)
+    assert not same(weights(student), before) and all(torch.isfinite(p).all() for p in student.parameters())
+
+
+def test_a_node_without_weight_gets_no_gradient(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    teacher, student = transformer(0), trainable(transformer(0))
+    before = weights(student)
+    only_third = {"node_matching": [0.0, 0.0, 1.0, 0.0], "node_augmentation": [0.0, 0.0, 1.0, 0.0]}
+    config = MatchingTraining.model_validate(CONFIG.model_dump() | only_third)
+    train(student, teacher, pool, config, tmp_path, train_nodes=[0, 1, 3])
+    # AdamW without weight decay and with a zero gradient stands still.
+    assert same(weights(student), before)
+    train(student, teacher, pool, config, tmp_path / "third", train_nodes=[2])
+    assert not same(weights(student), before)
+
+
+def test_heads_learn_and_push_only_on_their_turn(
+    transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Student, proxy and heads: each optimizer step moves its own network and leaves no gradient in the others."""
+    teacher, student = transformer(0), trainable(transformer(0))
+    config = MatchingTraining.model_validate(CONFIG.model_dump() | {"node_adversarial": [1.0], "adversarial": {"lr": 1e-2}})
+    matcher = Matcher("matching", student, teacher, pool, NODES, config, SHAPE, 0, t5_drop=0.5, replay=replay(pool))
+    assert matcher.heads is not None
+    networks = {"student": student, "proxy": matcher.proxy, "heads": matcher.heads}
+    turns: list[str] = []
+
+    def watched(loss: Tensor, *arguments: object, where: str, **options: object) -> float:
+        own = next((name for name in ("proxy", "heads") if name in where), "student")
+        before = {name: weights(net) for name, net in networks.items()}
+        for net in networks.values():
+            net.zero_grad(set_to_none=True)
+        norm = loop.descend(loss, *arguments, where=where, **options)  # type: ignore[arg-type]
+        for name, net in networks.items():
+            assert same(weights(net), before[name]) == (name != own)
+            assert (name == own) or all(p.grad is None for p in net.parameters())
+        turns.append(own)
+        return norm
+
+    monkeypatch.setattr(matching, "descend", watched)
+    train_matching(matcher, tmp_path)
+    assert turns == ["proxy", "proxy", "student", "heads"] * 2
+    row = json.loads((tmp_path / "stats.jsonl").read_text())
+    low, high = config.adversarial.band
+    assert low <= row["adversarial_ratio"] <= high
+    assert all(p.requires_grad for net in networks.values() for p in net.parameters())  # fences are put away
+
+
+def test_a_forgetful_head_loses_its_weights_and_its_optimizer_state(transformer: Build) -> None:
+    heads = Heads([0, 1], 32, channels=8)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
+    features = [torch.randn(2, 16, 32), torch.randn(2, 16, 32)]
+    heads(features).sum().backward()
+    optimizer.step()
+    before = weights(heads)
+    assert heads.refresh(0.0, optimizer, generator(1)) == 0 and same(weights(heads), before) and len(optimizer.state) == len(before)
+    state = torch.get_rng_state()
+    assert heads.refresh(1.0, optimizer, generator(1)) == 2 and not same(weights(heads), before) and not optimizer.state
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_coupling_is_the_parameterwise_average(transformer: Build) -> None:
+    proxy, student = transformer(0), transformer(1)
+    expected = [0.9 * p + 0.1 * s for p, s in zip(weights(proxy), weights(student), strict=True)]
+    couple(proxy, student, 0.9)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(weights(proxy), expected, strict=True))
+
+
+def test_a_fence_is_put_away_after_an_error(transformer: Build) -> None:
+    net = trainable(transformer(0))
+    first = next(iter(net.parameters()))
+    first.requires_grad_(False)
+    with pytest.raises(ZeroDivisionError), fenced(net):
+        assert not any(p.requires_grad for p in net.parameters())
+        raise ZeroDivisionError
+    assert [p.requires_grad for p in net.parameters()].count(False) == 1
+
+
+def test_the_trajectory_term_pulls_towards_the_cache_on_its_nodes(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    """Matching off, trajectory on at node 0: training lowers the trajectory loss there."""
+    teacher, student, cached = transformer(0), trainable(transformer(0)), replay(pool)
+    off = {"node_matching": [0.0], "node_augmentation": [0.0], "node_trajectory": [1.0, 0.0, 0.0, 0.0], "iterations": 20, "batch": 8}
+    config = MatchingTraining.model_validate(CONFIG.model_dump() | off)
+
+    def loss(node: int) -> float:
+        s, s_next = (torch.full((8,), NODES[node + k]) for k in (0, 1))
+        x, to = cached.states[:, node].float(), cached.states[:, node + 1].float()
+        with torch.no_grad():
+            return float(trajectory_loss(velocity(student, x, s, pool.cond), x, to, s, s_next))
+
+    start = loss(0)
+    train(student, teacher, pool, config, tmp_path, replay=cached)
+    assert loss(0) < 0.9 * start
+
+
+def test_weights_must_fit_the_steps() -> None:
+    with pytest.raises(ValueError, match="node_adversarial must hold one weight >= 0 for all steps or one for each of the 4"):
+        MatchingTraining(node_adversarial=[0.1, 0.2]).node_weights(4)
+    assert MatchingTraining(node_matching=[0.5]).node_weights(2)["matching"] == [0.5, 0.5]

@@ -14,9 +14,9 @@ from flashgen.models.build import build_pipeline
 from flashgen.models.specs import SPECS
 from flashgen.models.text import encode_prompts
 from flashgen.recipe.schema import EncoderTraining, FlowTraining
-from flashgen.shapes.scene import prompt_set
+from flashgen.shapes.scene import parse, prompt_set
 from flashgen.training import loop, teacher
-from flashgen.training.encoders import FIELDS, meaning, train_encoders
+from flashgen.training.encoders import FIELDS, LOCAL, PHRASES, meaning, phrases, train_encoders
 from flashgen.training.schedule import cosine, hold_then_decay
 from flashgen.training.teacher import drop_encoders, optimizers_for, train_flow
 
@@ -112,9 +112,30 @@ def test_encoder_training_moves_encoders_only_and_ends_frozen(pipe: StableDiffus
 
 def test_meaning_tells_all_captions_apart() -> None:
     requests = prompt_set(1, 60)
-    told = {tuple(meaning(r)): r.caption() for r in requests}
+    told = {tuple(map(tuple, meaning(r, 16))): r.caption() for r in requests}
     assert len(told) == len({r.caption() for r in requests})
-    assert all(0 <= index < len(values) for key in told for index, values in zip(key, FIELDS, strict=True))
+    assert all(0 <= index < len(values) for key in told for token in key for index, values in zip(token, FIELDS, strict=True))
+
+
+def test_each_word_means_its_own_group_and_every_token_the_whole_caption() -> None:
+    request = parse("a red circle left of two squares on a black background")
+    said = [tuple(values[i] for i, values in zip(token, FIELDS, strict=True)) for token in meaning(request, 11)]
+    own = [token[: len(LOCAL)] for token in said]
+    assert own[:3] == [("circle", "red", 1, "left of")] * 3
+    assert own[3:5] == [(None,) * 4] * 2
+    assert own[5:7] == [("square", None, 2, "right of")] * 2
+    assert own[7:] == [(None,) * 4] * 4
+    assert {token[len(LOCAL) :] for token in said} == {("circle", "red", 1, "square", None, "left of", "black")}
+
+
+def test_phrases_know_which_colour_a_shape_has_but_not_its_place() -> None:
+    one, swapped, moved, mirrored = (
+        phrases(parse(f"a {text}"))
+        for text in ("red circle left of a blue cross", "blue circle left of a red cross", "red circle below a blue cross",
+                     "blue cross left of a red circle")
+    )  # fmt: skip
+    assert one != swapped and one == moved == mirrored
+    assert {PHRASES[i] for i, there in enumerate(one) if there} == {("circle", "red"), ("cross", "blue")}
 
 
 def test_learning_rates_warm_up_and_end_at_their_floor() -> None:

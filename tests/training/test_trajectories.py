@@ -20,8 +20,9 @@ from flashgen.recipe.schema import RestructureRecipe, TrajectoryTraining
 from flashgen.stages.finetune import merge
 from flashgen.training import trajectories
 from flashgen.training.prompts import PromptPool
+from flashgen.training.ranks import Draws
 from flashgen.training.recovery import recover, without_t5_tokens
-from flashgen.training.trajectories import CACHE_STREAM, cache_trajectories, guided_velocity, train_on_trajectories, velocity
+from flashgen.training.trajectories import CACHE_STREAM, Replay, cache_trajectories, guided_velocity, train_on_trajectories, velocity
 
 SHAPE = (16, 4, 4)
 Build = Callable[[int], nn.Module]
@@ -47,7 +48,7 @@ def test_guided_velocity_is_two_forwards_in_one(transformer: Build, pool: Prompt
 
 
 def cache(net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0) -> Tensor:
-    return cache_trajectories(net, pool, few_step_grid(steps, 3.0), teacher_grid(fine, 3.0), SHAPE, 2.0, seed, work)
+    return cache_trajectories(net, pool, few_step_grid(steps, 3.0), teacher_grid(fine, 3.0), SHAPE, 2.0, seed, work).states
 
 
 def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
@@ -102,30 +103,40 @@ def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer:
             return float((velocity(net, states[:, 0].float(), torch.ones(8), pool.cond) - target).square().mean())
 
     start = loss(student)
-    train_on_trajectories(student, states, pool, nodes, config, 0.25, 0, tmp_path)
+    train_on_trajectories(student, Replay(states, pool), nodes, config, 0, tmp_path)
     assert loss(student) < 0.9 * start
     assert same(weights(teacher), before) and all(p.grad is None for p in teacher.parameters())
 
 
 def test_prompts_are_drawn_with_their_own_t5_drop(pool: PromptPool) -> None:
-    cond = pool.draw(400, 0.3, generator(1))
+    cond = pool.draw(0.3, Draws(400, 1))
     dropped = (cond.embeds[:, 16:] == 0).all(dim=(1, 2))
     assert 0.2 < dropped.float().mean() < 0.4
     assert not (cond.embeds[:, :16] == 0).any() and not (cond.embeds[~dropped][:, 16:] == 0).any()
     assert not (pool.cond.embeds == 0).any()  # the pool itself is left whole
-    again = pool.draw(400, 0.3, generator(1))
+    again = pool.draw(0.3, Draws(400, 1))
     assert torch.equal(again.embeds, cond.embeds) and torch.equal(again.pooled, cond.pooled)
+
+
+def test_a_pool_can_drop_t5_for_good(pool: PromptPool) -> None:
+    half = pool.dropping_t5(0.5, generator(2))
+    dropped = (half.cond.embeds[:, 16:] == 0).all(dim=(1, 2))
+    assert 0 < dropped.sum() < len(pool) and not (pool.cond.embeds == 0).any()
+    assert torch.equal(half.cond.embeds[~dropped], pool.cond.embeds[~dropped]) and torch.equal(half.cond.pooled, pool.cond.pooled)
+    assert torch.equal(half.dropping_t5(0.0, generator(3)).cond.embeds, half.cond.embeds)
 
 
 def test_recovery_shows_the_student_clip_tokens_only(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     full = transformer(0)
     slim = copy.deepcopy(full).requires_grad_(True)
     lengths: dict[str, set[int]] = {"full": set(), "slim": set()}
+    zeros: list[bool] = []
     for name, net in (("full", full), ("slim", slim)):
         net.register_forward_hook(lambda module, inputs, output, name=name: lengths[name].add(inputs[1].shape[1]))
+    full.register_forward_hook(lambda module, inputs, output: zeros.append(not inputs[1][:, 16:].any()))
     before = weights(full), weights(slim)
     recover(slim, full, pool, few_step_grid(2, 3.0), RestructureRecipe(iterations=2, batch=4), SHAPE, 0, tmp_path)
-    assert lengths == {"full": {32}, "slim": {16}}
+    assert lengths == {"full": {32}, "slim": {16}} and all(zeros)
     assert same(weights(full), before[0]) and not same(weights(slim), before[1])
     kept = without_t5_tokens(pool.cond, 16)
     assert isinstance(kept, Conditioning) and torch.equal(kept.embeds, pool.cond.embeds[:, :16])

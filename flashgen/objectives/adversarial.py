@@ -1,0 +1,32 @@
+"""The adversarial term in latent space, on features of the proxy (SD3.5-Flash; LADD, NitroFusion before it).
+
+Losses take logits [B, heads]; `training.discriminator` makes them from hidden states of the proxy's blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """mean softplus(-logit): non-saturating. Gradient: through `fake` to the sample."""
+    return softplus(-fake).mean()
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """mean softplus(logit of fake) + softplus(-logit of real). Gradient: the heads, whose features must be detached."""
+    return softplus(fake).mean() + softplus(-real).mean()
+
+
+def banded(adversarial: Tensor, other: Tensor, band: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """`adversarial` scaled so that its size stays within `band` of the size of `other`, sample by sample; and that ratio, [B].
+
+    Both are directions at x0 [B, C, H, W]. A sample whose `other` is zero gets no adversarial one (our choice).
+    """
+    size, against = adversarial.flatten(1).norm(dim=1), other.flatten(1).norm(dim=1)
+    ratio = (size / against.clamp_min(1e-12)).clamp(*band)
+    scale = ratio * against / size.clamp_min(1e-12)
+    return scale[:, None, None, None] * adversarial, ratio

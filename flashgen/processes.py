@@ -1,0 +1,22 @@
+"""Which of several processes this one is, as `accelerate launch` and `torchrun` say it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+
+
+def rank() -> int:
+    """0 for the one that writes, prints and publishes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if world() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()

@@ -1,0 +1,67 @@
+"""Several processes as one: `accelerate launch flashgen distill ...`. Alone, everything here costs nothing.
+
+Each process draws the random numbers of the whole batch and keeps every `world`-th row, gradients are averaged before the
+step, and metrics before they are logged. So the number of processes changes nothing but the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch import Tensor
+
+from flashgen.errors import UsageError
+from flashgen.processes import rank, world
+from flashgen.randomness import generator
+
+
+@torch.no_grad()
+def average_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over the processes."""
+    if world() > 1:
+        PartialState()  # joins the group that the launcher describes, once
+        for tensor in tensors:
+            tensor.copy_(reduce(tensor, "mean"))
+
+
+def averages(metrics: dict[str, float]) -> dict[str, float]:
+    """The mean over the processes that have each metric; all must call it."""
+    if world() == 1:
+        return metrics
+    PartialState()
+    found: dict[str, list[float]] = {}
+    for one in gather_object([metrics]):
+        for key, value in one.items():
+            found.setdefault(key, []).append(value)
+    return {key: sum(values) / len(values) for key, values in sorted(found.items())}
+
+
+class Draws:
+    """Random numbers of one training step, a function of `key` (seed, stream, step); rows = `batch` / processes."""
+
+    def __init__(self, batch: int, *key: int) -> None:
+        if batch % world():
+            raise UsageError(f"a batch of {batch} cannot be shared by {world()} processes; give a multiple of {world()}")
+        self.batch, self.whole = batch, generator(*key)
+
+    def _own(self, drawn: Tensor) -> Tensor:
+        return drawn[rank() :: world()]
+
+    def randn(self, *shape: int) -> Tensor:
+        """[rows, *shape]"""
+        return self._own(torch.randn((self.batch, *shape), generator=self.whole))
+
+    def rand(self, *shape: int) -> Tensor:
+        """[rows, *shape] in 0..1"""
+        return self._own(torch.rand((self.batch, *shape), generator=self.whole))
+
+    def randint(self, high: int) -> Tensor:
+        """[rows]"""
+        return self._own(torch.randint(high, (self.batch,), generator=self.whole))
+
+    def choice(self, weights: Tensor) -> Tensor:
+        """[rows] of indices, in proportion to `weights`."""
+        return self._own(torch.multinomial(weights, self.batch, replacement=True, generator=self.whole))

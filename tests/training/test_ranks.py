@@ -1,0 +1,67 @@
+"""Several processes as one: the rows they draw, and a two-process run against a one-process one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashgen.artifact.store import versions
+from flashgen.errors import UsageError
+from flashgen.stages import teacher
+from flashgen.training.ranks import Draws, average_, averages
+
+MICRO = [
+    "distill.trajectory.prompts=300",
+    "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=40", "distill.trajectory.batch=8",
+    "distill.matching.iterations=20", "distill.matching.prompts=16", "distill.matching.batch=4", "bench.per_task=1",
+]  # fmt: skip
+
+
+def test_the_processes_share_out_the_rows_of_one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> list[torch.Tensor]:
+        g = Draws(6, 1, 2)
+        return [g.randn(2, 3), g.rand(), g.randint(50), g.choice(torch.tensor([0.2, 0.8]))]
+
+    whole = drawn()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        assert all(torch.equal(part, all_[rank::3]) for part, all_ in zip(drawn(), whole, strict=True))
+    with pytest.raises(UsageError, match="a batch of 7 cannot be shared by 3 processes"):
+        Draws(7, 1)
+
+
+def test_alone_nothing_is_averaged() -> None:
+    tensor = torch.ones(2)
+    average_([tensor])
+    assert averages({"loss": 2.0}) == {"loss": 2.0} and torch.equal(tensor, torch.ones(2))
+
+
+def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
+    """`accelerate launch`, gloo, the same global batch. Tolerance: 1e-3 relative, what another order of sums grows to in 60 steps."""
+    teacher.random("tiny", tmp_path / "teacher", 0, False)
+    settings = [part for text in MICRO for part in ("--set", text)]
+    arguments = ["distill", str(tmp_path / "teacher"), "--recipe", "shapes-demo", *settings]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--main_process_port", "0", "-m", "flashgen"]  # fmt: skip
+    curves = {}
+    for name, how in (("one", ["-m", "flashgen"]), ("two", launch)):
+        out = tmp_path / name
+        done = subprocess.run(
+            [sys.executable, *how, *arguments, "--out", str(out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.split() == [str(out / "v0001")]  # one process prints
+        assert [v.name for v in versions(out)] == ["v0001"] and not (out / ".work").exists()
+        curves[name] = [json.loads(row) for row in (out / "v0001" / "stats.jsonl").read_text().splitlines()]
+    assert [(r["phase"], r["step"]) for r in curves["one"]] == [(r["phase"], r["step"]) for r in curves["two"]]
+    for one, two in zip(curves["one"], curves["two"], strict=True):
+        for key in one.keys() - {"phase", "step", "time", "std", "scale_min"}:  # those two are of a part of the batch
+            assert two[key] == pytest.approx(one[key], rel=1e-3), (one["phase"], one["step"], key)
