@@ -26,12 +26,13 @@ class EncoderTraining(Model):
     steps: int = Field(800, ge=1)
     batch: int = Field(128, ge=1)
     lr: float = Field(1e-3, gt=0)
+    pooled_norm: float = Field(1.0, gt=0, description="mean length of each CLIP-type encoder's pooled vector")
 
 
 class FlowTraining(Model):
-    samples: int = Field(64_000, ge=1, description="rendered scenes in the data set")
-    steps: int = Field(6000, ge=1)
-    batch: int = Field(128, ge=1)
+    samples: int = Field(32_000, ge=1, description="rendered scenes in the data set")
+    steps: int = Field(8000, ge=1)
+    batch: int = Field(64, ge=1)
     decay_share: float = Field(0.8, gt=0, le=1, description="share of the steps over which the learning rates fall to zero")
     muon_lr: float = Field(2e-2, gt=0)
     adam_lr: float = Field(2e-3, gt=0)
@@ -110,7 +111,7 @@ class LoraTraining(Model):
     """Teacher, student and proxy as adapters on one frozen backbone: memory for one network and two small sets of matrices."""
 
     rank: int = Field(64, ge=1)
-    alpha: float = Field(0.0, ge=0, description="the update is alpha / rank B A; 0: alpha = rank")
+    alpha: int = Field(0, ge=0, description="the update is alpha / rank B A; 0: alpha = rank")
     targets: str = Field(
         r".*transformer_blocks.*(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2)",
         description="modules that get an adapter, as a regular expression",

@@ -32,7 +32,7 @@ TASKS: tuple[Task, ...] = ("single_object", "two_object", "counting", "colors", 
 SIZE_PX = 64
 MIN_GAP_PX = 4.0
 LATTICE = 4  # cells a side on whose corners shapes stand: the patches of the shapes transformer
-RADII = {1: 0.2, 2: 0.17, 3: 0.13, 4: 0.13}  # by number of shapes, in units of the picture's side
+RADIUS = 0.18  # in units of the picture's side
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,15 @@ def sample_request(rng: np.random.Generator, task: Task | None = None, *, color_
 def realise(request: Request, rng: np.random.Generator, *, free: bool = False) -> Scene:
     """A random finished picture that fulfils the request.
 
-    Shapes stand on a 16 px lattice in a size that follows from their number, so that a small teacher can learn crisp
-    outlines in an hour (our choice; docs/lab-log.md). `free` lifts both limits; the autoencoder is trained on such scenes.
+    Shapes have one size and stand on a 16 px lattice, two and more in the middle of a quadrant each, so that a small teacher
+    can learn in an hour which is which (our choice; docs/lab-log.md). `free` lifts these limits; the autoencoder is trained on
+    such scenes.
     """
     background = request.background or str(rng.choice(list(BACKGROUNDS)))
     kinds = [(g.shape, g.color or str(rng.choice(list(COLORS)))) for g in request.groups for _ in range(g.count)]
-    low, high = {1: (0.17, 0.26), 2: (0.13, 0.19)}.get(len(kinds), (0.11, 0.145)) if free else (RADII[len(kinds)],) * 2
+    if len(kinds) > 4:
+        raise ValueError(f"there is room for four shapes in a picture, not {len(kinds)}")
+    low, high = {1: (0.17, 0.26), 2: (0.13, 0.19)}.get(len(kinds), (0.11, 0.145)) if free else (RADIUS, RADIUS)
     while True:
         radii = rng.uniform(low, high, len(kinds))
         centres = _place(radii, request.relation, rng, free)
@@ -156,7 +159,7 @@ def _place(radii: np.ndarray, relation: Relation | None, rng: np.random.Generato
         low, high = (radii + margin)[:, None], (1 - radii - margin)[:, None]
         xy = rng.uniform(low, high, (len(radii), 2))
         if not free:
-            xy = rng.integers(np.ceil(low * LATTICE - 1e-9), np.floor(high * LATTICE + 1e-9) + 1, (len(radii), 2)) / LATTICE
+            xy = rng.choice(np.arange(1, LATTICE, 1 if len(radii) == 1 else 2), (len(radii), 2)) / LATTICE
         delta = xy[:, None] - xy[None]
         # Squares reach sqrt(pi)/2 of their radius sideways but further at the corners, hence the 1.2.
         apart = np.hypot(delta[..., 0], delta[..., 1]) - 1.2 * (radii[:, None] + radii[None])

@@ -38,7 +38,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.stages.report import finish, watcher
     from flashgen.training.matching import Matcher, train_matching
     from flashgen.training.prompts import prompt_pool
-    from flashgen.training.roles import roles_on
+    from flashgen.training.roles import Role, roles_on
     from flashgen.training.trajectories import train_on_trajectories
 
     taught = parent.manifest.sampler
@@ -61,7 +61,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps]})
     kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
 
-    save_changed(draft, parent.path, {"transformer": student.fused() if config.lora else student})
+    save_changed(draft, parent.path, {"transformer": student.fused() if isinstance(student, Role) else student})
     return finish(draft, sampler, recipe.bench, metrics={"watched": kept} if kept else {})
 
 

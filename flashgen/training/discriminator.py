@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class Heads(nn.Module):
         logits = []
         for head, tokens in zip(self.heads, features, strict=True):
             side = round(tokens.shape[1] ** 0.5)
-            image = tokens.transpose(1, 2).unflatten(2, (side, side))
+            image = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
             logits.append(head(image).mean(dim=(1, 2, 3)))
         return torch.stack(logits, 1)
 
@@ -50,8 +52,8 @@ class Tap:
 
     def __init__(self, transformer: nn.Module, blocks: list[int]) -> None:
         self.features: dict[int, Tensor] = {}
-        layers = transformer.transformer_blocks
-        self.handles = [layers[i].register_forward_hook(self._keep(i)) for i in blocks]  # type: ignore[index]
+        layers: Any = transformer.transformer_blocks
+        self.handles = [layers[i].register_forward_hook(self._keep(i)) for i in blocks]
         self.blocks = blocks
 
     def _keep(self, block: int):  # type: ignore[no-untyped-def]

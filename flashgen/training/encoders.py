@@ -14,19 +14,18 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from transformers import CLIPTextModelWithProjection
 
 from flashgen.models.text import tokenize
 from flashgen.models.tokenizers import WORDS
 from flashgen.recipe.schema import EncoderTraining
-from flashgen.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Group, Relation, Request, sample_request
+from flashgen.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Relation, Request, prompt_set, sample_request
 from flashgen.training.loop import descend, fit
 from flashgen.training.schedule import cosine
 
 ENCODER_STREAM = 4
 SHAPE, COLOR, COUNT = (None, *SHAPES), (None, *COLORS), (None, 1, 2, 3, 4)
-LOCAL: tuple[tuple[str | int | None, ...], ...] = (SHAPE, COLOR, COUNT, (None, *RELATIONS))
-WHOLE: tuple[tuple[str | int | None, ...], ...] = (SHAPE, COLOR, COUNT, SHAPE, COLOR, (None, *RELATIONS), (None, *BACKGROUNDS))
-FIELDS = LOCAL + WHOLE
+FIELDS: tuple[tuple[str | int | None, ...], ...] = (SHAPE, COLOR, COUNT, (None, *RELATIONS), (None, *BACKGROUNDS))
 PHRASES = tuple((shape, color) for shape in SHAPES for color in COLOR)
 INVERSE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -35,20 +34,17 @@ def meaning(request: Request, length: int) -> list[list[int]]:
     """What each of a caption's first `length` tokens says, as one class index a field of `FIELDS`; [length, fields].
 
     A word of a group tells its own group's shape, colour, count and place (the relation as seen from this group), so that
-    image tokens can bind by attending to one group's words. Every token also tells the whole caption: first group, second
-    group, relation, background.
+    image tokens bind by attending to one group's words. Every token tells the background.
     """
     places = (request.relation, INVERSE[request.relation]) if request.relation else (None, None)
-    nothing: tuple[str | int | None, ...] = (None,) * len(LOCAL)
+    nothing: tuple[str | int | None, ...] = (None, None, None, None)
     said: list[tuple[str | int | None, ...]] = []
     for group, place in zip(request.groups, places, strict=False):
         if said:
             said += [nothing] * len((request.relation or "and").split())
         said += [(group.shape, group.color, group.count, place)] * len(group.words().split())
     said += [nothing] * (length - len(said))
-    first, second = request.groups[0], request.groups[1] if len(request.groups) > 1 else Group(1, None, "")
-    whole = (first.shape, first.color, first.count, second.shape or None, second.color, request.relation, request.background)
-    return [[values.index(value) for values, value in zip(FIELDS, (*fields, *whole), strict=True)] for fields in said[:length]]
+    return [[values.index(value) for values, value in zip(FIELDS, (*fields, request.background), strict=True)] for fields in said[:length]]
 
 
 def phrases(request: Request) -> list[float]:
@@ -89,6 +85,19 @@ def train_encoders(pipe: StableDiffusion3Pipeline, config: EncoderTraining, t5_t
     fit("encoders", config.steps, step_fn, {"module": module, "optimizer": optimizer}, work)
     for encoder in encoders.values():
         encoder.requires_grad_(False)
+    tokens = tokenize(pipe, [request.caption() for request in prompt_set(seed, 40)], t5_tokens)
+    _soften(pipe.text_encoder, tokens.clip_l, config.pooled_norm)
+    _soften(pipe.text_encoder_2, tokens.clip_g, config.pooled_norm)
+
+
+@torch.no_grad()
+def _soften(encoder: CLIPTextModelWithProjection, ids: Tensor, norm: float) -> None:
+    """Scale the projection so that pooled vectors have `norm` on average.
+
+    A loud pooled vector tells every image token the same through adaLN, long before attention has learned to tell tokens
+    different things, and then a model knows which colours there are but not which shape has which (docs/lab-log.md).
+    """
+    encoder.text_projection.weight *= norm / encoder(ids).text_embeds.norm(dim=-1).mean()
 
 
 def _fields(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

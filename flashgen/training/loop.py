@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,10 +79,10 @@ def fit(
 def _board(work: Path) -> Any:
     """A TensorBoard writer for `tensorboard --logdir .../.work`, where that is installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        tensorboard = import_module("torch.utils.tensorboard")
     except ImportError:
         return None
-    return SummaryWriter(work / "tensorboard")  # type: ignore[no-untyped-call]
+    return tensorboard.SummaryWriter(work / "tensorboard")
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from flashgen.training.ranks import Draws
 from flashgen.training.trajectories import Replay, teacher_velocities, velocity
 
 MATCHING_STREAM = 12
-ADAM = {"betas": (0.0, 0.99), "weight_decay": 0.0}
+ADAM: dict[str, Any] = {"betas": (0.0, 0.99), "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ class Matcher:
         self.heads: Heads | None = None
         if self.weights["adversarial"][self.choices].any():
             torch.manual_seed(seed)
-            layers = len(teacher.transformer_blocks)  # type: ignore[arg-type]
+            network: Any = teacher
+            layers = len(network.transformer_blocks)
             blocks = config.adversarial.blocks or [layers // 2 - 1, layers - 1]
-            self.heads = Heads(blocks, teacher.config.num_attention_heads * teacher.config.attention_head_dim)  # type: ignore[union-attr]
+            self.heads = Heads(blocks, network.config.num_attention_heads * network.config.attention_head_dim)
             self.heads_optimizer = torch.optim.AdamW(self.heads.parameters(), lr=config.adversarial.lr, **ADAM)
 
     def state(self) -> dict[str, Stateful]:

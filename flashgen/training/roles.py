@@ -96,12 +96,13 @@ class Role(nn.Module):
     def fused(self) -> nn.Module:
         """A dense copy of the network that this role is: W + (alpha / rank) B A, no adapter left."""
         self.backbone.switch(self.adapter)
-        dense = copy.deepcopy(self.backbone.transformer)
+        dense: Any = copy.deepcopy(self.backbone.transformer)
         if self.adapter is not None:
             dense.fuse_lora(adapter_names=[self.adapter])
         dense.unload_lora()
         dense.disable_gradient_checkpointing()
-        return dense.requires_grad_(False)
+        dense.requires_grad_(False)
+        return dense  # type: ignore[no-any-return]
 
 
 def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:

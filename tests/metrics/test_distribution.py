@@ -15,7 +15,7 @@ def gaussian(mean: np.ndarray, sd: np.ndarray, n: int = 4000, seed: int = 0) -> 
     """Samples with exactly that mean and diagonal covariance."""
     x = np.random.default_rng(seed).standard_normal((n, len(mean)))
     x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
-    return mean + sd * x
+    return np.asarray(mean + sd * x)
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:

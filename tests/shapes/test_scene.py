@@ -10,7 +10,7 @@ from flashgen.shapes.scene import (
     COLORS,
     LATTICE,
     NUMBERS,
-    RADII,
+    RADIUS,
     RELATIONS,
     SHAPES,
     SIZE_PX,
@@ -125,10 +125,16 @@ def test_realised_scenes_keep_the_prompt_and_the_drawing_rules(free: bool) -> No
         for item in scene.items:
             assert all(item.radius + 2 / SIZE_PX <= c <= 1 - item.radius - 2 / SIZE_PX for c in (item.x, item.y))
             if not free:
-                assert item.radius == RADII[len(scene.items)] and all(float(c * LATTICE).is_integer() for c in (item.x, item.y))
+                places = {1, 2, 3} if len(scene.items) == 1 else {1, 3}  # two and more have a quadrant each
+                assert item.radius == RADIUS and {item.x * LATTICE, item.y * LATTICE} <= places
         if request.relation:
             a, b = (np.array([i.x, i.y]) for i in scene.items)
             assert related(a, b, request.relation, dominance=1.49)  # drawn unmistakably
+
+
+def test_five_shapes_find_no_room() -> None:
+    with pytest.raises(ValueError, match="room for four"):
+        realise(parse("four circles and a square"), np.random.default_rng(0))
 
 
 def test_realise_repeats_with_the_same_random_stream() -> None:

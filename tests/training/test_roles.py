@@ -29,7 +29,7 @@ def shake(role: Role, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in role.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
 
 
 def test_all_roles_equal_the_backbone_exactly_at_first(transformer: Build, pool: PromptPool) -> None:
@@ -66,7 +66,8 @@ def test_gradients_never_mix_even_when_another_role_works_before_the_backward(
     for switched in (False, True):
         lora = LORA.model_copy(update={"checkpointing": checkpointing and switched})
         teacher, student, proxy = roles_on(transformer(0), lora, "student", "proxy", seed=0)
-        shake(student, 1), shake(proxy, 2)
+        shake(student, 1)
+        shake(proxy, 2)
         loss = speak(student, pool).square().mean()
         if switched:
             with torch.no_grad():
@@ -96,7 +97,8 @@ def test_state_is_the_adapters_alone_and_comes_back(transformer: Build, pool: Pr
 def test_interpolation_of_adapters_is_that_of_their_dense_weights(weight: float, transformer: Build, pool: PromptPool) -> None:
     plain = transformer(0)
     _, high, low = roles_on(copy.deepcopy(plain), LORA, "high", "low", seed=0)
-    shake(high, 1), shake(low, 2)
+    shake(high, 1)
+    shake(low, 2)
     found = interpolate(high, low, weight)
     assert found.keys() == plain.state_dict().keys()
     for name in (n for n in found if "to_q.weight" in n):

@@ -16,9 +16,10 @@ from flashgen.models.text import encode_prompts
 from flashgen.recipe.schema import EncoderTraining, FlowTraining
 from flashgen.shapes.scene import parse, prompt_set
 from flashgen.training import loop, teacher
-from flashgen.training.encoders import FIELDS, LOCAL, PHRASES, meaning, phrases, train_encoders
+from flashgen.training.encoders import FIELDS, PHRASES, meaning, phrases, train_encoders
+from flashgen.training.optimizers import muon_and_adamw
 from flashgen.training.schedule import cosine, hold_then_decay
-from flashgen.training.teacher import drop_encoders, optimizers_for, train_flow
+from flashgen.training.teacher import drop_encoders, train_flow
 
 PROMPTS = ["a red circle left of a blue square", "", "two circles", "four purple crosses on a gray background"]
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -57,7 +58,7 @@ def test_keep_mask_drops_exactly_one_encoder_of_one_sample(dropped: int, pipe: S
 
 
 def test_each_parameter_has_exactly_one_optimizer_and_muon_gets_matrices_of_blocks(pipe: StableDiffusion3Pipeline) -> None:
-    groups = [[p for g in o.param_groups for p in g["params"]] for o in optimizers_for(pipe.transformer, FlowTraining())]
+    groups = [[p for g in o.param_groups for p in g["params"]] for o in muon_and_adamw(pipe.transformer, 1e-2, 1e-3)]
     names = {id(p): n for n, p in pipe.transformer.named_parameters()}
     assert sorted(id(p) for group in groups for p in group) == sorted(names)
     assert all(p.ndim == 2 and "transformer_blocks" in names[id(p)] for p in groups[0]) and len(groups[0]) > 20
@@ -117,15 +118,19 @@ def test_meaning_tells_all_captions_apart() -> None:
     assert all(0 <= index < len(values) for key in told for token in key for index, values in zip(token, FIELDS, strict=True))
 
 
-def test_each_word_means_its_own_group_and_every_token_the_whole_caption() -> None:
+def test_each_word_means_its_own_group_and_every_token_the_background() -> None:
     request = parse("a red circle left of two squares on a black background")
     said = [tuple(values[i] for i, values in zip(token, FIELDS, strict=True)) for token in meaning(request, 11)]
-    own = [token[: len(LOCAL)] for token in said]
-    assert own[:3] == [("circle", "red", 1, "left of")] * 3
-    assert own[3:5] == [(None,) * 4] * 2
-    assert own[5:7] == [("square", None, 2, "right of")] * 2
-    assert own[7:] == [(None,) * 4] * 4
-    assert {token[len(LOCAL) :] for token in said} == {("circle", "red", 1, "square", None, "left of", "black")}
+    assert said[:3] == [("circle", "red", 1, "left of", "black")] * 3
+    assert said[5:7] == [("square", None, 2, "right of", "black")] * 2
+    assert said[3:5] + said[7:] == [(None, None, None, None, "black")] * 6
+
+
+def test_pooled_vectors_are_soft(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    train_encoders(pipe, EncoderTraining(steps=1, batch=4, pooled_norm=0.5), 16, 0, tmp_path)
+    pooled = encode_prompts(pipe, [r.caption() for r in prompt_set(0, 40)], 16).pooled
+    for part in torch.split(pooled, 16, -1):
+        assert part.norm(dim=-1).mean().item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_phrases_know_which_colour_a_shape_has_but_not_its_place() -> None:
