@@ -23,7 +23,7 @@ def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
 
 
 def diffuse(x: Tensor, eps: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
-    """x at `sigma` carried up to a noisier `sigma_to` by fresh noise: a x + b eps, so that the marginal is right (method.md 1.1)."""
+    """x at `sigma` carried up to a noisier `sigma_to` by fresh noise: a x + b eps, so that the marginal is that of `sigma_to`."""
     a, b = diffusion_factors(sigma, sigma_to)
     return expand(a, x) * x + expand(b, x) * eps
 

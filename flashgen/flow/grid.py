@@ -14,7 +14,7 @@ def unshift(sigma: float, k: float) -> float:
 
 
 def few_step_grid(n: int, k: float) -> list[float]:
-    """`n` evaluations at shift(1), shift((n-1)/n), ..., shift(1/n), then 0; n = 4, k = 3: 1, .9, .75, .5, 0 (method.md 1.2)."""
+    """`n` evaluations at shift(1), shift((n-1)/n), ..., shift(1/n), then 0; n = 4, k = 3: 1, .9, .75, .5, 0 (our choice)."""
     return [shift(i / n, k) for i in range(n, 0, -1)] + [0.0]
 
 

@@ -61,7 +61,7 @@ def sample(
 ) -> NDArray[np.uint8]:
     """Pictures [B, H, W, 3] of `prompts`; picture i starts from the noise of seeds[i]. Defaults are the sampler's.
 
-    The same picture in diffusers, whose scheduler shifts the sigmas that it is given (method.md 1.2), hence `unshift`:
+    The same picture in diffusers, whose scheduler shifts the sigmas that it is given (docs/artifacts.md), hence `unshift`:
 
         noise = torch.from_numpy(flashgen.device.noise.latents((16, size_px // 8, size_px // 8), [seed]))
         pipe = StableDiffusion3Pipeline.from_pretrained(path)

@@ -140,6 +140,7 @@ class FinetuneRecipe(Model):
         [0.3, 0.5, 0.7], min_length=1, description="weights of the high branch to choose from on held-out prompts; low gets the rest"
     )
     control: bool = Field(False, description="no branches: as many plain updates of one network")
+    lora: LoraTraining | None = Field(None, description="branches and proxies as adapters on frozen student and teacher")
     allow_worse: bool = Field(False, description="publish even a result that is surely below the input")
     matching: MatchingTraining = MatchingTraining()
 

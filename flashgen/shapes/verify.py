@@ -19,7 +19,7 @@ from flashgen.shapes.render import coverage
 from flashgen.shapes.scene import BACKGROUNDS, COLORS, SHAPES, TASKS, Item, Request, related
 
 FOREGROUND_DISTANCE = 60.0  # RGB distance from the background that makes a pixel foreground
-MIN_AREA = 0.006  # of the picture; the smallest true shape covers 0.018
+MIN_AREA = 0.006  # of the picture; the smallest true shape covers 0.029, drawn `free`
 STRAY_AREA = 0.002  # smaller specks are ignored as noise, unless together they cover MIN_AREA
 COLOR_TOLERANCE = 75.0  # RGB distance between a shape's median colour and its palette entry
 CORE_PURITY = 0.7  # share of a shape's core whose nearest palette colour is the shape's

@@ -22,7 +22,7 @@ SHEET_COLUMNS = 8
 
 
 def run(artifacts: list[str], out: Path | None, recipe: Recipe, seed: int, per_task: int | None = None) -> dict[str, Any]:
-    """Measure `artifacts` in the order given; {"results": [...]} as design.md section 2 has it.
+    """Measure `artifacts` in the order given; {"results": [...]} as docs/commands.md has it.
 
     Composition is judged on `per_task` prompts of each of the six tasks (default: the recipe's), prompt i drawn from seed + i,
     the same for every artifact. With `out`, bench.json and contact-sheet.png are written there.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, NumericsError
 from flashgen.progress import say
-from flashgen.recipe.schema import Recipe
+from flashgen.recipe.schema import LoraTraining, Recipe
 from flashgen.stages.distill import replay_for
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def train_branches(
     shape = (pipe.transformer.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
     pool = prompt_pool(pipe, config.matching.prompts, seed + 2, sampler.t5_tokens)
     replay = replay_for(config.matching, recipe, pipe, teacher, sampler, seed, work)
-    high, low = (copy.deepcopy(pipe.transformer).requires_grad_(True) for _ in range(2))
+    high, low, teacher, proxies = _branches(pipe.transformer, config.lora, teacher, seed)
     above = [i for i, s in enumerate(nodes[:-1]) if s > config.split]
     beneath = [i for i, s in enumerate(nodes[:-1]) if s <= config.split]
     turns = [("high", high, above, config.matching), ("low", low, beneath, config.matching)]
@@ -82,10 +82,23 @@ def train_branches(
         if own:  # with two steps the low branch has no node and keeps its weights
             matcher = Matcher(
                 name, branch, teacher, pool, nodes, matching, shape, seed + 10 + number, t5_drop=t5_drop, replay=replay,
-                train_nodes=own, net_at=lambda sigma: high if sigma > config.split else low,
+                proxy=proxies[number], train_nodes=own, net_at=lambda sigma: high if sigma > config.split else low,
             )  # fmt: skip
             train_matching(matcher, work)  # a branch alone is no student: the merge is judged instead
     return high, low
+
+
+def _branches(
+    student: nn.Module, lora: LoraTraining | None, teacher: nn.Module, seed: int
+) -> tuple[nn.Module, nn.Module, nn.Module, list[nn.Module | None]]:
+    """(high, low, teacher, proxies). With `lora` the branches are adapters on the student, the proxies adapters on the teacher."""
+    from flashgen.training.roles import roles_on
+
+    if lora is None:
+        return copy.deepcopy(student).requires_grad_(True), copy.deepcopy(student).requires_grad_(True), teacher, [None, None]
+    _, high, low = roles_on(copy.deepcopy(student), lora, "high", "low", seed=seed)
+    teacher, *proxies = roles_on(teacher, lora, "proxy_high", "proxy_low", seed=seed + 1)
+    return high, low, teacher, [*proxies]
 
 
 def _borrowed(recipe: Recipe) -> dict[str, object]:
@@ -95,9 +108,17 @@ def _borrowed(recipe: Recipe) -> dict[str, object]:
 
 
 def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float) -> None:
-    """target <- low + weight_high (high - low), parameter by parameter (SD3.5-Flash: 3:7; which side gets 7 is our choice)."""
+    """target <- low + weight_high (high - low), weight by weight (SD3.5-Flash: 3:7; which side gets 7 is our choice).
+
+    Adapters are merged as the dense weights that they stand for.
+    """
     import torch
 
+    from flashgen.training.roles import Role, interpolate
+
+    if isinstance(high, Role) and isinstance(low, Role):
+        target.load_state_dict(interpolate(high, low, weight_high))
+        return
     with torch.no_grad():
         for into, h, lo in zip(target.parameters(), high.parameters(), low.parameters(), strict=True):
             into.copy_(torch.lerp(lo, h, weight_high))

@@ -23,7 +23,7 @@ from flashgen.shapes.scene import prompt_set
 from flashgen.shapes.verify import composition, judge
 
 VALIDATION_SEED = 1000  # prompts that stages may look at; `bench` judges on others
-CHOICE_SEED = 2000  # prompts on which `finetune` chooses, so that its validation score stays honest
+CHOICE_SEED = 2000  # prompts on which `distill` and `finetune` choose, so that the validation score stays honest
 
 
 def verdicts(pipe: StableDiffusion3Pipeline, sampler: Sampler, bench: BenchRecipe, picture: Path | None = None) -> NDArray[np.bool_]:

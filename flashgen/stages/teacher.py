@@ -33,7 +33,7 @@ def _sampler(clip_tokens: int, t5_tokens: int, size_px: int, guidance: float, sh
 
 
 def train(recipe: Recipe, out: Path, seed: int, force: bool) -> Artifact:
-    """The shapes world's autoencoder, then its transformer with the three text encoders."""
+    """The shapes world's autoencoder, then its three text encoders, then its transformer on the frozen rest."""
     draft = begin(out, kind="teacher", stage="teacher", recipe=recipe.teacher.model_dump(), seed=seed, parents=[], force=force)
     if isinstance(draft, Artifact):
         return draft

@@ -76,7 +76,7 @@ class Matcher:
     An update is one rollout (N forwards), `proxy_updates` proxy steps, one student step on a random node of `train_nodes`
     (default all) and, with an adversarial weight, one step of the heads. Gradient: proxy steps change the proxy only, student
     steps the student only, head steps the heads only; the teacher never changes. With the paper's switches an update costs
-    N + 3 r + 6 forward equivalents; an adversarial one about 3 more for the student and 1 for the heads.
+    N + 3 r + 6 forward equivalents; an adversarial one about 3 more for the student and 2 for the heads.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Several processes as one: `accelerate launch flashgen distill ...`. Alone, everything here costs nothing.
+"""Several processes as one: `accelerate launch -m flashgen distill ...`. Alone, everything here costs nothing.
 
 Each process draws the random numbers of the whole batch and keeps every `world`-th row, gradients are averaged before the
 step, and metrics before they are logged. So the number of processes changes nothing but the order of sums.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -216,6 +217,15 @@ def test_finetune_refuses_a_teacher_that_is_not_the_students(chain: Chain, tmp_p
     shutil.copytree(other.path, tmp_path / "teacher")
     with pytest.raises(ArtifactError, match=r"is not the one .* was made from"):
         finetune.run(str(student.path), tmp_path / "out", micro(), 0, False)
+
+
+def test_finetune_with_adapters_publishes_a_dense_student_and_resumes(chain: Chain, tmp_path: Path) -> None:
+    recipe = micro("finetune.lora.rank=2", "finetune.merge_high=[0.3]", "finetune.matching.lr=1e-2", "finetune.allow_worse=true")
+    tuned = finetune.run(str(chain.student.path), tmp_path, recipe, 0, False)
+    before, after = (load_file(a.path / TRANSFORMER) for a in (chain.student, tuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed and all(re.search(r"to_|add_|net", name) for name in changed)
+    assert finetune.run(str(chain.student.path), tmp_path, recipe, 0, False).path == tuned.path
 
 
 def test_finetune_of_two_steps_leaves_the_low_branch_alone(chain: Chain, tmp_path: Path) -> None:
