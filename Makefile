@@ -44,7 +44,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# The embedded teacher from nothing: its autoencoder, then its transformer and text encoders. Resumes when interrupted.
+# The embedded teacher from nothing: autoencoder, text encoders, transformer; an hour or two. Resumes when interrupted.
 teacher: install
 	$(FLASHGEN) teacher train --recipe shapes --out artifacts/teacher
 

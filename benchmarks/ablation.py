@@ -1,19 +1,21 @@
-"""The ablation table: one base student a seed, eleven ways to spend the same number of forwards on it.
+"""The ablation table: one base student a seed, and ways to spend the same number of forwards on it.
 
     python benchmarks/ablation.py artifacts/ablation --page docs/ablation.md      # `make ablation`
 
-Every run is one JSON file under `OUT/runs`; a run that is there is not made again, so the same command resumes. The unit of
-cost is F, one transformer forward of one sample; a backward is 2 F. Forwards and backwards are counted by hooks.
+Every run is one JSON file under `OUT/<key>/runs`, where the key is the teacher's digest, the recipe and the budget; a run that is
+there is not made again, so the same command resumes. The unit of cost is F, one transformer forward of one sample; a backward
+is 2 F. One update of each row is measured by hooks.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import os
-import time
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +42,14 @@ from flashgen.shapes.scene import TASKS, Request, prompt_set, realise
 from flashgen.shapes.verify import judge
 from flashgen.stages.distill import cached
 from flashgen.stages.finetune import merge
+from flashgen.stages.report import verdicts
 from flashgen.training.loop import save_state
 from flashgen.training.matching import Matcher, roll_out, train_matching
 from flashgen.training.prompts import PromptPool, prompt_pool
 from flashgen.training.ranks import Draws
 from flashgen.training.trajectories import Replay, train_on_trajectories, velocity
 
-TEST_SEED = 4000  # prompts that no stage ever looks at
+TEST_SEED = 4000  # a stream of prompts and noise that no stage draws from; single captions do occur in training, the world is small
 # What each row changes in `distill.matching` of the recipe. Rows that are not here are made by hand below.
 MATCHING: dict[str, dict[str, Any]] = {
     "re-noise (DMD2)": {"point": "renoise", "proxy_target": "step"},
@@ -70,17 +73,19 @@ class Meter:
         self.forwards = 0.0
 
     def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        rows = len(inputs[0])
+        """On the first block of a transformer: the last that a backward reaches, also from features in the middle."""
+        rows = len(output[1])
         self.forwards += rows
-        if output[0].requires_grad:
-            output[0].register_hook(lambda _: self._add(2 * rows))
+        if output[1].requires_grad:
+            output[1].register_hook(lambda _: self._add(2 * rows))
 
     def _add(self, rows: float) -> None:
         self.forwards += rows
 
     @contextmanager
     def on(self, *networks: nn.Module) -> Iterator[Meter]:
-        handles = [network.register_forward_hook(self._hook) for network in {id(n): n for n in networks}.values()]
+        blocks: list[Any] = [network.transformer_blocks for network in {id(n): n for n in networks}.values()]
+        handles = [first.register_forward_hook(self._hook) for first, *_ in blocks]
         try:
             yield self
         finally:
@@ -132,11 +137,11 @@ class Bench:
         train_on_trajectories(student, self.replay, self.nodes, self.recipe.distill.trajectory, self.seed, self.work / "base")
         return student
 
-    def matcher(self, name: str, student: nn.Module, config: MatchingTraining, **options: Any) -> Matcher:
+    def matcher(self, name: str, student: nn.Module, config: MatchingTraining, turn: int = 0, **options: Any) -> Matcher:
         weights = config.node_trajectory
         trimmed = config.model_copy(update={"node_trajectory": weights if len(weights) == 1 else weights[: self.steps]})
         return Matcher(
-            name, student.requires_grad_(True), self.teacher, self.pool, self.nodes, trimmed, self.shape, self.seed,
+            name, student.requires_grad_(True), self.teacher, self.pool, self.nodes, trimmed, self.shape, self.seed + 100 * turn,
             t5_drop=self.recipe.distill.t5_drop, replay=self.replay, **options,
         )  # fmt: skip
 
@@ -147,35 +152,35 @@ class Bench:
             matcher.update(0)
         return meter.forwards / 2
 
-    def match(self, name: str, start: nn.Module, config: MatchingTraining, budget: float, **options: Any) -> tuple[Matcher, Meter]:
-        """Spend `budget` F a sample on `config`, the proxy's warm-up included."""
-        per_update, warm = self.cost(config), self.steps + 3 * config.proxy_updates
-        iterations = round((budget - config.proxy_warmup * warm) / per_update)
-        matcher = self.matcher(name, start, config.model_copy(update={"iterations": iterations}), **options)
-        with Meter().on(matcher.student, matcher.proxy, self.teacher) as meter:
-            train_matching(matcher, self.work / name)
-        return matcher, meter
+    def match(
+        self, name: str, start: nn.Module, config: MatchingTraining, budget: float, turn: int = 0, **options: Any
+    ) -> tuple[Matcher, float]:
+        """Spend `budget` F a sample on `config`, the proxy's warm-up included; (matcher, what was spent)."""
+        per_update, warm = self.cost(config), config.proxy_warmup * (self.steps + 3 * config.proxy_updates)
+        iterations = round((budget - warm) / per_update)
+        if iterations < 1:
+            raise SystemExit(f"a budget of {budget:g} F buys no update of {name}; raise --budget")
+        matcher = self.matcher(name, start, config.model_copy(update={"iterations": iterations}), turn, **options)
+        train_matching(matcher, self.work / name)
+        return matcher, warm + iterations * per_update
 
     def run(self, row: str) -> dict[str, Any]:
-        start, name = time.perf_counter(), row.replace(" ", "-").replace("(", "").replace(")", "").replace(",", "").replace("+", "and")
+        name = slug(row)
         config = self.recipe.distill.matching.model_copy(update=MATCHING.get(row, {}))
-        variance: dict[str, float] = {}
+        found: dict[str, Any] = {"row": row, "steps": self.steps, "seed": self.seed}
         if row == "trajectory":
             longer = self.recipe.distill.trajectory.model_copy(update={"iterations": round(self.budget / 3)})
             student = copy.deepcopy(self.base).requires_grad_(True)
-            with Meter().on(student) as meter:
-                train_on_trajectories(student, self.replay, self.nodes, longer, self.seed + 100, self.work / name)
-            forwards = meter.forwards / longer.batch
+            train_on_trajectories(student, self.replay, self.nodes, longer, self.seed + 100, self.work / name)
+            found["forwards"] = 3.0 * longer.iterations
         elif row in MATCHING:
-            matcher, meter = self.match(name, copy.deepcopy(self.base), config, self.budget)
-            student, forwards, variance = matcher.student, meter.forwards / config.batch, gradient_variance(matcher)
+            matcher, found["forwards"] = self.match(name, copy.deepcopy(self.base), config, self.budget)
+            student, found["per_update"] = matcher.student, self.cost(config)
+            if not matcher.heads:
+                found |= gradient_variance(matcher)
         else:
-            student, forwards = self._second_half(row, name)
-        found = {"row": row, "steps": self.steps, "seed": self.seed, "forwards": round(forwards, 1), "per_update": None}
-        if row in MATCHING:
-            found["per_update"] = self.cost(config)
-        seconds = time.perf_counter() - start
-        return found | {"seconds": round(seconds, 1), **variance, **self.score(student.requires_grad_(False))}
+            student, found["forwards"] = self._second_half(row, name)
+        return found | self.score(student.requires_grad_(False))
 
     def _second_half(self, row: str, name: str) -> tuple[nn.Module, float]:
         half = self._kept(
@@ -183,20 +188,23 @@ class Bench:
         )
         config, split = self.recipe.finetune.matching, self.recipe.finetune.split
         if row == "control":
-            matcher, meter = self.match(name, copy.deepcopy(half), config, self.budget / 2)
-            return matcher.student, self.budget / 2 + meter.forwards / config.batch
+            matcher, spent = self.match(name, copy.deepcopy(half), config, self.budget / 2, 1)
+            return matcher.student, self.budget / 2 + spent
         high, low, spent = copy.deepcopy(half), copy.deepcopy(half), 0.0
         sides = (("high", high, [i for i, s in enumerate(self.nodes[:-1]) if s > split]),
                  ("low", low, [i for i, s in enumerate(self.nodes[:-1]) if s <= split]))  # fmt: skip
-        for side, branch, own in sides:
-            matcher, meter = self.match(
-                f"experts-{side}", branch, config, self.budget / 4, train_nodes=own, net_at=lambda s: high if s > split else low
-            )
-            spent += meter.forwards / config.batch
+        for turn, (side, branch, own) in enumerate(sides, 2):
+            options = {"train_nodes": own, "net_at": lambda sigma: high if sigma > split else low}
+            spent += self.match(f"experts-{side}", branch, config, self.budget / 4, turn, **options)[1]
         if row == "two experts":
             return Experts(high, low, split), self.budget / 2 + spent
-        merged = copy.deepcopy(half)
-        merge(merged, high, low, 0.3)
+        merged, scores = copy.deepcopy(half), {}
+        for ratio in self.recipe.finetune.merge_high:
+            merge(merged, high, low, ratio)
+            own_net, self.pipe.transformer = self.pipe.transformer, merged
+            scores[ratio] = verdicts(self.pipe, self.sampler, self.recipe.bench).mean()
+            self.pipe.transformer = own_net
+        merge(merged, high, low, max(scores, key=lambda ratio: scores[ratio]))
         return merged, self.budget / 2 + spent
 
     def score(self, network: nn.Module, sampler: Sampler | None = None) -> dict[str, Any]:
@@ -234,17 +242,19 @@ class Bench:
             taught = self._draw(few, range(20_000, 20_000 + len(few)), self.taught)
             self.pipe.transformer = own
             true = np.stack([render(realise(request, rng)) for request in few])
-            np.savez(path, teacher=pooled_latents(self.pipe.vae, taught), true=pooled_latents(self.pipe.vae, true))
+            np.savez(path.with_suffix(".tmp.npz"), teacher=pooled_latents(self.pipe.vae, taught), true=pooled_latents(self.pipe.vae, true))
+            os.replace(path.with_suffix(".tmp.npz"), path)
         with np.load(path) as saved:
             return saved["teacher"], saved["true"]
 
 
 @torch.no_grad()
 def gradient_variance(matcher: Matcher, prompts: int = 16, redraws: int = 8) -> dict[str, float]:
-    """Mean variance an element of the direction at x0 over redraws, prompt by prompt, averaged over nodes.
+    """Mean variance an element of the direction at x0 over redraws, prompt by prompt, averaged over all nodes but the last.
 
     `variance` redraws the start noise and everything after it; `variance_given_z` only what is random once the start noise is
-    fixed (nothing, for `shared` with tied augmentation). Both over the mean square of the direction, so that scales cancel.
+    fixed (nothing, for `shared` with tied augmentation; its last node has no next level to share, so it is left out for all).
+    Both over the mean square of the direction, so that scales cancel.
     """
     config, found = matcher.config, {}
     said = matcher.pool.cond[torch.arange(prompts).repeat_interleave(redraws)]
@@ -255,7 +265,7 @@ def gradient_variance(matcher: Matcher, prompts: int = 16, redraws: int = 8) -> 
         if fixed:
             noise = noise[::redraws].repeat_interleave(redraws, 0)
         rollout = roll_out(matcher.net_at, noise, said, matcher.nodes)
-        for index in range(len(matcher.nodes) - 1):
+        for index in range(len(matcher.nodes) - 2):
             node = torch.full((count,), index)
             sigma, sigma_next, x = matcher.sigmas[node], matcher.sigmas[node + 1], rollout.states[index]
             v = velocity(matcher.student, x, sigma, said)
@@ -269,6 +279,10 @@ def gradient_variance(matcher: Matcher, prompts: int = 16, redraws: int = 8) -> 
 
 
 PER_TASK = 50
+
+
+def slug(row: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
 
 
 def interval(runs: list[dict[str, Any]], other: list[dict[str, Any]] | None = None) -> tuple[float, float, float]:
@@ -296,9 +310,9 @@ def page(runs: list[dict[str, Any]], teacher: dict[str, Any], command: str) -> s
         lines += [
             "| row | composition | "
             + " | ".join(TASKS)
-            + " | FD teacher | FD true | recall | diversity | variance | given z | F/update | F | s |"
+            + " | FD teacher | FD true | recall | diversity | variance | given z | F/update | F |"
         ]
-        lines += ["|---" * (len(TASKS) + 11) + "|"]
+        lines += ["|---" * (len(TASKS) + 10) + "|"]
         for row in ROWS:
             own = sorted((r for r in mine if r["row"] == row), key=lambda r: r["seed"])
             if own:
@@ -316,7 +330,7 @@ def _line(row: str, own: list[dict[str, Any]]) -> str:
     tasks = np.array([r["passed"] for r in own], float).reshape(len(own), len(TASKS), -1).mean((0, 2))
     cells = [row, f"{value:.3f} [{low:.3f}, {high:.3f}]", *(f"{t:.2f}" for t in tasks)]
     cells += [mean(key) for key in ("fd_teacher", "fd_true", "recall_true", "diversity", "variance", "variance_given_z")]
-    cells += [mean("per_update", 1), mean("forwards", 0), mean("seconds", 0)]
+    cells += [mean("per_update", 1), mean("forwards", 0)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -337,6 +351,11 @@ def _differences(mine: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def keep(path: Path, found: dict[str, Any]) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(found))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
@@ -349,23 +368,26 @@ def main() -> None:
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
     recipe = load(given.recipe)
-    folder = given.out / "runs"
+    source = open_artifact(given.teacher, ("teacher",))
+    assert source.manifest.sampler is not None
+    lowest = {steps: few_step_grid(steps, source.manifest.sampler.shift)[-2] for steps in given.steps}
+    identity = json.dumps([source.manifest.digest, recipe.model_dump(), given.budget, PER_TASK])
+    out = given.out / hashlib.sha256(identity.encode()).hexdigest()[:12]
+    folder = out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     for steps, seed in itertools.product(given.steps, range(given.seeds)):
-        rows = [row for row in given.rows if not (row in HALVES[1:] and few_step_grid(steps, 3.0)[-2] > recipe.finetune.split)]
-        missing = [row for row in rows if not (folder / f"{steps}-{seed}-{ROWS.index(row):02d}.json").exists()]
+        rows = [row for row in given.rows if not (row in HALVES[1:] and lowest[steps] > recipe.finetune.split)]
+        missing = [row for row in rows if not (folder / f"{steps}-{seed}-{slug(row)}.json").exists()]
         if missing:
-            bench = Bench(given.teacher, recipe, steps, seed, given.budget, given.out / "work")
-            if not (given.out / "teacher.json").exists():
-                (given.out / "teacher.json").write_text(json.dumps(bench.score(bench.teacher, bench.taught)))
+            bench = Bench(given.teacher, recipe, steps, seed, given.budget, out / "work")
+            if not (out / "teacher.json").exists():
+                keep(out / "teacher.json", bench.score(bench.teacher, bench.taught))
             for row in missing:
                 found = bench.run(row)
                 say(f"{steps} steps, seed {seed}, {row}: composition {np.mean(found['passed']):.3f}, FD true {found['fd_true']:.2f}")
-                path = folder / f"{steps}-{seed}-{ROWS.index(row):02d}.json"
-                path.with_suffix(".tmp").write_text(json.dumps(found))
-                os.replace(path.with_suffix(".tmp"), path)
+                keep(folder / f"{steps}-{seed}-{slug(row)}.json", found)
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    report = page(runs, json.loads((given.out / "teacher.json").read_text()), "make ablation")
+    report = page(runs, json.loads((out / "teacher.json").read_text()), "make ablation")
     if given.page:
         given.page.write_text(report + "\n")
         given.page.with_suffix(".json").write_text(json.dumps(runs) + "\n")

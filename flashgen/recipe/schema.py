@@ -33,7 +33,7 @@ class FlowTraining(Model):
     samples: int = Field(32_000, ge=1, description="rendered scenes in the data set")
     steps: int = Field(8000, ge=1)
     batch: int = Field(64, ge=1)
-    decay_share: float = Field(0.8, gt=0, le=1, description="share of the steps over which the learning rates fall to zero")
+    decay_share: float = Field(0.8, gt=0, le=1, description="share of the steps over which the learning rates fall")
     muon_lr: float = Field(2e-2, gt=0)
     adam_lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)

@@ -27,9 +27,11 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
         raise UsageError(f"{given}; the grids must nest")
     parent = open_teacher(teacher, out)
+    looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
     draft = begin(
-        out, kind="student", stage="distill", recipe=config.model_dump(), seed=seed, parents=[parent.as_parent("teacher")], force=force
-    )
+        out, kind="student", stage="distill", recipe=config.model_dump() | looks, seed=seed,
+        parents=[parent.as_parent("teacher")], force=force,
+    )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
     from flashgen.flow.grid import few_step_grid

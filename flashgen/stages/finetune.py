@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, begin, open_artifact
-from flashgen.errors import ArtifactError, NumericsError
+from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
 from flashgen.stages.distill import replay_for
@@ -23,6 +23,14 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     config = recipe.finetune
     parent = open_artifact(student, ("student",))
     teacher = _teacher_of(parent)
+    sampler = parent.manifest.sampler
+    assert sampler is not None
+    try:
+        config.matching.node_weights(len(sampler.sigmas) - 1)
+    except ValueError as error:
+        raise UsageError(f"finetune.matching: {error}") from error
+    if config.lora and config.matching.proxy_coupling < 1:
+        raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
     draft = begin(
         out, kind="student", stage="finetune", recipe=config.model_dump() | _borrowed(recipe), seed=seed,
         parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,
@@ -33,8 +41,6 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.models.save import save_changed
     from flashgen.stages.report import finish, upper_difference, verdicts
 
-    sampler = parent.manifest.sampler
-    assert sampler is not None
     pipe = load_pipeline(parent.path)
     before = verdicts(pipe, sampler, recipe.bench)
     high, low = train_branches(pipe, load_pipeline(teacher.path).transformer, sampler, recipe, seed, draft.work)

@@ -121,7 +121,7 @@ def descend(
     if not (math.isfinite(norm) and math.isfinite(mean.item())):
         raise NumericsError(
             f"{where}: loss {mean.item():.4g}, gradient norm {norm:.4g}; stopped before the optimizer step. "
-            "Lower the learning rate (--set ...lr=) and run the same command: it resumes from the last checkpoint."
+            "Lower the learning rate with --set ...lr=; the last good checkpoint is kept."
         )
     for optimizer in optimizers:
         optimizer.step()

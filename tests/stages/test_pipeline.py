@@ -228,6 +228,19 @@ def test_finetune_with_adapters_publishes_a_dense_student_and_resumes(chain: Cha
     assert finetune.run(str(chain.student.path), tmp_path, recipe, 0, False).path == tuned.path
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("finetune.matching.node_matching=[1.0, 1.0]", "one for each of the 4"),
+        ("finetune.matching.proxy_coupling=0.9", "adapters of different networks"),
+    ],
+)
+def test_finetune_refuses_impossible_recipes_before_any_work(change: str, told: str, chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        finetune.run(str(chain.student.path), tmp_path, micro(change, "finetune.lora.rank=2"), 0, False)
+    assert not any(tmp_path.iterdir())
+
+
 def test_finetune_of_two_steps_leaves_the_low_branch_alone(chain: Chain, tmp_path: Path) -> None:
     recipe = micro("distill.steps=2", "distill.matching.iterations=0", "finetune.merge_high=[0.0]")
     student = distill.run(str(chain.teacher.path), tmp_path / "student", recipe, 0, False)
