@@ -31,7 +31,7 @@ demo: install
 	$(FLASHGEN) export $(DEMO)/int4 $(RECIPE) --out $(DEMO)/device
 	$(FLASHGEN) export $(DEMO)/slim $(RECIPE) --out $(DEMO)/device-fp32
 	$(FLASHGEN) generate $(DEMO)/device "$(PROMPT)" --seed 1 --out $(DEMO)/picture.png
-	$(FLASHGEN) bench shapes $(DEMO)/student $(DEMO)/slim $(DEMO)/device $(RECIPE) --out $(DEMO)/bench
+	$(FLASHGEN) bench shapes $(DEMO)/student $(DEMO)/slim $(DEMO)/device $(RECIPE) --set bench.per_task=60 --out $(DEMO)/bench
 	$(BIN)/python benchmarks/bars.py $(DEMO)
 
 test: install

@@ -26,7 +26,7 @@ from flashgen.training import loop, matching
 
 MICRO = [
     "distill.trajectory.prompts=16", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=3", "distill.trajectory.batch=4",
-    "distill.matching.iterations=2", "distill.matching.prompts=16", "distill.matching.batch=4",
+    "distill.matching.iterations=2", "distill.matching.proxy_warmup=0", "distill.matching.prompts=16", "distill.matching.batch=4",
     "finetune.matching.iterations=2", "finetune.matching.proxy_warmup=1", "finetune.matching.prompts=16", "finetune.matching.batch=4",
     "restructure.iterations=2", "restructure.prompts=16", "restructure.batch=4", "bench.per_task=1",
 ]  # fmt: skip
