@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from flashgen.errors import ArtifactError
 from flashgen.export.components import Component, crop_positions, trace
 from flashgen.export.parity import check
-from flashgen.export.rewrite import Codes, to_matmul_nbits
+from flashgen.export.rewrite import Codes, halve_scales, to_matmul_nbits
 
 EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GB; above this, weights go into model.onnx_data, which onnxruntime maps
 
@@ -34,6 +34,8 @@ def write_component(part: Component, layers: Mapping[str, Codes], folder: Path, 
         RemoveUnusedNodesPass()(model)
     with np.errstate(all="ignore"):  # folding T5's bucket table takes the log of 0, as torch does
         onnxscript.optimizer.optimize_ir(model)
+    if layers:
+        halve_scales(model)
     model.producer_name, model.graph.name = "flashgen", part.name
     _strip(model)
     path = folder / part.name / "model.onnx"

@@ -21,7 +21,8 @@ SHRINK = torch.linspace(1.15, 0.55, 25).tolist()
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """`codes` uint8 [N, K/g, g*bits/8], `scales` fp32 [N, K/g], `zeros` packed uint8 [N, ceil(K/g * bits / 8)] or None if symmetric."""
+    """`codes` uint8 [N, K/g, g*bits/8], `scales` fp32 [N, K/g] that fp16 holds exactly, `zeros` packed uint8
+    [N, ceil(K/g * bits / 8)] or None if symmetric."""
 
     codes: Tensor
     scales: Tensor
@@ -90,15 +91,20 @@ def _candidate(groups: Tensor, bits: int, symmetric: bool, share: float) -> tupl
     levels = 2**bits - 1
     if symmetric:  # the signed extreme maps to code 0, so that all 2^bits levels are used; scales may be negative
         low, high = groups.amin(-1), groups.amax(-1)
-        scales = share * torch.where(high > -low, high, low) / -(2 ** (bits - 1))
+        scales = _as_half(share * torch.where(high > -low, high, low) / -(2 ** (bits - 1)))
         zeros = torch.full_like(scales, 2 ** (bits - 1))
     else:
         low, high = share * groups.amin(-1).clamp(max=0), share * groups.amax(-1).clamp(min=0)
-        scales = (high - low) / levels
+        scales = _as_half((high - low) / levels)
         zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(0, levels)
     scales = torch.where(scales == 0, 1, scales)
     codes = (torch.round(groups / scales[..., None]) + zeros[..., None]).clamp(0, levels)
     return codes, scales, zeros
+
+
+def _as_half(scales: Tensor) -> Tensor:
+    """Rounded to what the exported graph stores: half the bytes, so that groups may be half as long."""
+    return scales.clamp(-65504, 65504).half().float()
 
 
 def _error(groups: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
