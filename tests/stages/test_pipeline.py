@@ -328,10 +328,10 @@ def test_quantized_folder_holds_the_codes_of_its_own_weights(chain: Chain) -> No
     assert set(layers) == linears and any(".norm1.linear" in name for name in linears)  # adaLN too
     for name, layer in layers.items():
         protected = name.startswith(("proj_out", "pos_embed", "norm_out", "context_embedder", "time_text_embed"))
-        assert layer == {"bits": 8 if protected else 4, "group": 64, "symmetric": False}
+        assert layer == {"bits": 8 if protected else 4, "group": 32, "symmetric": False}
         k = before.get_submodule(name).in_features
         codes, scales, zeros = (tensors[f"{name}.{part}"] for part in ("codes", "scales", "zeros"))
-        q = QuantizedLinear(codes, scales, zeros, layer["bits"], 64, k)
+        q = QuantizedLinear(codes, scales, zeros, layer["bits"], 32, k)
         assert torch.equal(state[f"{name}.weight"], dequantize(q).half())
     packed = sum(t.nbytes for t in tensors.values())
     assert chain.int4.manifest.metrics["packed_bytes"] == packed
