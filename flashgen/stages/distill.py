@@ -48,9 +48,12 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     nodes = few_step_grid(config.steps, taught.shift)
     pipe = load_pipeline(parent.path)
     teacher_net: nn.Module = pipe.transformer.requires_grad_(False)
-    student, proxy = copy.deepcopy(teacher_net).requires_grad_(True), None
+    student: nn.Module
+    proxy: nn.Module | None
     if config.lora:
         teacher_net, student, proxy = roles_on(pipe.transformer, config.lora, "student", "proxy", seed=seed)
+    else:
+        student, proxy = copy.deepcopy(teacher_net).requires_grad_(True), None
     shape = (pipe.transformer.config.in_channels, taught.size_px // 8, taught.size_px // 8)
 
     replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work)

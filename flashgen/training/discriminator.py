@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Tap:
         self.handles = [layers[i].register_forward_hook(self._keep(i)) for i in blocks]
         self.blocks = blocks
 
-    def _keep(self, block: int):  # type: ignore[no-untyped-def]
+    def _keep(self, block: int) -> Callable[[nn.Module, object, tuple[Tensor, Tensor]], None]:
         def hook(module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
             self.features[block] = output[1]
 

@@ -96,13 +96,13 @@ class Role(nn.Module):
     def fused(self) -> nn.Module:
         """A dense copy of the network that this role is: W + (alpha / rank) B A, no adapter left."""
         self.backbone.switch(self.adapter)
-        dense: Any = copy.deepcopy(self.backbone.transformer)
+        network: nn.Module = copy.deepcopy(self.backbone.transformer)
+        dense: Any = network  # the same one: what follows are diffusers' methods, which nn.Module does not know
         if self.adapter is not None:
             dense.fuse_lora(adapter_names=[self.adapter])
         dense.unload_lora()
         dense.disable_gradient_checkpointing()
-        dense.requires_grad_(False)
-        return dense  # type: ignore[no-any-return]
+        return network.requires_grad_(False)
 
 
 def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:

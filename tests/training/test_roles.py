@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_interpolation_of_adapters_is_that_of_their_dense_weights(weight: float,
         assert torch.allclose(found[name], exact, atol=1e-6)
 
 
-def test_matching_trains_the_adapters_and_leaves_the_backbone(transformer: Build, pool: PromptPool, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_matching_trains_the_adapters_and_leaves_the_backbone(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     base = transformer(0)
     teacher, student, proxy = roles_on(base, LORA, "student", "proxy", seed=0)
     frozen = {n: p.detach().clone() for n, p in base.named_parameters() if "lora_" not in n}
