@@ -1,10 +1,9 @@
 """The ablation table: one base student a seed, and ways to spend the same number of forwards on it.
 
-    python benchmarks/ablation.py artifacts/ablation --page docs/ablation.md      # `make ablation`
+    python -m benchmarks.ablation artifacts/ablation --page docs/ablation.md      # `make ablation`
 
-Every run is one JSON file under `OUT/<key>/runs`, where the key is the teacher's digest, the recipe and the budget; a run that is
-there is not made again, so the same command resumes. The unit of cost is F, one transformer forward of one sample; a backward
-is 2 F. One update of each row is measured by hooks.
+Each run is kept in the page's JSON at once and not made again, so the same command resumes. The unit of cost is F, one transformer
+forward of one sample; a backward is 2 F. One update of each row is measured by hooks.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import hashlib
 import itertools
 import json
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +24,17 @@ from diffusers import StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.scores import Meter, Ruler, interval
 from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import open_artifact
+from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.flow.convert import x0_from_v
 from flashgen.flow.grid import few_step_grid
-from flashgen.metrics.distribution import Features, Space, diversity, frechet_distance, pooled_latents, recall
-from flashgen.models.sample import load_pipeline, sample
+from flashgen.models.sample import load_pipeline
 from flashgen.objectives.evaluation import evaluation_point, evaluation_sigma
 from flashgen.progress import say
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import MatchingTraining, Recipe
-from flashgen.shapes.render import render
-from flashgen.shapes.scene import TASKS, Request, prompt_set, realise
-from flashgen.shapes.verify import judge
+from flashgen.shapes.scene import TASKS
 from flashgen.stages.distill import cached
 from flashgen.stages.finetune import merge
 from flashgen.stages.report import verdicts
@@ -49,7 +44,6 @@ from flashgen.training.prompts import PromptPool, prompt_pool
 from flashgen.training.ranks import Draws
 from flashgen.training.trajectories import Replay, train_on_trajectories, velocity
 
-TEST_SEED = 4000  # a stream of prompts and noise that no stage draws from; single captions do occur in training, the world is small
 # What each row changes in `distill.matching` of the recipe. Rows that are not here are made by hand below.
 MATCHING: dict[str, dict[str, Any]] = {
     "re-noise (DMD2)": {"point": "renoise", "proxy_target": "step"},
@@ -62,35 +56,11 @@ MATCHING: dict[str, dict[str, Any]] = {
     "shared + decoupled": {"augmentation": "decoupled"},
     "shared + trajectory on node 0": {"node_trajectory": [1.0, *([0.0] * 7)]},
 }
+PER_TASK, FEW = 50, 10  # prompts a task: of verdicts, and of the sets that distances are of
+BUDGET = 600.0  # F a sample
+ABOUT = """"""
 HALVES = ("control", "split + merge", "two experts")  # half the budget on `shared`, the other half on this
 ROWS = ("trajectory", *MATCHING, *HALVES)
-
-
-class Meter:
-    """Counts F of the networks it is hung on."""
-
-    def __init__(self) -> None:
-        self.forwards = 0.0
-
-    def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        """On the first block of a transformer: the last that a backward reaches, also from features in the middle."""
-        rows = len(output[1])
-        self.forwards += rows
-        if output[1].requires_grad:
-            output[1].register_hook(lambda _: self._add(2 * rows))
-
-    def _add(self, rows: float) -> None:
-        self.forwards += rows
-
-    @contextmanager
-    def on(self, *networks: nn.Module) -> Iterator[Meter]:
-        blocks: list[Any] = [network.transformer_blocks for network in {id(n): n for n in networks}.values()]
-        handles = [first.register_forward_hook(self._hook) for first, *_ in blocks]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class Experts(nn.Module):
@@ -107,16 +77,16 @@ class Experts(nn.Module):
 class Bench:
     """Everything that the runs of one seed and one number of steps share."""
 
-    def __init__(self, teacher: str, recipe: Recipe, steps: int, seed: int, budget: float, work: Path) -> None:
-        self.source = open_artifact(teacher)
-        taught = self.source.manifest.sampler
+    def __init__(self, source: Artifact, recipe: Recipe, steps: int, seed: int, budget: float, work: Path) -> None:
+        taught = source.manifest.sampler
         assert taught is not None
         self.taught, self.recipe, self.steps, self.seed, self.budget = taught, recipe, steps, seed, budget
         self.nodes = few_step_grid(steps, taught.shift)
-        self.pipe: StableDiffusion3Pipeline = load_pipeline(self.source.path)
+        self.pipe: StableDiffusion3Pipeline = load_pipeline(source.path)
         self.teacher: nn.Module = self.pipe.transformer
         self.shape = (self.pipe.transformer.config.in_channels, taught.size_px // 8, taught.size_px // 8)
         self.sampler = Sampler(**{**taught.model_dump(), "sigmas": self.nodes, "guidance": 1.0, "trained_steps": [steps]})
+        self.ruler = Ruler(self.pipe, taught, work, PER_TASK, FEW)
         self.work = work / f"steps{steps}-seed{seed}"
         self.pool: PromptPool = prompt_pool(self.pipe, recipe.distill.matching.prompts, seed + 1, taught.t5_tokens)
         self.replay: Replay = cached(self.pipe, self.teacher, self.nodes, taught, recipe, seed, self.work)
@@ -165,7 +135,7 @@ class Bench:
         return matcher, warm + iterations * per_update
 
     def run(self, row: str) -> dict[str, Any]:
-        name = slug(row)
+        name = row.replace(" ", "-")
         config = self.recipe.distill.matching.model_copy(update=MATCHING.get(row, {}))
         found: dict[str, Any] = {"row": row, "steps": self.steps, "seed": self.seed}
         if row == "trajectory":
@@ -180,7 +150,7 @@ class Bench:
                 found |= gradient_variance(matcher)
         else:
             student, found["forwards"] = self._second_half(row, name)
-        return found | self.score(student.requires_grad_(False))
+        return found | self.ruler.score(student.requires_grad_(False), self.sampler)
 
     def _second_half(self, row: str, name: str) -> tuple[nn.Module, float]:
         half = self._kept(
@@ -206,46 +176,6 @@ class Bench:
             self.pipe.transformer = own_net
         merge(merged, high, low, max(scores, key=lambda ratio: scores[ratio]))
         return merged, self.budget / 2 + spent
-
-    def score(self, network: nn.Module, sampler: Sampler | None = None) -> dict[str, Any]:
-        """Verdicts prompt by prompt, and distances of 480 pictures: 60 prompts, 8 seeds each."""
-        own, self.pipe.transformer = self.pipe.transformer, network
-        try:
-            requests = prompt_set(TEST_SEED, PER_TASK)
-            images = self._draw(requests, range(len(requests)), sampler)
-            passed = [judge(image, request).passed for image, request in zip(images, requests, strict=True)]
-            few = [request for request in prompt_set(TEST_SEED + 1, 10) for _ in range(8)]
-            features = pooled_latents(self.pipe.vae, self._draw(few, range(10_000, 10_000 + len(few)), sampler))
-        finally:
-            self.pipe.transformer = own
-        return {"passed": [int(p) for p in passed], **self.distances(features)}
-
-    def _draw(self, requests: list[Request], seeds: range, sampler: Sampler | None) -> NDArray[np.uint8]:
-        return sample(self.pipe, sampler or self.sampler, [r.caption() for r in requests], list(seeds), batch=60)
-
-    def distances(self, features: Features) -> dict[str, float]:
-        teacher, true = self.references()
-        space = Space.of(true)
-        mine, taught, real = space(features), space(teacher), space(true)
-        return {
-            "fd_teacher": frechet_distance(taught, mine), "fd_true": frechet_distance(real, mine), "recall_teacher": recall(taught, mine),
-            "recall_true": recall(real, mine), "diversity": diversity(mine.reshape(-1, 8, mine.shape[-1])),
-        }  # fmt: skip
-
-    def references(self) -> tuple[Features, Features]:
-        """Features of the teacher's pictures and of true scenes for the same prompts, other noise; computed once."""
-        path = self.work.parent / "references.npz"
-        if not path.exists():
-            few = [request for request in prompt_set(TEST_SEED + 1, 10) for _ in range(8)]
-            rng = np.random.default_rng(TEST_SEED)
-            own, self.pipe.transformer = self.pipe.transformer, self.teacher
-            taught = self._draw(few, range(20_000, 20_000 + len(few)), self.taught)
-            self.pipe.transformer = own
-            true = np.stack([render(realise(request, rng)) for request in few])
-            np.savez(path.with_suffix(".tmp.npz"), teacher=pooled_latents(self.pipe.vae, taught), true=pooled_latents(self.pipe.vae, true))
-            os.replace(path.with_suffix(".tmp.npz"), path)
-        with np.load(path) as saved:
-            return saved["teacher"], saved["true"]
 
 
 @torch.no_grad()
@@ -278,120 +208,136 @@ def gradient_variance(matcher: Matcher, prompts: int = 16, redraws: int = 8) -> 
     return found
 
 
-PER_TASK = 50
+def table(runs: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """Verdicts [runs, prompts]."""
+    return np.array([r["passed"] for r in runs], float)
 
 
-def slug(row: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
+# Column heads of the second table, and where each number is in a run.
+COLUMNS = {
+    "FD to teacher": "fd_teacher", "FD to true": "fd_true", "recall of teacher": "recall_teacher", "recall of true": "recall_true",
+    "diversity": "diversity", "variance": "variance", "variance given z": "variance_given_z", "F an update": "per_update",
+    "F": "forwards", "seconds": "seconds",
+}  # fmt: skip
+PAIRS = (
+    ("shared", "re-noise (DMD2)"), ("shared", "re-noise, proxy on rollouts"), ("shared", "shared, proxy on steps"),
+    ("shared", "interval"), ("shared", "trajectory"), ("shared + adversarial", "shared"), ("split + merge", "control"),
+    ("two experts", "control"),
+)  # fmt: skip
 
 
-def interval(runs: list[dict[str, Any]], other: list[dict[str, Any]] | None = None) -> tuple[float, float, float]:
-    """Mean composition (minus that of `other`, pair by pair) and its 95 % bootstrap interval over seeds and prompts."""
-    table = np.array([r["passed"] for r in runs], float)
-    if other is not None:
-        table = table - np.array([r["passed"] for r in other], float)
-    rng, means = np.random.default_rng(0), []
-    for _ in range(2000):
-        seeds = rng.integers(len(table), size=len(table))
-        means.append(table[np.ix_(seeds, rng.integers(table.shape[1], size=table.shape[1]))].mean())
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(table.mean()), float(low), float(high)
-
-
-def page(runs: list[dict[str, Any]], teacher: dict[str, Any], command: str) -> str:
+def page(kept: dict[str, Any], plot: str) -> str:
     """The whole report in Markdown."""
-    lines = ["# Ablation", "", f"`{command}`", "", __doc__.split("\n\n")[0] if __doc__ else "", ""]
-    lines += [f"The teacher, 28 steps, guided: composition {np.mean(teacher['passed']):.3f}, FD to true scenes {teacher['fd_true']:.2f}, "
-              f"diversity {teacher['diversity']:.2f}.", ""]  # fmt: skip
+    teacher, runs = kept["teacher"], kept["runs"]
+    lines = ["# Ablation", "", f"`make ablation` writes this page, [its raw numbers](ablation.json) and the plot. {ABOUT}", ""]
+    distances = f"FD to true scenes {teacher['fd_true']:.2f}, recall of true scenes {teacher['recall_true']:.2f}"
+    lines += [f"The teacher, 28 steps, guided: composition {np.mean(teacher['passed']):.3f}, {distances}, "
+              f"diversity {teacher['diversity']:.2f}.", "", f"![composition]({plot})", ""]  # fmt: skip
     for steps in sorted({r["steps"] for r in runs}, key=lambda s: (s != 4, s)):
         mine = [r for r in runs if r["steps"] == steps]
+        rows = {row: [r for r in mine if r["row"] == row] for row in ROWS}
         seeds = sorted({r["seed"] for r in mine})
-        lines += [f"## {steps} steps, {len(seeds)} seeds", ""]
-        lines += [
-            "| row | composition | "
-            + " | ".join(TASKS)
-            + " | FD teacher | FD true | recall | diversity | variance | given z | F/update | F |"
-        ]
-        lines += ["|---" * (len(TASKS) + 10) + "|"]
-        for row in ROWS:
-            own = sorted((r for r in mine if r["row"] == row), key=lambda r: r["seed"])
+        lines += [f"## {steps} steps, seeds {', '.join(map(str, seeds))}", "", *_table(["row", "composition", *TASKS])]
+        for row, own in rows.items():
             if own:
-                lines.append(_line(row, own))
-        lines += ["", *_differences(mine), ""]
+                value, low, high = interval(table(own))
+                tasks = table(own).reshape(len(own), len(TASKS), -1).mean((0, 2))
+                lines.append(_cells(row, f"{value:.3f} [{low:.3f}, {high:.3f}]", *(f"{t:.2f}" for t in tasks)))
+        lines += ["", *_table(["row", *COLUMNS])]
+        lines += [_cells(row, *(_mean(own, key) for key in COLUMNS.values())) for row, own in rows.items() if own]
+        lines += ["", *_differences(rows), ""]
     return "\n".join(lines)
 
 
-def _line(row: str, own: list[dict[str, Any]]) -> str:
-    def mean(key: str, digits: int = 2) -> str:
-        values = [r[key] for r in own if r.get(key) is not None]
-        return f"{np.mean(values):.{digits}f}" if values else ""
+def _table(heads: list[str]) -> list[str]:
+    return [_cells(*heads), "|---" * len(heads) + "|"]
 
-    value, low, high = interval(own)
-    tasks = np.array([r["passed"] for r in own], float).reshape(len(own), len(TASKS), -1).mean((0, 2))
-    cells = [row, f"{value:.3f} [{low:.3f}, {high:.3f}]", *(f"{t:.2f}" for t in tasks)]
-    cells += [mean(key) for key in ("fd_teacher", "fd_true", "recall_true", "diversity", "variance", "variance_given_z")]
-    cells += [mean("per_update", 1), mean("forwards", 0)]
+
+def _cells(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _differences(mine: list[dict[str, Any]]) -> list[str]:
-    pairs = [
-        ("shared", "re-noise (DMD2)"),
-        ("shared", "re-noise, proxy on rollouts"),
-        ("shared", "trajectory"),
-        ("split + merge", "control"),
-    ]
+def _mean(own: list[dict[str, Any]], key: str) -> str:
+    values = [r[key] for r in own if r.get(key) is not None]
+    return f"{np.mean(values):.{0 if np.mean(values) >= 100 else 2}f}" if values else ""
+
+
+def _differences(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Differences in composition, same seed, same prompts, same noise."""
     lines = []
-    for a, b in pairs:
-        ours, theirs = ({r["seed"]: r for r in mine if r["row"] == row} for row in (a, b))
+    for a, b in PAIRS:
+        ours, theirs = ({r["seed"]: r for r in rows[row]} for row in (a, b))
         both = sorted(ours.keys() & theirs.keys())
         if both:
-            value, low, high = interval([ours[s] for s in both], [theirs[s] for s in both])
+            value, low, high = interval(table([ours[s] for s in both]) - table([theirs[s] for s in both]))
             lines.append(f"* {a} minus {b}: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
     return lines
 
 
-def keep(path: Path, found: dict[str, Any]) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(found))
+def draw(kept: dict[str, Any], path: Path) -> None:
+    """Composition by row with its interval, one panel a number of steps."""
+    from matplotlib.figure import Figure
+
+    every = sorted({r["steps"] for r in kept["runs"]})
+    figure = Figure(figsize=(3 + 3 * len(every), 0.34 * len(ROWS) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(every), sharey=True, squeeze=False)[0]
+    for panel, steps in zip(panels, every, strict=True):
+        for place, row in enumerate(ROWS):
+            own = [r for r in kept["runs"] if r["row"] == row and r["steps"] == steps]
+            if own:
+                value, low, high = interval(table(own))
+                color = "C0" if "shared" in row else "C7"
+                panel.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3)
+        panel.axvline(np.mean(kept["teacher"]["passed"]), color="k", lw=0.8, ls=":")
+        panel.set_title(f"{steps} steps")
+        panel.set_xlabel("composition, 95 %")
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(ROWS)), ROWS)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def keep(path: Path, kept: dict[str, Any]) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("work", type=Path, help="folder for weights and caches, which may be removed at any time")
+    parser.add_argument("--page", type=Path, required=True, help="Markdown; runs are kept beside it as .json, the plot as .png")
     parser.add_argument("--teacher", default="shapes")
     parser.add_argument("--recipe", default="ablation")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 2, 8])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=1600, help="F a sample that each row may spend")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budget", type=float, default=BUDGET, help="F a sample that each row may spend")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
-    parser.add_argument("--page", type=Path)
     given = parser.parse_args()
     recipe = load(given.recipe)
     source = open_artifact(given.teacher, ("teacher",))
     assert source.manifest.sampler is not None
-    lowest = {steps: few_step_grid(steps, source.manifest.sampler.shift)[-2] for steps in given.steps}
-    identity = json.dumps([source.manifest.digest, recipe.model_dump(), given.budget, PER_TASK])
-    out = given.out / hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = out / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    for steps, seed in itertools.product(given.steps, range(given.seeds)):
-        rows = [row for row in given.rows if not (row in HALVES[1:] and lowest[steps] > recipe.finetune.split)]
-        missing = [row for row in rows if not (folder / f"{steps}-{seed}-{slug(row)}.json").exists()]
-        if missing:
-            bench = Bench(given.teacher, recipe, steps, seed, given.budget, out / "work")
-            if not (out / "teacher.json").exists():
-                keep(out / "teacher.json", bench.score(bench.teacher, bench.taught))
-            for row in missing:
-                found = bench.run(row)
-                say(f"{steps} steps, seed {seed}, {row}: composition {np.mean(found['passed']):.3f}, FD true {found['fd_true']:.2f}")
-                keep(folder / f"{steps}-{seed}-{slug(row)}.json", found)
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    report = page(runs, json.loads((out / "teacher.json").read_text()), "make ablation")
-    if given.page:
-        given.page.write_text(report + "\n")
-        given.page.with_suffix(".json").write_text(json.dumps(runs) + "\n")
-    print(report)
+    identity = json.dumps([source.manifest.digest, recipe.distill.model_dump(), recipe.finetune.model_dump(), given.budget, PER_TASK, FEW])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    path = given.page.with_suffix(".json")
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"key": key, "teacher": None, "runs": []}
+    if kept["key"] != key:
+        raise SystemExit(f"{path} holds runs of another recipe, budget or teacher; remove it or name another --page")
+    made = {(r["steps"], r["seed"], r["row"]) for r in kept["runs"]}
+    for seed, steps in itertools.product(given.seeds, given.steps):
+        one_branch = few_step_grid(steps, source.manifest.sampler.shift)[-2] > recipe.finetune.split
+        missing = [row for row in given.rows if (steps, seed, row) not in made and not (one_branch and row in HALVES[1:])]
+        if not missing:
+            continue
+        bench = Bench(source, recipe, steps, seed, given.budget, given.work / key)
+        kept["teacher"] = kept["teacher"] or bench.ruler.score(bench.teacher, bench.taught)
+        for row in missing:
+            start = time.monotonic()
+            found = bench.run(row)
+            kept["runs"].append({**found, "seconds": round(time.monotonic() - start, 1)})
+            keep(path, kept)
+            say(f"{steps} steps, seed {seed}, {row}: composition {np.mean(found['passed']):.3f}, FD true {found['fd_true']:.2f}")
+    draw(kept, given.page.with_suffix(".png"))
+    given.page.write_text(page(kept, given.page.with_suffix(".png").name) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The bars of `make demo`: measured on artifacts/demo, printed as a table, written to bench/bars.json.
 
-python benchmarks/bars.py artifacts/demo
+python -m benchmarks.bars artifacts/demo
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from benchmarks.scores import Bar, report
 from flashgen.artifact.store import open_artifact
 from flashgen.device.noise import latents
 from flashgen.device.sampler import DevicePipeline
@@ -101,16 +102,7 @@ def main(demo: Path) -> None:
         ("flashgen --help, s", seconds("--help"), "<= 0.4"),
         ("same command twice, identical PNG bytes", float(picture[0].read_bytes() == picture[1].read_bytes()), ">= 1"),
     ]
-    table = [{"what": what, "measured": value, "bar": bar, "met": met(value, bar)} for what, value, bar in found]
-    print(f"\n{'what':<52}{'measured':>10}  bar")
-    for row in table:
-        print(f"{row['what']:<52}{row['measured']:>10.3f}  {row['bar']:<8} {'' if row['met'] else 'MISSED'}")
-    (demo / "bench" / "bars.json").write_text(json.dumps({"command": "make demo", "rows": table}, indent=1) + "\n")
-
-
-def met(value: float, bar: str) -> bool:
-    sign, limit = bar.split()
-    return value >= float(limit) if sign == ">=" else value <= float(limit)
+    report([Bar(*row) for row in found], demo / "bench" / "bars.json", "make demo")
 
 
 if __name__ == "__main__":

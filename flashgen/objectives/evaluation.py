@@ -28,7 +28,12 @@ def evaluation_sigma(point: Point, sigma: Tensor, sigma_next: Tensor, uniform: T
     low = sigma_next.clamp_min(MIN_SIGMA)
     if point == "interval":
         return low + uniform * (sigma.clamp_max(MAX_SIGMA) - low)
-    return torch.where(sigma_next > 0, sigma_next, MIN_SIGMA + uniform * (sigma - MIN_SIGMA))
+    return torch.where(sigma_next > 0, sigma_next, below(sigma, uniform))
+
+
+def below(sigma: Tensor, uniform: Tensor) -> Tensor:
+    """A level between MIN_SIGMA and a node's own, [B]; under pure noise at most MAX_SIGMA."""
+    return MIN_SIGMA + uniform * (sigma.clamp_max(MAX_SIGMA) - MIN_SIGMA)
 
 
 def evaluation_point(point: Point, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_eval: Tensor, eps: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Model(BaseModel):
@@ -66,6 +66,13 @@ class AdversarialTraining(Model):
     lr: float = Field(1e-4, gt=0)
     refresh: float = Field(0.005, ge=0, le=1, description="probability a step that a head forgets everything")
     band: list[float] = Field([0.05, 0.2], min_length=2, max_length=2, description="size of its direction over the matching one")
+
+    @field_validator("band")
+    @classmethod
+    def _from_low_to_high(cls, band: list[float]) -> list[float]:
+        if not 0 <= band[0] <= band[1]:
+            raise ValueError(f"must be two sizes, the lower first and not below 0, not {band}")
+        return band
 
 
 class MatchingTraining(Model):
@@ -143,6 +150,12 @@ class FinetuneRecipe(Model):
     lora: LoraTraining | None = Field(None, description="branches and proxies as adapters on frozen student and teacher")
     allow_worse: bool = Field(False, description="publish even a result that is surely below the input")
     matching: MatchingTraining = MatchingTraining()
+
+    @model_validator(mode="after")
+    def _branches_are_judged_merged(self) -> FinetuneRecipe:
+        if self.matching.watch_every:
+            raise ValueError("matching.watch_every has no use here: a branch alone is no student, and the merge is judged at the end")
+        return self
 
 
 class RestructureRecipe(Model):

@@ -52,7 +52,7 @@ def train(recipe: Recipe, out: Path, seed: int, force: bool) -> Artifact:
     ema = train_flow(pipe, latents, captions, config.flow, seed, draft.work)
     ema.copy_to(pipe.transformer)
     save_pipeline(draft, pipe)
-    return finish(draft, _sampler(shapes.clip_tokens, shapes.t5_tokens, 64, config.guidance, SHIFT), recipe.bench)
+    return finish(draft, _sampler(shapes.clip_tokens, config.flow.t5_tokens, 64, config.guidance, SHIFT), recipe.bench)
 
 
 def random(like: str, out: Path, seed: int, force: bool) -> Artifact:

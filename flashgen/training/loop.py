@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from flashgen.errors import NumericsError
-from flashgen.processes import rank, wait_for_all
-from flashgen.progress import track
+from flashgen.processes import rank, wait_for_all, world
+from flashgen.progress import say, track
 from flashgen.training.ranks import average_, averages
 
 
@@ -54,6 +54,8 @@ def fit(
     wait_for_all()  # all have read the same state
     if rank() == 0:
         _truncate_stats(work / "stats.jsonl", name, start)
+    if world() > 1:
+        say(f"{name}: each batch shared out over {world()} processes")
     last_save = time.monotonic()
     shown: list[dict[str, float]] = []
     board = _board(work) if rank() == 0 else None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flashgen.flow.convert import add_noise, diffuse, move, x0_from_v
 from flashgen.models.text import Conditioning
 from flashgen.objectives.adversarial import banded, discriminator_loss, generator_loss
-from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, evaluation_point, evaluation_sigma
+from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, below, evaluation_point, evaluation_sigma
 from flashgen.objectives.matching import augmentation_term, distance, matching_loss, matching_term, normalise
 from flashgen.objectives.proxy import interval_loss, proxy_loss
 from flashgen.objectives.trajectory import trajectory_loss
@@ -200,9 +200,9 @@ class Matcher:
             teacher = x0_from_v(x_eval, velocity(self.teacher, x_eval, sigma_eval, cond), sigma_eval)
             scale = distance(x0, teacher)
             total = w_match * normalise(matching_term(teacher, proxy), scale, floor=config.floor)
-            below = MIN_SIGMA + g.rand() * (sigma - MIN_SIGMA)  # fresh noise under the node's own level
-            x = add_noise(x0, g.randn(*self.shape), below)
-            guided, unconditional = (x0_from_v(x, v, below) for v in teacher_velocities(self.teacher, x, below, cond, empty))
+            lower = below(sigma, g.rand())  # fresh noise under the node's own level
+            x = add_noise(x0, g.randn(*self.shape), lower)
+            guided, unconditional = (x0_from_v(x, v, lower) for v in teacher_velocities(self.teacher, x, lower, cond, empty))
             augment = augmentation_term(guided, unconditional, config.guidance)
             total = total + w_augment * normalise(augment, distance(x0, guided - augment), floor=config.floor)
         return total, {"scale_min": scale.min().item()}

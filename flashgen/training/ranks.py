@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from flashgen.errors import UsageError
-from flashgen.processes import rank, world
+from flashgen.processes import join, rank, world
 from flashgen.randomness import generator
 
 
@@ -22,7 +21,7 @@ from flashgen.randomness import generator
 def average_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over the processes."""
     if world() > 1:
-        PartialState()  # joins the group that the launcher describes, once
+        join()
         for tensor in tensors:
             tensor.copy_(reduce(tensor, "mean"))
 
@@ -31,7 +30,7 @@ def averages(metrics: dict[str, float]) -> dict[str, float]:
     """The mean over the processes that have each metric; all must call it."""
     if world() == 1:
         return metrics
-    PartialState()
+    join()
     found: dict[str, list[float]] = {}
     for one in gather_object([metrics]):
         for key, value in one.items():

@@ -48,6 +48,6 @@ def test_the_adversarial_direction_stays_in_its_band() -> None:
     assert torch.allclose(inside, 0.1 * matching, rtol=1e-5)
 
 
-def test_nothing_is_added_where_matching_is_silent() -> None:
-    scaled, _ = banded(torch.randn(2, 1, 2, 2, generator=G), torch.zeros(2, 1, 2, 2), (0.05, 0.2))
-    assert not scaled.any()
+def test_alone_on_a_node_it_has_the_scale_of_a_normalised_matching_term() -> None:
+    scaled, ratio = banded(10 * torch.randn(2, 1, 8, 8, generator=G), torch.zeros(2, 1, 8, 8), (0.05, 0.2))
+    assert torch.allclose(scaled.square().mean((1, 2, 3)).sqrt(), ratio, rtol=1e-5) and ratio[0] == 0.2

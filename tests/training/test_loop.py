@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from flashgen.artifact.store import open_artifact
 from flashgen.errors import NumericsError
 from flashgen.randomness import generator
+from flashgen.stages import teacher
 from flashgen.training.loop import Best, Ema, Stateful, descend, fit, save_state
 
 
@@ -191,3 +197,43 @@ def test_best_keeps_a_copy_of_the_highest_and_survives_saving() -> None:
     for kept in (best, again):
         assert (kept.score, kept.step, kept.last) == (0.5, 1, 0.1)
         assert all((value == 1).all() for value in kept.shadow.values())
+
+
+RUN = """
+import sys
+from pathlib import Path
+from flashgen.recipe.load import load
+from flashgen.stages import distill
+from flashgen.training import loop
+loop.fit.__kwdefaults__["save_every_s"] = 0.0
+distill.run(sys.argv[1], Path(sys.argv[2]), load("shapes-demo", sys.argv[3:]), 0, False)
+"""
+
+
+def test_a_distillation_killed_at_random_moments_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL, three times, at moments that nothing chose; then the same command to its end."""
+    teacher.random("tiny", tmp_path / "teacher", 0, False)
+    settings = ["distill.trajectory.prompts=300", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=60",
+                "distill.trajectory.batch=8", "distill.matching.iterations=40", "distill.matching.prompts=16",
+                "distill.matching.batch=4", "bench.per_task=1"]  # fmt: skip
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", RUN, str(tmp_path / "teacher"), str(out), *settings]
+        return subprocess.Popen(command)
+
+    begun = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    took = time.monotonic() - begun
+    killed = 0
+    for _ in range(3):
+        process = start(tmp_path / "cut")
+        try:
+            process.wait(timeout=random.uniform(0.2, 0.9) * took)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    assert start(tmp_path / "cut").wait() == 0
+    assert killed
+    whole, cut = ({f.path: f.sha256 for f in open_artifact(tmp_path / name).manifest.files} for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and [name for name in whole if whole[name] != cut[name]] == ["stats.jsonl"]  # has times

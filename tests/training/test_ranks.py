@@ -48,7 +48,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     teacher.random("tiny", tmp_path / "teacher", 0, False)
     settings = [part for text in MICRO for part in ("--set", text)]
     arguments = ["distill", str(tmp_path / "teacher"), "--recipe", "shapes-demo", *settings]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", "--main_process_port", "0", "-m", "flashgen"]  # fmt: skip
     curves = {}
     for name, how in (("one", ["-m", "flashgen"]), ("two", launch)):
@@ -59,6 +59,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.split() == [str(out / "v0001")]  # one process prints
+        assert ("matching: each batch shared out over 2 processes" in done.stderr) == (name == "two")
         assert [v.name for v in versions(out)] == ["v0001"] and not (out / ".work").exists()
         curves[name] = [json.loads(row) for row in (out / "v0001" / "stats.jsonl").read_text().splitlines()]
     assert [(r["phase"], r["step"]) for r in curves["one"]] == [(r["phase"], r["step"]) for r in curves["two"]]

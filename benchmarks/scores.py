@@ -1,0 +1,146 @@
+"""What the benchmarks measure of a network: verdicts on test prompts, distances between sets of pictures, diversity."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusion3Pipeline
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from flashgen.artifact.manifest import Sampler
+from flashgen.metrics.distribution import Features, Space, diversity, frechet_distance, pooled_latents, recall
+from flashgen.models.sample import sample
+from flashgen.shapes.render import render
+from flashgen.shapes.scene import Request, prompt_set, realise
+from flashgen.shapes.verify import judge
+
+TEST_SEED = 4000  # a stream of prompts and noise that no stage draws from; single captions do occur in training, the world is small
+REDRAWS = 8  # pictures a prompt of the sets that distances and diversity are of
+
+
+class Ruler:
+    """Scores of networks in the teacher's pipeline: verdicts on 6 `per_task` prompts, distances on 6 `few` prompts drawn 8 times each.
+
+    The teacher's own pictures and true scenes, which distances are taken to, are computed once and kept in `folder`.
+    """
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, taught: Sampler, folder: Path, per_task: int, few: int) -> None:
+        self.pipe, self.taught, self.teacher, self.folder = pipe, taught, pipe.transformer, folder
+        self.requests = prompt_set(TEST_SEED, per_task)
+        self.few = [request for request in prompt_set(TEST_SEED + 1, few) for _ in range(REDRAWS)]
+
+    def score(self, network: nn.Module, sampler: Sampler) -> dict[str, Any]:
+        """Verdicts prompt by prompt in task order (`passed`), and `distances`."""
+        self.pipe.transformer = network
+        try:
+            images = self._draw(self.requests, 0, sampler)
+            passed = [int(judge(image, request).passed) for image, request in zip(images, self.requests, strict=True)]
+            features = pooled_latents(self.pipe.vae, self._draw(self.few, 10_000, sampler))
+        finally:
+            self.pipe.transformer = self.teacher
+        return {"passed": passed, **self.distances(features)}
+
+    def _draw(self, requests: list[Request], first: int, sampler: Sampler) -> NDArray[np.uint8]:
+        return sample(self.pipe, sampler, [r.caption() for r in requests], list(range(first, first + len(requests))), batch=60)
+
+    def distances(self, features: Features) -> dict[str, float]:
+        teacher, true = self.references()
+        space = Space.of(true)
+        mine, taught, real = space(features), space(teacher), space(true)
+        return {
+            "fd_teacher": frechet_distance(taught, mine), "fd_true": frechet_distance(real, mine), "recall_teacher": recall(taught, mine),
+            "recall_true": recall(real, mine), "diversity": diversity(mine.reshape(-1, REDRAWS, mine.shape[-1])),
+        }  # fmt: skip
+
+    def references(self) -> tuple[Features, Features]:
+        """Features of the teacher's pictures and of true scenes for the same prompts, other noise."""
+        path = self.folder / "references.npz"
+        if not path.exists():
+            rng = np.random.default_rng(TEST_SEED)
+            own, self.pipe.transformer = self.pipe.transformer, self.teacher
+            taught = pooled_latents(self.pipe.vae, self._draw(self.few, 20_000, self.taught))
+            self.pipe.transformer = own
+            true = pooled_latents(self.pipe.vae, np.stack([render(realise(request, rng)) for request in self.few]))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            np.savez(path.with_suffix(".tmp.npz"), teacher=taught, true=true)
+            os.replace(path.with_suffix(".tmp.npz"), path)
+        with np.load(path) as saved:
+            return saved["teacher"], saved["true"]
+
+
+class Meter:
+    """Counts F of the networks it is hung on."""
+
+    def __init__(self) -> None:
+        self.forwards = 0.0
+
+    def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        """On the first block of a transformer: the last that a backward reaches, also from features in the middle."""
+        rows = len(output[1])
+        self.forwards += rows
+        if output[1].requires_grad:
+            output[1].register_hook(lambda _: self._add(2 * rows))
+
+    def _add(self, rows: float) -> None:
+        self.forwards += rows
+
+    @contextmanager
+    def on(self, *networks: nn.Module) -> Iterator[Meter]:
+        blocks: list[Any] = [network.transformer_blocks for network in {id(n): n for n in networks}.values()]
+        handles = [first.register_forward_hook(self._hook) for first, *_ in blocks]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def interval(table: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean of [runs, prompts] and its 95 % bootstrap interval over runs and prompts."""
+    rng, means = np.random.default_rng(0), []
+    for _ in range(2000):
+        runs = rng.integers(len(table), size=len(table))
+        means.append(table[np.ix_(runs, rng.integers(table.shape[1], size=table.shape[1]))].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(table.mean()), float(low), float(high)
+
+
+def ratio_interval(passed: NDArray[np.float64], reference: NDArray[np.float64]) -> tuple[float, float, float]:
+    """mean(passed) / mean(reference), both [prompts] on the same prompts, and its 95 % bootstrap interval."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(passed), size=(2000, len(passed)))
+    low, high = np.quantile(passed[drawn].mean(1) / np.maximum(reference[drawn].mean(1), 1e-9), [0.025, 0.975])
+    return float(passed.mean() / max(reference.mean(), 1e-9)), float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One measured number, what it must reach (">= 0.85"), and its 95 % interval where there is one."""
+
+    what: str
+    measured: float
+    bar: str
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def met(self) -> bool:
+        sign, limit = self.bar.split()
+        return self.measured >= float(limit) if sign == ">=" else self.measured <= float(limit)
+
+
+def report(bars: list[Bar], path: Path, command: str) -> None:
+    """The table on stdout, the same as JSON in `path`."""
+    print(f"\n{'what':<50}{'measured':>9}  {'95 %':<15}bar")
+    for bar in bars:
+        spread = "" if bar.low is None else f"{bar.low:.3f}..{bar.high:.3f}"
+        print(f"{bar.what:<50}{bar.measured:>9.3f}  {spread:<15}{bar.bar:<8}{'' if bar.met else ' MISSED'}")
+    path.write_text(json.dumps({"command": command, "rows": [{**asdict(bar), "met": bar.met} for bar in bars]}, indent=1) + "\n")

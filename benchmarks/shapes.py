@@ -1,0 +1,82 @@
+"""The bars of `make shapes`: the students of artifacts/shapes against their teacher, as a table and in bars.json.
+
+    python -m benchmarks.shapes artifacts/shapes
+
+Prompts and noise are of a stream that no stage draws from; intervals are 95 %, bootstrapped over prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.scores import Bar, Meter, Ruler, ratio_interval, report
+from flashgen.artifact.store import Artifact, open_artifact
+from flashgen.models.sample import load_pipeline
+from flashgen.progress import say
+from flashgen.recipe.load import load
+from flashgen.shapes.scene import TASKS
+from flashgen.training.matching import Matcher
+from flashgen.training.prompts import prompt_pool
+
+PER_TASK, FEW = 100, 20
+STUDENTS = ("student", "finetuned", "student-2", "student-8")
+
+
+def scores(artifact: Artifact, ruler: Ruler, folder: Path) -> dict[str, Any]:
+    """Scores of one artifact's transformer, kept by its digest."""
+    path = folder / f"{artifact.manifest.digest.removeprefix('sha256:')[:12]}.json"
+    if not path.exists():
+        sampler = artifact.manifest.sampler
+        assert sampler is not None
+        path.write_text(json.dumps(ruler.score(load_pipeline(artifact.path).transformer, sampler)))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def forwards_per_update(teacher: Artifact, student: Artifact) -> float:
+    """F of one student update of the recipe, counted by hooks."""
+    recipe, sampler, pipe = load("shapes"), student.manifest.sampler, load_pipeline(teacher.path)
+    assert sampler is not None
+    config = recipe.distill.matching.model_copy(update={"batch": 2, "proxy_warmup": 0})
+    network = copy.deepcopy(pipe.transformer).requires_grad_(True)
+    shape = (pipe.transformer.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
+    pool = prompt_pool(pipe, 4, 0, sampler.t5_tokens)
+    matcher = Matcher("cost", network, pipe.transformer, pool, sampler.sigmas, config, shape, 0, t5_drop=0.0)
+    with Meter().on(matcher.student, matcher.proxy, matcher.teacher) as meter:
+        matcher.update(0)
+    return meter.forwards / 2
+
+
+def main(out: Path) -> None:
+    teacher = open_artifact("shapes", ("teacher",))
+    assert teacher.manifest.sampler is not None
+    folder = out / "bars" / teacher.manifest.digest[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    ruler = Ruler(load_pipeline(teacher.path), teacher.manifest.sampler, folder, PER_TASK, FEW)
+    found = {"teacher": scores(teacher, ruler, folder)}
+    for name in STUDENTS:
+        found[name] = scores(open_artifact(out / name, ("student",)), ruler, folder)
+    passed = {name: np.array(row["passed"], float) for name, row in found.items()}
+    few = {name: {key: found[name][key] / found["teacher"][key] for key in ("fd_true", "diversity")} for name in STUDENTS}
+    bars = []
+    for name in STUDENTS:
+        value, low, high = ratio_interval(passed[name], passed["teacher"])
+        bars.append(Bar(f"{name}: composition / teacher's", value, ">= 0.95" if name == "student-2" else ">= 1.00", low, high))
+    bars += [Bar(f"{name}: Frechet distance to true / teacher's", few[name]["fd_true"], "<= 1.25") for name in STUDENTS[:2]]
+    bars += [Bar(f"{name}: diversity / teacher's", few[name]["diversity"], ">= 0.80") for name in STUDENTS]
+    bars.append(Bar("forwards of one student update, F", forwards_per_update(teacher, open_artifact(out / "student")), "<= 16"))
+    tasks = {name: dict(zip(TASKS, p.reshape(len(TASKS), -1).mean(1).round(3).tolist(), strict=True)) for name, p in passed.items()}
+    for name, row in found.items():
+        say(f"{name}: {np.mean(row['passed']):.3f} {tasks[name]} FD true {row['fd_true']:.2f} FD teacher {row['fd_teacher']:.2f} "
+            f"recall {row['recall_true']:.2f} diversity {row['diversity']:.2f}")  # fmt: skip
+    report(bars, out / "bars.json", "make shapes")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
