@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 FLASHGEN := $(BIN)/flashgen
 INSTALLED := $(VENV)/.installed
 DEMO := artifacts/demo
+SHAPES := artifacts/shapes
 RECIPE := --recipe shapes-demo
 PROMPT := two red circles on a white background
 
-.PHONY: install demo test check teacher clean distclean
+.PHONY: install demo shapes ablation healthy-run test check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -32,7 +33,25 @@ demo: install
 	$(FLASHGEN) export $(DEMO)/slim $(RECIPE) --out $(DEMO)/device-fp32
 	$(FLASHGEN) generate $(DEMO)/device "$(PROMPT)" --seed 1 --out $(DEMO)/picture.png
 	$(FLASHGEN) bench shapes $(DEMO)/student $(DEMO)/slim $(DEMO)/device $(RECIPE) --set bench.per_task=60 --out $(DEMO)/bench
-	$(BIN)/python benchmarks/bars.py $(DEMO)
+	$(BIN)/python -m benchmarks.bars $(DEMO)
+
+# The numbers that we report on the embedded world: four steps with and without finetune, two steps, eight. Two hours at most.
+shapes: install
+	$(FLASHGEN) distill shapes --recipe shapes --out $(SHAPES)/student
+	$(FLASHGEN) finetune $(SHAPES)/student --recipe shapes --out $(SHAPES)/finetuned
+	$(FLASHGEN) distill shapes --recipe shapes-2 --out $(SHAPES)/student-2
+	$(FLASHGEN) distill shapes --recipe shapes-8 --out $(SHAPES)/student-8
+	$(BIN)/python -m benchmarks.shapes $(SHAPES)
+
+# docs/ablation.md, .json and .png; every finished run is kept, so the same command goes on. Three hours at most.
+ablation: install
+	$(BIN)/python -m benchmarks.ablation artifacts/ablation --page docs/ablation.md
+
+# The curves of docs/healthy-run.md, from the demo's student.
+healthy-run: install
+	for run in healthy-run failure-saturation failure-proxy-lag failure-discriminator; do \
+		$(FLASHGEN) finetune $(DEMO)/student --recipe $$run --out artifacts/healthy/$$run || exit; done
+	$(BIN)/python -m benchmarks.healthy artifacts/healthy docs/healthy-run.png
 
 test: install
 	$(BIN)/pytest

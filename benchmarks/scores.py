@@ -87,7 +87,7 @@ class Meter:
         rows = len(output[1])
         self.forwards += rows
         if output[1].requires_grad:
-            output[1].register_hook(lambda _: self._add(2 * rows))
+            output[1].register_hook(lambda _: self._add(2 * rows))  # type: ignore[no-untyped-call]  # torch leaves it so
 
     def _add(self, rows: float) -> None:
         self.forwards += rows

@@ -153,8 +153,8 @@ class FinetuneRecipe(Model):
 
     @model_validator(mode="after")
     def _branches_are_judged_merged(self) -> FinetuneRecipe:
-        if self.matching.watch_every:
-            raise ValueError("matching.watch_every has no use here: a branch alone is no student, and the merge is judged at the end")
+        if self.matching.watch_every and not self.control:
+            raise ValueError("matching.watch_every needs finetune.control: a branch alone is no student, the merge is judged at the end")
         return self
 
 

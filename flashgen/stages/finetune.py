@@ -69,6 +69,7 @@ def train_branches(
 
     With `finetune.control` both are one network, trained on all nodes for as many updates as the two branches together.
     """
+    from flashgen.stages.report import watcher
     from flashgen.training.matching import Matcher, train_matching
     from flashgen.training.prompts import prompt_pool
 
@@ -90,7 +91,7 @@ def train_branches(
                 name, branch, teacher, pool, nodes, matching, shape, seed + 10 + number, t5_drop=t5_drop, replay=replay,
                 proxy=proxies[number], train_nodes=own, net_at=lambda sigma: high if sigma > config.split else low,
             )  # fmt: skip
-            train_matching(matcher, work)  # a branch alone is no student: the merge is judged instead
+            train_matching(matcher, work, watcher(pipe, sampler, recipe.bench, work) if config.control else None)
     return high, low
 
 

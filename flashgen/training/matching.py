@@ -185,7 +185,7 @@ class Matcher:
     def direction(
         self, x0: Tensor, x_eval: Tensor, sigma: Tensor, sigma_eval: Tensor, node: Tensor, cond: Conditioning, g: Draws
     ) -> tuple[Tensor, dict[str, float]]:
-        """Matching and augmentation at x0, weighed by node, normalised per sample; and the normaliser's minimum."""
+        """Matching and augmentation at x0, weighed by node, normalised per sample; and their sizes, the normaliser's minimum too."""
         config, empty = self.config, self.pool.empty_rows(len(x0))
         w_match, w_augment = (self.weights[term][node].reshape(-1, 1, 1, 1) for term in ("matching", "augmentation"))
         proxy = x0_from_v(x_eval, velocity(self.proxy, x_eval, sigma_eval, cond), sigma_eval)
@@ -195,17 +195,19 @@ class Matcher:
             )
             augment = augmentation_term(teacher, unconditional, config.guidance)
             scale = distance(x0, teacher - augment)  # teacher - augment is the guided estimate
-            total = normalise(w_match * matching_term(teacher, proxy) + w_augment * augment, scale, floor=config.floor)
+            match = matching_term(teacher, proxy)
+            total = normalise(w_match * match + w_augment * augment, scale, floor=config.floor)
         else:
             teacher = x0_from_v(x_eval, velocity(self.teacher, x_eval, sigma_eval, cond), sigma_eval)
-            scale = distance(x0, teacher)
-            total = w_match * normalise(matching_term(teacher, proxy), scale, floor=config.floor)
+            scale, match = distance(x0, teacher), matching_term(teacher, proxy)
+            total = w_match * normalise(match, scale, floor=config.floor)
             lower = below(sigma, g.rand())  # fresh noise under the node's own level
             x = add_noise(x0, g.randn(*self.shape), lower)
             guided, unconditional = (x0_from_v(x, v, lower) for v in teacher_velocities(self.teacher, x, lower, cond, empty))
             augment = augmentation_term(guided, unconditional, config.guidance)
             total = total + w_augment * normalise(augment, distance(x0, guided - augment), floor=config.floor)
-        return total, {"scale_min": scale.min().item()}
+        sizes = {"matching": match.abs().mean().item(), "augmentation": augment.abs().mean().item()}
+        return total, {"scale_min": scale.min().item(), **sizes}
 
     def adversarial_direction(
         self, x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_eval: Tensor, eps: Tensor, cond: Conditioning

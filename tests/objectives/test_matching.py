@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashgen.flow.convert import add_noise, eps_from_v, x0_from_v
 from flashgen.flow.ode import guide
-from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, Point, evaluation_point, evaluation_sigma
+from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, Point, below, evaluation_point, evaluation_sigma
 from flashgen.objectives.matching import augmentation_term, distance, matching_loss, matching_term, normalise
 
 G = torch.Generator().manual_seed(0)
@@ -94,6 +94,12 @@ def test_shared_sigma_is_the_next_node_and_on_the_last_segment_a_point_of_it() -
     sigma, sigma_next = torch.tensor([1.0, 0.9, 0.5, 0.5, 0.5]), torch.tensor([0.9, 0.75, 0.0, 0.0, 0.0])
     drawn = evaluation_sigma("shared", sigma, sigma_next, torch.tensor([0.3, 0.3, 0.0, 0.5, 1.0]))
     assert torch.allclose(drawn, torch.tensor([0.9, 0.75, MIN_SIGMA, (0.5 + MIN_SIGMA) / 2, 0.5]))
+
+
+def test_nothing_is_compared_at_pure_noise() -> None:
+    """A single step from sigma 1 to 0 draws its level below it, and so does decoupled augmentation on the first node."""
+    top, end, most = torch.ones(1), torch.zeros(1), torch.ones(1)
+    assert evaluation_sigma("shared", top, end, most).item() == below(top, most).item() == pytest.approx(MAX_SIGMA)
 
 
 def test_renoise_is_dmd2s_draw() -> None:
