@@ -18,6 +18,11 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def sharded() -> bool:
+    """Whether `accelerate launch` asks for FSDP: networks cut over the processes (`training.shards`)."""
+    return world() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def wait_for_all() -> None:
     """Until every process is here."""
     if world() > 1:

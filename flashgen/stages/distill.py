@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin
 from flashgen.errors import UsageError
+from flashgen.processes import sharded
 from flashgen.recipe.schema import MatchingTraining, Recipe
 from flashgen.stages.teacher import open_teacher
 
@@ -26,6 +27,8 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if config.trajectory.teacher_steps % config.steps:
         given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
         raise UsageError(f"{given}; the grids must nest")
+    if sharded():
+        _check_sharded(recipe)
     parent = open_teacher(teacher, out)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
     draft = begin(
@@ -41,6 +44,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.training.matching import Matcher, train_matching
     from flashgen.training.prompts import prompt_pool
     from flashgen.training.roles import Role, roles_on
+    from flashgen.training.shards import shard, whole_network
     from flashgen.training.trajectories import train_on_trajectories
 
     taught = parent.manifest.sampler
@@ -53,10 +57,13 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if config.lora:
         teacher_net, student, proxy = roles_on(pipe.transformer, config.lora, "student", "proxy", seed=seed)
     else:
-        student, proxy = copy.deepcopy(teacher_net).requires_grad_(True), None
+        student, proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True)), None
     shape = (pipe.transformer.config.in_channels, taught.size_px // 8, taught.size_px // 8)
 
     replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work)
+    if sharded():  # now: the cache wants the whole teacher, with which each process goes its own way, and a sharded one has no copy
+        proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
+        shard(teacher_net)
     train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work)
 
     pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens)
@@ -66,8 +73,20 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps]})
     kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
 
-    save_changed(draft, parent.path, {"transformer": student.fused() if isinstance(student, Role) else student})
+    save_changed(draft, parent.path, {"transformer": student.fused() if isinstance(student, Role) else whole_network(student)})
     return finish(draft, sampler, recipe.bench, metrics={"watched": kept} if kept else {})
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    """Raises UsageError for what FSDP2 cannot do."""
+    config, mend = recipe.distill, "set it, or launch with --multi_gpu, which shares out batches only"
+    wants = {
+        "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
+        "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises whole matrices
+        "distill.matching.node_adversarial=[0]": any(config.matching.node_adversarial),  # its gradient ends inside the network
+    }
+    if wrong := [setting for setting, wanted in wants.items() if wanted]:
+        raise UsageError(f"FSDP does not go without --set {' --set '.join(wrong)}; {mend}")
 
 
 def cached(

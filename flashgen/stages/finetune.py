@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.processes import sharded
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
 from flashgen.stages.distill import replay_for
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
     config = recipe.finetune
+    if sharded():
+        raise UsageError("only distill shards networks with FSDP; launch with --multi_gpu, which shares out batches")
     parent = open_artifact(student, ("student",))
     teacher = _teacher_of(parent)
     sampler = parent.manifest.sampler

@@ -18,7 +18,8 @@ import torch
 from flashgen.errors import NumericsError
 from flashgen.processes import rank, wait_for_all, world
 from flashgen.progress import say, track
-from flashgen.training.ranks import average_, averages
+from flashgen.training.ranks import average_, averages, first_says
+from flashgen.training.shards import cut, load, whole
 
 
 class Stateful(Protocol):
@@ -49,7 +50,7 @@ def fit(
     if path.exists():
         saved = torch.load(path, weights_only=True, map_location="cpu")
         for key, item in state.items():
-            item.load_state_dict(saved["state"][key])
+            load(item, saved["state"][key])
         start, window = int(saved["step"]), saved.get("window", [])
     wait_for_all()  # all have read the same state
     if rank() == 0:
@@ -72,8 +73,10 @@ def fit(
                     for key, value in means.items():
                         board.add_scalar(f"{name}/{key}", value, step + 1)
             window.clear()
-        if rank() == 0 and (time.monotonic() - last_save > save_every_s or step + 1 == steps):
-            save_state({"step": step + 1, "window": window, "state": {k: v.state_dict() for k, v in state.items()}}, path)
+        if step + 1 == steps or first_says(time.monotonic() - last_save > save_every_s):
+            found = {k: whole(v.state_dict(), keep=rank() == 0) for k, v in state.items()}
+            if rank() == 0:
+                save_state({"step": step + 1, "window": window, "state": found}, path)
             last_save = time.monotonic()
     wait_for_all()
 
@@ -166,7 +169,7 @@ class Ema:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state["shadow"].items():
-            self.shadow[key].copy_(value)
+            self.shadow[key].copy_(cut(value, self.shadow[key]))
 
 
 class Best:

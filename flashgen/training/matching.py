@@ -29,6 +29,7 @@ from flashgen.training.discriminator import Heads, Tap
 from flashgen.training.loop import Best, Ema, Stateful, descend, fit
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
+from flashgen.training.shards import cut
 from flashgen.training.trajectories import Replay, teacher_velocities, velocity
 
 MATCHING_STREAM = 12
@@ -283,5 +284,5 @@ def train_matching(matcher: Matcher, work: Path, watch: Callable[[str, nn.Module
         return {}
     with torch.no_grad():
         for name, parameter in matcher.student.named_parameters():
-            parameter.copy_(best.shadow[name])
+            parameter.copy_(cut(best.shadow[name], parameter))
     return {"best": best.score, "best_step": best.step, "last": best.last}

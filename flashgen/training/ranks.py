@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from flashgen.errors import UsageError
 from flashgen.processes import join, rank, world
@@ -19,11 +20,20 @@ from flashgen.randomness import generator
 
 @torch.no_grad()
 def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes."""
+    """Replace each tensor by its mean over the processes; gradients of sharded weights are that already."""
     if world() > 1:
         join()
         for tensor in tensors:
-            tensor.copy_(reduce(tensor, "mean"))
+            if not isinstance(tensor, DTensor):
+                tensor.copy_(reduce(tensor, "mean"))
+
+
+def first_says(flag: bool) -> bool:
+    """What the first process says, in all of them."""
+    if world() == 1:
+        return flag
+    join()
+    return bool(broadcast(torch.tensor(flag, dtype=torch.int32)))
 
 
 def averages(metrics: dict[str, float]) -> dict[str, float]:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flashgen.artifact.store import versions
 from flashgen.errors import UsageError
-from flashgen.stages import teacher
+from flashgen.recipe.load import load
+from flashgen.stages import distill, finetune, teacher
 from flashgen.training.ranks import Draws, average_, averages
 
 MICRO = [
@@ -43,14 +45,24 @@ def test_alone_nothing_is_averaged() -> None:
     assert averages({"loss": 2.0}) == {"loss": 2.0} and torch.equal(tensor, torch.ones(2))
 
 
-def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
+MULTI = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+FSDP = ["--config_file", str(Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp2.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "word"),
+    [
+        pytest.param(MULTI, [], "matching: each batch shared out over 2 processes", id="shared batches"),
+        pytest.param(FSDP, ["distill.trajectory.muon_lr=0"], "FSDP2: the first process keeps", id="FSDP2"),
+    ],
+)
+def test_two_processes_give_the_loss_curve_of_one(options: list[str], settings: list[str], word: str, tmp_path: Path) -> None:
     """`accelerate launch`, gloo, the same global batch. Tolerance: 1e-3 relative, what another order of sums grows to in 60 steps."""
     teacher.random("tiny", tmp_path / "teacher", 0, False)
-    settings = [part for text in MICRO for part in ("--set", text)]
-    arguments = ["distill", str(tmp_path / "teacher"), "--recipe", "shapes-demo", *settings]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0", "-m", "flashgen"]  # fmt: skip
-    curves = {}
+    sets = [part for text in [*MICRO, *settings] for part in ("--set", text)]
+    arguments = ["distill", str(tmp_path / "teacher"), "--recipe", "shapes-demo", *sets]
+    launch = ["-m", "accelerate.commands.launch", *options, "--num_processes", "2", "-m", "flashgen"]
+    curves, weights = {}, {}
     for name, how in (("one", ["-m", "flashgen"]), ("two", launch)):
         out = tmp_path / name
         done = subprocess.run(
@@ -59,10 +71,22 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.split() == [str(out / "v0001")]  # one process prints
-        assert ("matching: each batch shared out over 2 processes" in done.stderr) == (name == "two")
+        assert (word in done.stderr) == (name == "two")
         assert [v.name for v in versions(out)] == ["v0001"] and not (out / ".work").exists()
         curves[name] = [json.loads(row) for row in (out / "v0001" / "stats.jsonl").read_text().splitlines()]
+        weights[name] = load_file(next((out / "v0001" / "transformer").glob("*.safetensors")))
     assert [(r["phase"], r["step"]) for r in curves["one"]] == [(r["phase"], r["step"]) for r in curves["two"]]
     for one, two in zip(curves["one"], curves["two"], strict=True):
         for key in one.keys() - {"phase", "step", "time", "std", "scale_min"}:  # those two are of a part of the batch
             assert two[key] == pytest.approx(one[key], rel=1e-3), (one["phase"], one["step"], key)
+    for key, tensor in weights["one"].items():
+        torch.testing.assert_close(weights["two"][key].float(), tensor.float(), rtol=1e-2, atol=2e-3)
+
+
+def test_fsdp_refuses_what_it_cannot_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="muon_lr=0"):
+        distill.run("shapes", tmp_path / "out", load("shapes-demo"), 0, False)
+    with pytest.raises(UsageError, match="only distill"):
+        finetune.run(str(tmp_path / "student"), tmp_path / "out", load("shapes-demo"), 0, False)
