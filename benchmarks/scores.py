@@ -70,8 +70,9 @@ class Ruler:
             self.pipe.transformer = own
             true = pooled_latents(self.pipe.vae, np.stack([render(realise(request, rng)) for request in self.few]))
             self.folder.mkdir(parents=True, exist_ok=True)
-            np.savez(path.with_suffix(".tmp.npz"), teacher=taught, true=true)
-            os.replace(path.with_suffix(".tmp.npz"), path)
+            temporary = path.with_suffix(f".{os.getpid()}.npz")  # several processes may be at it
+            np.savez(temporary, teacher=taught, true=true)
+            os.replace(temporary, path)
         with np.load(path) as saved:
             return saved["teacher"], saved["true"]
 

@@ -21,11 +21,13 @@ def proxy_loss(v_proxy: Tensor, x0_student: Tensor, eps: Tensor) -> Tensor:
 def interval_loss(v_proxy: Tensor, x: Tensor, eps: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
     """Flow matching on a student's unfinished states x at `sigma`, diffused to `sigma_to` by `eps`. Gradient: `v_proxy` only.
 
-    mean min(1/b^2, 10) (b (v - target))^2, b of `diffusion_factors`; needs no x0 and is unbiased (Phased DMD).
+    mean min(1/b^2, 10) (b (1 - sigma) (v - target))^2, b of `diffusion_factors`; needs no x0 and is unbiased (Phased DMD).
+    The factor 1 - sigma is our choice: the target holds x / (1 - sigma), and without it the noisiest node drowns the others
+    (a loss of 88 instead of 1.6 on the grid of four steps). A weight by noise level alone leaves the target unbiased.
     """
     _, b = diffusion_factors(sigma, sigma_to)
     error = v_proxy - interval_velocity(x, eps, sigma, sigma_to).detach()
-    weight = (b.square() * MAX_WEIGHT).clamp_max(1)
+    weight = (b.square() * MAX_WEIGHT).clamp_max(1) * (1 - sigma).square()
     return (expand(weight, x) * error.square()).mean()
 
 

@@ -64,4 +64,4 @@ def test_interval_loss_weighs_little_where_the_two_levels_meet_and_moves_the_pro
     assert torch.isfinite(loss) and v.grad is not None and x.grad is None and eps.grad is None
     assert torch.isfinite(v.grad).all()
     error = v[1] - interval_velocity(x[1:], eps[1:], s[1:], t[1:])[0]
-    assert torch.allclose(v.grad[1], (2 * error / v.numel()).detach(), rtol=1e-9)  # b^2 > 0.1: weight 1
+    assert torch.allclose(v.grad[1], (0.5**2 * 2 * error / v.numel()).detach(), rtol=1e-9)  # b^2 > 0.1: weight (1 - s)^2

@@ -1,0 +1,115 @@
+"""The page of the ablation: tables, differences between rows, plot. `benchmarks.ablation` makes what it shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from benchmarks.scores import interval
+from flashgen.shapes.scene import TASKS
+
+ABOUT = """
+Each row starts from the same base student of its seed (trajectory guidance alone, `recipes/ablation.yaml`), spends the same number of
+forwards on it with the same hyper-parameters, and is judged on 300 prompts, and on 60 more drawn 8 times each, that no stage draws from.
+`control`, `split + merge` and `two experts` spend the first half on `shared`. A row is an edit of `distill.matching`: see `MATCHING`
+in `benchmarks/ablation.py`.
+
+F is one transformer forward of one sample; a backward counts 2. Distances, recall and diversity (mean distance between pictures of one
+prompt) are in VAE-PCA64 ([what that is](../flashgen/metrics/distribution.py)). Variance is that of the direction at x0 of one prompt over
+8 redraws, over its mean square; "given z" with the start noise held. Intervals are 95 %, bootstrapped over seeds and prompts; seconds are
+wall time on 2 cores, training and scoring, and noisy."""
+
+
+def table(runs: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """Verdicts [runs, prompts]."""
+    return np.array([r["passed"] for r in runs], float)
+
+
+# Column heads of the second table, and where each number is in a run.
+COLUMNS = {
+    "FD to teacher": "fd_teacher", "FD to true": "fd_true", "recall of teacher": "recall_teacher", "recall of true": "recall_true",
+    "diversity": "diversity", "variance": "variance", "variance given z": "variance_given_z", "F an update": "per_update",
+    "F": "forwards", "seconds": "seconds",
+}  # fmt: skip
+PAIRS = (
+    ("shared", "re-noise (DMD2)"), ("shared", "re-noise, proxy on rollouts"), ("shared", "shared, proxy on steps"),
+    ("shared", "interval"), ("shared", "trajectory"), ("shared + adversarial", "shared"), ("split + merge", "control"),
+    ("two experts", "control"),
+)  # fmt: skip
+
+
+def _rows(runs: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(r["row"] for r in runs))
+
+
+def page(kept: dict[str, Any], plot: str) -> str:
+    """The whole report in Markdown; rows in the order of the runs."""
+    teacher, runs = kept["teacher"], kept["runs"]
+    lines = ["# Ablation", "", f"`make ablation` writes this page, [its raw numbers](ablation.json) and the plot. {ABOUT}", ""]
+    distances = f"FD to true scenes {teacher['fd_true']:.2f}, recall of true scenes {teacher['recall_true']:.2f}"
+    lines += [f"The teacher, 28 steps, guided: composition {np.mean(teacher['passed']):.3f}, {distances}, "
+              f"diversity {teacher['diversity']:.2f}.", "", f"![composition]({plot})", ""]  # fmt: skip
+    for steps in sorted({r["steps"] for r in runs}, key=lambda s: (s != 4, s)):
+        mine = [r for r in runs if r["steps"] == steps]
+        rows = {row: [r for r in mine if r["row"] == row] for row in _rows(runs)}
+        seeds = sorted({r["seed"] for r in mine})
+        lines += [f"## {steps} steps, seeds {', '.join(map(str, seeds))}", "", *_table(["row", "composition", *TASKS])]
+        for row, own in rows.items():
+            if own:
+                value, low, high = interval(table(own))
+                tasks = table(own).reshape(len(own), len(TASKS), -1).mean((0, 2))
+                lines.append(_cells(row, f"{value:.3f} [{low:.3f}, {high:.3f}]", *(f"{t:.2f}" for t in tasks)))
+        lines += ["", *_table(["row", *COLUMNS])]
+        lines += [_cells(row, *(_mean(own, key) for key in COLUMNS.values())) for row, own in rows.items() if own]
+        lines += ["", *_differences(rows), ""]
+    return "\n".join(lines)
+
+
+def _table(heads: list[str]) -> list[str]:
+    return [_cells(*heads), "|---" * len(heads) + "|"]
+
+
+def _cells(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mean(own: list[dict[str, Any]], key: str) -> str:
+    values = [r[key] for r in own if r.get(key) is not None]
+    return f"{np.mean(values):.{0 if np.mean(values) >= 100 else 2}f}" if values else ""
+
+
+def _differences(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Differences in composition, same seed, same prompts, same noise."""
+    lines = []
+    for a, b in PAIRS:
+        ours, theirs = ({r["seed"]: r for r in rows.get(row, [])} for row in (a, b))
+        both = sorted(ours.keys() & theirs.keys())
+        if both:
+            value, low, high = interval(table([ours[s] for s in both]) - table([theirs[s] for s in both]))
+            lines.append(f"* {a} minus {b}: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return lines
+
+
+def draw(kept: dict[str, Any], path: Path) -> None:
+    """Composition by row with its interval, one panel a number of steps."""
+    every, rows = sorted({r["steps"] for r in kept["runs"]}), _rows(kept["runs"])
+    figure = Figure(figsize=(3 + 3 * len(every), 0.34 * len(rows) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(every), sharey=True, squeeze=False)[0]
+    for panel, steps in zip(panels, every, strict=True):
+        for place, row in enumerate(rows):
+            own = [r for r in kept["runs"] if r["row"] == row and r["steps"] == steps]
+            if own:
+                value, low, high = interval(table(own))
+                color = "C0" if "shared" in row else "C7"
+                panel.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3)
+        panel.axvline(np.mean(kept["teacher"]["passed"]), color="k", lw=0.8, ls=":")
+        panel.set_title(f"{steps} steps")
+        panel.set_xlabel("composition, 95 %")
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(rows)), rows)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
