@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.scores import interval
+from benchmarks.scores import half_interval, interval
 from flashgen.shapes.scene import TASKS
 
 ABOUT = """
@@ -20,8 +20,8 @@ in `benchmarks/ablation.py`.
 
 F is one transformer forward of one sample; a backward counts 2. Distances, recall and diversity (mean distance between pictures of one
 prompt) are in VAE-PCA64 ([what that is](../flashgen/metrics/distribution.py)). Variance is that of the direction at x0 of one prompt over
-8 redraws, over its mean square; "given z" with the start noise held. Intervals are 95 %, bootstrapped over seeds and prompts; seconds are
-wall time on 2 cores, training and scoring, and noisy."""
+8 redraws, over its mean square; "given z" with the start noise held. Intervals are 95 %: of composition a bootstrap over seeds and prompts,
+of distances (±) a jackknife over prompts and the spread of seeds. Seconds are wall time on one core, training and scoring, and noisy."""
 
 
 def table(runs: list[dict[str, Any]]) -> NDArray[np.float64]:
@@ -79,7 +79,8 @@ def _cells(*cells: str) -> str:
 
 def _mean(own: list[dict[str, Any]], key: str) -> str:
     values = [r[key] for r in own if r.get(key) is not None]
-    return f"{np.mean(values):.{0 if np.mean(values) >= 100 else 2}f}" if values else ""
+    spread = f" ± {half_interval(own, key):.2f}" if key in own[0].get("without", {}) else ""
+    return f"{np.mean(values):.{0 if np.mean(values) >= 100 else 2}f}{spread}" if values else ""
 
 
 def _differences(rows: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -23,6 +23,7 @@ from flashgen.shapes.scene import Request, prompt_set, realise
 from flashgen.shapes.verify import judge
 
 TEST_SEED = 4000  # a stream of prompts and noise that no stage draws from; single captions do occur in training, the world is small
+TENTHS = 10  # parts of the prompts that the jackknife leaves out in turn
 REDRAWS = 8  # pictures a prompt of the sets that distances and diversity are of
 
 
@@ -51,14 +52,14 @@ class Ruler:
     def _draw(self, requests: list[Request], first: int, sampler: Sampler) -> NDArray[np.uint8]:
         return sample(self.pipe, sampler, [r.caption() for r in requests], list(range(first, first + len(requests))), batch=60)
 
-    def distances(self, features: Features) -> dict[str, float]:
+    def distances(self, features: Features) -> dict[str, Any]:
+        """Distances of [6 few, 8] pictures, and the same without each tenth of the prompts (`without`, for the jackknife)."""
         teacher, true = self.references()
         space = Space.of(true)
-        mine, taught, real = space(features), space(teacher), space(true)
-        return {
-            "fd_teacher": frechet_distance(taught, mine), "fd_true": frechet_distance(real, mine), "recall_teacher": recall(taught, mine),
-            "recall_true": recall(real, mine), "diversity": diversity(mine.reshape(-1, REDRAWS, mine.shape[-1])),
-        }  # fmt: skip
+        sets = [space(part).reshape(-1, REDRAWS, space.axes.shape[1]) for part in (teacher, true, features)]
+        tenths = np.arange(len(sets[0])) % TENTHS  # of the prompts of every task
+        without = [_distances(*(part[tenths != tenth] for part in sets)) for tenth in range(TENTHS)]
+        return {**_distances(*sets), "without": {key: [round(one[key], 4) for one in without] for key in without[0]}}
 
     def references(self) -> tuple[Features, Features]:
         """Features of the teacher's pictures and of true scenes for the same prompts, other noise."""
@@ -75,6 +76,15 @@ class Ruler:
             os.replace(temporary, path)
         with np.load(path) as saved:
             return saved["teacher"], saved["true"]
+
+
+def _distances(teacher: Features, true: Features, mine: Features) -> dict[str, float]:
+    """Of pictures [prompts, redraws, dimensions] of the same prompts."""
+    taught, real, drawn = (part.reshape(-1, part.shape[-1]) for part in (teacher, true, mine))
+    return {
+        "fd_teacher": frechet_distance(taught, drawn), "fd_true": frechet_distance(real, drawn), "recall_teacher": recall(taught, drawn),
+        "recall_true": recall(real, drawn), "diversity": diversity(mine),
+    }  # fmt: skip
 
 
 class Meter:
@@ -112,6 +122,17 @@ def interval(table: NDArray[np.float64]) -> tuple[float, float, float]:
         means.append(table[np.ix_(runs, rng.integers(table.shape[1], size=table.shape[1]))].mean())
     low, high = np.quantile(means, [0.025, 0.975])
     return float(table.mean()), float(low), float(high)
+
+
+def half_interval(runs: list[dict[str, Any]], key: str) -> float:
+    """Half of the 95 % interval of a distance's mean over runs (seeds): their spread, and a jackknife over prompts, which they share.
+
+    No bootstrap: a Frechet distance grows when samples repeat.
+    """
+    without = np.mean([r["without"][key] for r in runs], 0)
+    prompts = (len(without) - 1) * np.var(without)
+    seeds = np.var([r[key] for r in runs], ddof=1) / len(runs) if len(runs) > 1 else 0.0
+    return float(1.96 * np.sqrt(prompts + seeds))
 
 
 def ratio_interval(passed: NDArray[np.float64], reference: NDArray[np.float64]) -> tuple[float, float, float]:
