@@ -47,10 +47,11 @@ shapes: install
 ablation: install
 	$(BIN)/python -m benchmarks.ablation artifacts/ablation --page docs/ablation.md
 
-# The curves of docs/healthy-run.md, from the demo's student.
+# The curves of docs/healthy-run.md, from the student of `make shapes`.
 healthy-run: install
+	$(FLASHGEN) distill shapes --recipe shapes --out $(SHAPES)/student
 	for run in healthy-run failure-saturation failure-proxy-lag failure-discriminator; do \
-		$(FLASHGEN) finetune $(DEMO)/student --recipe $$run --out artifacts/healthy/$$run || exit; done
+		$(FLASHGEN) finetune $(SHAPES)/student --recipe $$run --out artifacts/healthy/$$run || exit; done
 	$(BIN)/python -m benchmarks.healthy artifacts/healthy docs/healthy-run.png
 
 test: install

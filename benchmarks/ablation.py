@@ -61,7 +61,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "shared + trajectory on node 0": {"node_trajectory": [1.0, *([0.0] * 7)]},
 }
 PER_TASK, FEW = 50, 10  # prompts a task: of verdicts, and of the sets that distances are of
-BUDGET = 400.0  # F a sample
+BUDGET = 320.0  # F a sample
 EXPERTS = ("split + merge", "two experts")
 HALVES = ("control", *EXPERTS)  # half the budget on `shared`, the other half on this
 ROWS = ("trajectory", *MATCHING, *HALVES)

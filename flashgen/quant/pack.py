@@ -1,28 +1,23 @@
-"""Group-wise 4- and 8-bit weights in the layout of onnxruntime's MatMulNBits. Tensors in, tensors out.
+"""Group-wise weights of 2, 3, 4 and 8 bits in the layout of onnxruntime's MatMulNBits: packing and its inverse.
 
 A weight [N, K] is cut into groups of `group` inputs (the last one padded with zeros). Its value is scale * (code - zero)
-with code in 0..2^bits-1; zero is 2^(bits-1) for symmetric groups. Codes of 4 bits are packed low nibble first.
+with code in 0..2^bits-1; zero is 2^(bits-1) for symmetric groups. Codes are packed low bits first, 3 bits across bytes, which
+MatMulNBits does not know: `as_bits` gives them a wider home for the graph.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashgen.errors import NumericsError
-
-# Shares of a group's range tried by the MSE search (our choice). Above 1: a symmetric group whose other end would be cut.
-SHRINK = torch.linspace(1.15, 0.55, 25).tolist()
-
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """`codes` uint8 [N, K/g, g*bits/8], `scales` fp32 [N, K/g] that fp16 holds exactly, `zeros` packed uint8
-    [N, ceil(K/g * bits / 8)] or None if symmetric."""
+    """`codes` uint8 [N, K/g, g*bits/8], `scales` fp32 [N, K/g] that fp16 holds exactly; `zeros` packed uint8 [N, ceil(K/g * bits / 8)],
+    or fp32 [N, K/g] that fp16 holds (HQQ's are no whole numbers), or None if symmetric."""
 
     codes: Tensor
     scales: Tensor
@@ -33,79 +28,55 @@ class QuantizedLinear:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., n] to bytes [..., ceil(n * bits / 8)]; an odd last nibble is followed by 0."""
-    if bits == 8:
-        return codes.contiguous()
-    even = pad(codes, (0, codes.shape[-1] % 2))
-    return even[..., 0::2] | (even[..., 1::2] << 4)
+    """uint8 codes [..., n] to bytes [..., ceil(n * bits / 8)], the first code in the lowest bits; what is left over is 0."""
+    if bits == 3:  # eight codes in three bytes
+        padded = pad(codes, (0, -codes.shape[-1] % 8))
+        eight = padded.reshape(*padded.shape[:-1], -1, 8).int()
+        word = (eight << (3 * torch.arange(8, dtype=torch.int32))).sum(-1, dtype=torch.int32)
+        packed = torch.stack([(word >> shift) & 255 for shift in (0, 8, 16)], -1).to(torch.uint8).flatten(-2)
+        return packed[..., : -(-codes.shape[-1] * 3 // 8)].contiguous()
+    each = 8 // bits
+    padded = pad(codes, (0, -codes.shape[-1] % each))
+    packed = padded[..., 0::each].clone()
+    for i in range(1, each):
+        packed |= padded[..., i::each] << (bits * i)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `pack`: the first `n` codes of each row."""
-    if bits == 8:
-        return packed[..., :n]
-    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :n]
-
-
-def quantize_groups(weight: Tensor, bits: int, group: int, symmetric: bool, clip: Literal["mse", "none"] = "mse") -> QuantizedLinear:
-    """Round-to-nearest codes of `weight` [N, K]; `clip="mse"` picks, group by group, the range with the least squared error.
-
-    Raises NumericsError when a weight is not finite.
-    """
-    if bits not in (4, 8) or group < 16 or group & (group - 1):
-        raise ValueError(f"bits must be 4 or 8 and group a power of two >= 16, not {bits} and {group}")
-    weight = weight.detach().float()
-    if not bool(torch.isfinite(weight).all()):
-        raise NumericsError("a weight to be quantized is not finite; check the student with `flashgen generate` and train it again")
-    n, k = weight.shape
-    groups = pad(weight, (0, -k % group)).reshape(n, -1, group)
-    best = _candidate(groups, bits, symmetric, 1.0)
-    if clip == "mse":
-        best_error = _error(groups, *best)
-        for share in SHRINK:
-            trial = _candidate(groups, bits, symmetric, share)
-            error = _error(groups, *trial)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = (
-                torch.where(better[..., None], trial[0], best[0]),
-                torch.where(better, trial[1], best[1]),
-                torch.where(better, trial[2], best[2]),
-            )
-    codes, scales, zeros = best
-    packed_zeros = None if symmetric else pack(zeros.to(torch.uint8), bits)
-    return QuantizedLinear(pack(codes.to(torch.uint8), bits), scales, packed_zeros, bits, group, k)
+    if bits == 3:
+        padded = pad(packed, (0, -packed.shape[-1] % 3))
+        three = padded.reshape(*padded.shape[:-1], -1, 3).int()
+        word = (three << (8 * torch.arange(3, dtype=torch.int32))).sum(-1, dtype=torch.int32)
+        codes: Tensor = ((word[..., None] >> (3 * torch.arange(8, dtype=torch.int32))) & 7).to(torch.uint8)
+    else:
+        codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+    return codes.flatten(-2)[..., :n]
 
 
 def dequantize(q: QuantizedLinear) -> Tensor:
     """The fp32 weight [N, K] that MatMulNBits computes with."""
     codes = unpack(q.codes, q.bits, q.group).float()
-    zeros: Tensor | float = 2.0 ** (q.bits - 1)
-    if q.zeros is not None:
-        zeros = unpack(q.zeros, q.bits, q.scales.shape[1]).float()[..., None]
-    return ((codes - zeros) * q.scales[..., None]).flatten(1)[:, : q.k].contiguous()
+    return ((codes - zeros_of(q)[..., None]) * q.scales[..., None]).flatten(1)[:, : q.k].contiguous()
 
 
-def _candidate(groups: Tensor, bits: int, symmetric: bool, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Float codes [N, G, g], scales and zeros [N, G] for `share` of each group's range."""
-    levels = 2**bits - 1
-    if symmetric:  # the signed extreme maps to code 0, so that all 2^bits levels are used; scales may be negative
-        low, high = groups.amin(-1), groups.amax(-1)
-        scales = _as_half(share * torch.where(high > -low, high, low) / -(2 ** (bits - 1)))
-        zeros = torch.full_like(scales, 2 ** (bits - 1))
-    else:
-        low, high = share * groups.amin(-1).clamp(max=0), share * groups.amax(-1).clamp(min=0)
-        scales = _as_half((high - low) / levels)
-        zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(0, levels)
-    scales = torch.where(scales == 0, 1, scales)
-    codes = (torch.round(groups / scales[..., None]) + zeros[..., None]).clamp(0, levels)
-    return codes, scales, zeros
+def zeros_of(q: QuantizedLinear) -> Tensor:
+    """Zero points as floats, [N, K/g]."""
+    if q.zeros is None:
+        return torch.full_like(q.scales, 2.0 ** (q.bits - 1))
+    return q.zeros if q.zeros.is_floating_point() else unpack(q.zeros, q.bits, q.scales.shape[1]).float()
 
 
-def _as_half(scales: Tensor) -> Tensor:
+def as_bits(q: QuantizedLinear, bits: int) -> QuantizedLinear:
+    """The same weight with each code in a wider home: 3-bit codes as 4-bit ones, for engines that know no 3."""
+    codes = pack(unpack(q.codes, q.bits, q.group), bits)
+    if q.zeros is not None and q.zeros.is_floating_point():
+        return replace(q, codes=codes, bits=bits)
+    zeros = zeros_of(q).to(torch.uint8)  # a symmetric zero is the middle of its own range, not of the wider one
+    return replace(q, codes=codes, zeros=pack(zeros, bits), bits=bits)
+
+
+def as_half(values: Tensor) -> Tensor:
     """Rounded to what the exported graph stores: half the bytes, so that groups may be half as long."""
-    return scales.clamp(-65504, 65504).half().float()
-
-
-def _error(groups: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    return ((codes - zeros[..., None]) * scales[..., None] - groups).square().sum(-1)
+    return values.clamp(-65504, 65504).half().float()

@@ -25,7 +25,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.models.sample import load_pipeline
     from flashgen.models.save import save_changed
     from flashgen.progress import track
-    from flashgen.quant.pack import dequantize, quantize_groups
+    from flashgen.quant.pack import dequantize
+    from flashgen.quant.rounding import quantize_groups
     from flashgen.stages.report import finish
 
     transformer = load_pipeline(parent.path).transformer

@@ -35,7 +35,7 @@ def fit(
     work: Path,
     *,
     save_every_s: float = 60.0,
-    log_every: int = 20,
+    log_every: int = 10,
 ) -> None:
     """Call `step_fn(step)` for every step in 0..steps-1 that no earlier run has finished.
 

@@ -16,7 +16,8 @@ from flashgen.export.components import Call, Component, trace
 from flashgen.export.parity import psnr_db
 from flashgen.export.rewrite import Codes, linears, to_matmul_nbits
 from flashgen.export.write import read_codes, write_component
-from flashgen.quant.pack import dequantize, quantize_groups
+from flashgen.quant.pack import dequantize
+from flashgen.quant.rounding import quantize_groups
 from flashgen.recipe.schema import Recipe
 from flashgen.stages import export
 

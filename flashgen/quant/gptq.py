@@ -1,0 +1,58 @@
+"""GPTQ (Frantar et al. 2022): round column by column, and let those to come make up for each error. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flashgen.errors import NumericsError
+from flashgen.quant.pack import QuantizedLinear
+from flashgen.quant.rounding import assemble, best_range, grouped, round_to
+
+BLOCK = 128  # columns whose errors reach the others together
+DAMP = 0.01  # of the mean diagonal, added to it (the paper's)
+
+
+def hessian_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of a layer's output energy that is error, for inputs with H = sum x x^T."""
+    difference = (weight - quantized).double()
+    energy = ((weight.double() @ hessian.double()) * weight.double()).sum()
+    return float(((difference @ hessian.double()) * difference).sum() / energy.clamp_min(1e-30))
+
+
+def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, symmetric: bool) -> QuantizedLinear:
+    """Codes of `weight` [N, K] for inputs with second moments `hessian` [K, K] (any positive scale).
+
+    The loudest inputs go first, so that the quiet ones make up for their errors; ranges are those of least squared error of the
+    weights as they were, so that groups stay what MatMulNBits takes (GPTQ's act-order with static groups). Inputs that never fired
+    are rounded to nearest. Raises NumericsError when a weight or a moment is not finite.
+    """
+    groups = grouped(weight, bits, group)
+    if not bool(torch.isfinite(hessian).all()):
+        raise NumericsError("the calibration inputs of a layer are not finite; check the student with `flashgen generate`")
+    scales, zeros = best_range(groups, bits, symmetric)
+    columns = groups.flatten(1)
+    moments = pad(hessian.double(), (0, columns.shape[1] - len(hessian)) * 2)
+    order = moments.diagonal().argsort(descending=True, stable=True)
+    scale, zero = (part.repeat_interleave(group, 1)[:, order] for part in (scales, zeros))
+    columns, upper = columns[:, order], _inverse_factor(moments[order][:, order]).float()
+    codes = torch.empty_like(columns)
+    for start in range(0, columns.shape[1], BLOCK):
+        end, errors = min(start + BLOCK, columns.shape[1]), []
+        for i in range(start, end):
+            codes[:, i] = round_to(columns[:, i, None], scale[:, i], zero[:, i], bits)[:, 0]
+            error = (columns[:, i] - (codes[:, i] - zero[:, i]) * scale[:, i]) / upper[i, i]
+            columns[:, i:end] -= error[:, None] * upper[i, i:end]
+            errors.append(error)
+        columns[:, end:] -= torch.stack(errors, 1) @ upper[start:end, end:]
+    codes = codes[:, order.argsort()].reshape(len(columns), -1, group)
+    return assemble(codes, scales, zeros, bits, symmetric, weight.shape[1])
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped Hessian's inverse; its row i says how the error of column i spreads to those behind."""
+    diagonal = hessian.diagonal()
+    damped = hessian + torch.diag(torch.where(diagonal > 0, DAMP * diagonal.mean(), diagonal.mean().clamp_min(1e-12)))
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor

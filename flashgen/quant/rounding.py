@@ -1,0 +1,103 @@
+"""From weights to codes without data: nearest on the full range, on the range of least error, or on HQQ's. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flashgen.errors import NumericsError
+from flashgen.quant.pack import QuantizedLinear, as_half, pack
+
+Method = Literal["none", "mse", "hqq"]
+# Shares of a group's range tried by the MSE search (our choice). Above 1: a symmetric group whose other end would be cut.
+SHRINK = torch.linspace(1.15, 0.55, 25).tolist()
+HQQ_ROUNDS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01  # of the published solver
+
+
+def quantize_groups(weight: Tensor, bits: int, group: int, symmetric: bool, method: Method = "mse") -> QuantizedLinear:
+    """Codes of `weight` [N, K], group by group; the range of a group by `method`.
+
+    none   from its least to its greatest weight
+    mse    the share of that with the least squared error
+    hqq    the zero point of least |error|^0.7, which is no whole number (half-quadratic quantization, Badri and Shaji 2023)
+
+    Raises NumericsError when a weight is not finite, ValueError for sizes that the layout has not.
+    """
+    groups = grouped(weight, bits, group)
+    scales, zeros = best_range(groups, bits, symmetric) if method == "mse" else full_range(groups, bits, symmetric, 1.0)
+    if method == "hqq":
+        if symmetric:
+            raise ValueError("hqq moves zero points, so it needs groups that have one; set symmetric to false")
+        zeros = _half_quadratic(groups, scales, zeros, bits)
+    return assemble(round_to(groups, scales, zeros, bits), scales, zeros, bits, symmetric, weight.shape[1])
+
+
+def grouped(weight: Tensor, bits: int, group: int) -> Tensor:
+    """[N, K] to fp32 groups [N, ceil(K / group), group], padded with zeros."""
+    if bits not in (2, 3, 4, 8) or group < 16 or group & (group - 1):
+        raise ValueError(f"bits must be 2, 3, 4 or 8 and group a power of two >= 16, not {bits} and {group}")
+    weight = weight.detach().float()
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericsError("a weight to be quantized is not finite; check the student with `flashgen generate` and train it again")
+    return pad(weight, (0, -weight.shape[1] % group)).reshape(len(weight), -1, group)
+
+
+def assemble(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, symmetric: bool, k: int) -> QuantizedLinear:
+    """Float codes [N, G, g], scales and zeros [N, G] as they are stored."""
+    whole = not bool((zeros != zeros.round()).any())
+    stored = None if symmetric else pack(zeros.to(torch.uint8), bits) if whole else zeros
+    return QuantizedLinear(pack(codes.to(torch.uint8), bits), scales, stored, bits, codes.shape[-1], k)
+
+
+def round_to(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Nearest codes [..., g] of groups [..., g], as floats."""
+    return torch.round(groups / scales[..., None] + zeros[..., None]).clamp(0, 2**bits - 1)
+
+
+def full_range(groups: Tensor, bits: int, symmetric: bool, share: float) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [...] for `share` of the range of each group [..., g]."""
+    if symmetric:  # the signed extreme maps to code 0, so that all 2^bits levels are used; scales may be negative
+        low, high = groups.amin(-1), groups.amax(-1)
+        scales = as_half(share * torch.where(high > -low, high, low) / -(2 ** (bits - 1)))
+        zeros = torch.full_like(scales, 2 ** (bits - 1))
+    else:
+        low, high = share * groups.amin(-1).clamp(max=0), share * groups.amax(-1).clamp(min=0)
+        scales = as_half((high - low) / (2**bits - 1))
+        zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(0, 2**bits - 1)
+    return torch.where(scales == 0, 1, scales), zeros
+
+
+def best_range(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros of the share in `SHRINK`, or the whole range, with the least squared error, group by group."""
+    best = full_range(groups, bits, symmetric, 1.0)
+    best_error = _error(groups, *best, bits)
+    for share in SHRINK:
+        trial = full_range(groups, bits, symmetric, share)
+        error = _error(groups, *trial, bits)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1])
+    return best
+
+
+def _error(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    return ((round_to(groups, scales, zeros, bits) - zeros[..., None]) * scales[..., None] - groups).square().sum(-1)
+
+
+def _half_quadratic(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Zeros [N, G] that fp16 holds: alternate a soft threshold of the error with the mean that is best for what is left."""
+    best, best_error, beta = zeros, torch.full_like(zeros, torch.inf), HQQ_BETA
+    for _ in range(HQQ_ROUNDS):
+        codes = round_to(groups, scales, zeros, bits)
+        error = groups - (codes - zeros[..., None]) * scales[..., None]
+        norm = error.abs().pow(HQQ_NORM).sum(-1)
+        best = torch.where(norm < best_error, zeros, best)
+        best_error = torch.minimum(norm, best_error)
+        size = error.abs()
+        outlier = error.sign() * (size - size.clamp_min(1e-8).pow(HQQ_NORM - 1) / beta).clamp_min(0)
+        zeros = as_half((codes - (groups - outlier) / scales[..., None]).mean(-1))
+        beta *= HQQ_GROWTH
+    return best
