@@ -21,7 +21,7 @@ class Codes(NamedTuple):
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
-    zeros: NDArray[np.uint8] | None
+    zeros: NDArray[np.uint8] | NDArray[np.float32] | None
     bits: int
     group: int
 
@@ -94,20 +94,22 @@ def to_matmul_nbits(model: ir.Model, layers: Mapping[str, Codes], accuracy_level
 
 
 def halve_scales(model: ir.Model) -> None:
-    """Store scales as fp16 behind a Cast, which onnxruntime folds when it loads: half the bytes, nothing lost (see `quant.pack`).
-
-    To be called after every pass that folds constants.
+    """Store scales, and zero points between codes, as fp16 behind a Cast, which onnxruntime folds when it loads: half the bytes,
+    nothing lost (see `quant.pack`). To be called after every pass that folds constants.
     """
     graph = model.graph
     for node in [node for node in graph if node.op_type == "MatMulNBits"]:
-        scales = node.inputs[2]
-        assert scales is not None and scales.name is not None and scales.const_value is not None
-        del graph.initializers[scales.name]
-        stored = _constant(graph, scales.name, scales.const_value.numpy().astype(np.float16))
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
-        cast.outputs[0].name = f"{scales.name}.fp32"
-        graph.insert_before(node, cast)
-        node.replace_input_with(2, cast.outputs[0])
+        for place in (2, 3):
+            value = node.inputs[place]
+            if value is None or value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
+                continue
+            assert value.name is not None
+            del graph.initializers[value.name]
+            stored = _constant(graph, value.name, value.const_value.numpy().astype(np.float16))
+            cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
+            cast.outputs[0].name = f"{value.name}.fp32"
+            graph.insert_before(node, cast)
+            node.replace_input_with(place, cast.outputs[0])
 
 
 def _fits(linear: Linear, q: Codes) -> bool:

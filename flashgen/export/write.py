@@ -10,12 +10,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 from flashgen.errors import ArtifactError
 from flashgen.export.components import Component, crop_positions, trace
 from flashgen.export.parity import check
 from flashgen.export.rewrite import Codes, halve_scales, to_matmul_nbits
+from flashgen.quant.pack import QuantizedLinear, as_bits
 
 EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GB; above this, weights go into model.onnx_data, which onnxruntime maps
 
@@ -56,19 +58,20 @@ def _strip(model: ir.Model) -> None:
 
 
 def read_codes(path: Path) -> dict[str, Codes]:
-    """Codes of every layer of a quantized artifact, in the order of quantized/layers.json."""
+    """Codes of every layer of a quantized artifact, in the order of quantized/layers.json; 3-bit ones as 4-bit ones."""
     try:
         layers = json.loads((path / "quantized" / "layers.json").read_text())
         tensors = load_file(path / "quantized" / "transformer.safetensors")
-        return {
-            name: Codes(
-                tensors[f"{name}.codes"],
-                tensors[f"{name}.scales"].astype(np.float32),
-                None if spec["symmetric"] else tensors[f"{name}.zeros"],
-                int(spec["bits"]),
-                int(spec["group"]),
-            )
-            for name, spec in layers.items()
-        }
+        return {name: _codes(tensors, name, spec) for name, spec in layers.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}/quantized is broken ({error!r}); make it again with: flashgen quantize STUDENT --out DIR") from error
+
+
+def _codes(tensors: Mapping[str, Tensor], name: str, spec: Mapping[str, int]) -> Codes:
+    codes, scales, group = tensors[f"{name}.codes"], tensors[f"{name}.scales"].float(), int(spec["group"])
+    zeros = None if spec["symmetric"] else tensors[f"{name}.zeros"]
+    if zeros is not None and zeros.is_floating_point():
+        zeros = zeros.float()
+    q = QuantizedLinear(codes, scales, zeros, int(spec["bits"]), group, scales.shape[1] * group)
+    q = as_bits(q, 4) if q.bits == 3 else q
+    return Codes(q.codes.numpy(), q.scales.numpy(), None if q.zeros is None else q.zeros.numpy(), q.bits, group)

@@ -166,12 +166,31 @@ class RestructureRecipe(Model):
 
 
 class QuantizeRecipe(Model):
-    bits: int = Field(4, ge=4, le=4)
+    method: Literal["rtn", "hqq", "gptq"] = Field("rtn", description="how weights become codes; gptq runs the student on prompts")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="of every Linear that is not protected")
     group: Literal[16, 32, 64, 128, 256] = Field(64, description="weights that share a scale")
     symmetric: bool = False
     protect: list[str] = Field(
         ["proj_out", "pos_embed", "norm_out", "context_embedder", "time_text_embed"], description="layers kept at 8 bits, by name prefix"
     )
+    budget: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)?\s*([kKmMgG]i?B)?$",
+        description="mean bits or bytes: bits by measured damage instead of `bits` and `protect`",
+    )
+    choices: list[Literal[2, 3, 4, 8]] = Field([3, 4, 8], min_length=1, description="bits that a budget may give a group of layers")
+    prompts: int = Field(64, ge=1, description="that the student is run on for gptq and for a budget")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int | float) else value  # YAML reads 4.25 as a number
+
+    @model_validator(mode="after")
+    def _zero_points(self) -> QuantizeRecipe:
+        if self.method == "hqq" and self.symmetric:
+            raise ValueError("method hqq moves zero points, which symmetric groups have not; set symmetric to false")
+        return self
 
 
 class TeacherRecipe(Model):

@@ -331,7 +331,7 @@ def test_quantized_folder_holds_the_codes_of_its_own_weights(chain: Chain) -> No
         assert layer == {"bits": 8 if protected else 4, "group": 32, "symmetric": False}
         k = before.get_submodule(name).in_features
         codes, scales, zeros = (tensors[f"{name}.{part}"] for part in ("codes", "scales", "zeros"))
-        q = QuantizedLinear(codes, scales, zeros, layer["bits"], 32, k)
+        q = QuantizedLinear(codes, scales.float(), zeros, layer["bits"], 32, k)
         assert torch.equal(state[f"{name}.weight"], dequantize(q).half())
     packed = sum(t.nbytes for t in tensors.values())
     assert chain.int4.manifest.metrics["packed_bytes"] == packed

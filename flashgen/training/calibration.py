@@ -1,0 +1,148 @@
+"""What quantization learns from the student's own rollouts: how much each group of layers hurts, and what its inputs look like."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashgen.models.text import Conditioning
+from flashgen.progress import track
+from flashgen.quant.pack import QuantizedLinear, dequantize
+from flashgen.training.loop import save_state
+from flashgen.training.matching import roll_out
+
+BATCH = 32
+CLASSES = {
+    r"\.attn2?\.(to_[qkv]|add_[qkv]_proj)$": "attention in",
+    r"\.attn2?\.(to_out\.0|to_add_out)$": "attention out",
+    r"\.ff(_context)?\.net\.0\.proj$": "feed-forward up",
+    r"\.ff(_context)?\.net\.2$": "feed-forward down",
+    r"\.norm1\.linear$": "adaLN image",
+    r"\.norm1_context\.linear$": "adaLN text",
+}
+Quantize = Callable[[str, nn.Linear, int], QuantizedLinear]
+
+
+def linears_of(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """Every Linear by name, in the order of the network."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def unit_of(name: str) -> str:
+    """The transformer block of a layer, or the layer itself outside of them."""
+    found = re.match(r"transformer_blocks\.\d+", name)
+    return found[0] if found else name
+
+
+def groups_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Layers that share their bits: those of one class in one block; each layer outside of the blocks by itself."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        kind = next((kind for pattern, kind in CLASSES.items() if re.search(pattern, name)), None)
+        groups[f"{unit_of(name)} {kind}" if kind else name].append(name)
+    return dict(groups)
+
+
+class Calibration:
+    """Rollouts of a student from fixed noise for fixed prompts, `cond` [P, ...], `noise` [P, C, H, W]."""
+
+    def __init__(self, student: nn.Module, cond: Conditioning, noise: Tensor, nodes: list[float]) -> None:
+        self.student, self.cond, self.noise, self.nodes = student, cond, noise, nodes
+        self.layers = linears_of(student)
+        self.reference = self.finals()
+
+    def finals(self) -> Tensor:
+        """Final latents [P, C, H, W] of the student as it is now."""
+        parts = [slice(i, i + BATCH) for i in range(0, len(self.noise), BATCH)]
+        return torch.cat([roll_out(lambda _: self.student, self.noise[p], self.cond[p], self.nodes).states[-1] for p in parts])
+
+    def damage(self) -> float:
+        """|latents - reference|^2 / |reference|^2 of the student as it is now."""
+        return float((self.finals() - self.reference).square().sum() / self.reference.square().sum())
+
+    def sensitivity(
+        self, groups: Mapping[str, list[str]], choices: Sequence[int], quantize: Quantize, path: Path
+    ) -> dict[str, dict[int, float]]:
+        """Damage of each group alone at each number of bits; every number is kept in `path` at once, and not measured again."""
+        found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        todo = [(group, bits) for group in groups for bits in choices if str(bits) not in found.get(group, {})]
+        for group, bits in track(todo, "sensitivity", total=len(todo)):
+            with swapped([self.layers[name] for name in groups[group]]):
+                for name in groups[group]:
+                    layer = self.layers[name]
+                    layer.weight.data = dequantize(quantize(name, layer, bits))
+                found.setdefault(group, {})[str(bits)] = self.damage()
+            path.with_suffix(".tmp").write_text(json.dumps(found))
+            path.with_suffix(".tmp").replace(path)
+        return {group: {bits: found[group][str(bits)] for bits in choices} for group in groups}
+
+    def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """sum x x^T [K, K] of the inputs of each layer over all nodes, of the student as it is now."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0].reshape(-1, inputs[0].shape[-1])
+                found[name] = found.get(name, 0) + x.T @ x
+
+            return hook
+
+        handles = [self.layers[name].register_forward_pre_hook(keep(name)) for name in names]
+        try:
+            self.finals()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+@contextmanager
+def swapped(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """Weights that are replaced inside come back afterwards."""
+    own = [layer.weight.data for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, own, strict=True):
+            layer.weight.data = weight
+
+
+def quantize_in_order(
+    layers: Mapping[str, nn.Linear],
+    one: Callable[[str, nn.Linear, dict[str, Tensor]], QuantizedLinear],
+    calibration: Calibration | None,
+    work: Path,
+) -> tuple[dict[str, QuantizedLinear], dict[str, float]]:
+    """(codes, relative error of the weights) of every layer, which ends with the weights of its codes.
+
+    Block after block, each calibrated behind those that are quantized already; finished blocks are kept in `work`.
+    """
+    units: dict[str, list[str]] = defaultdict(list)
+    for name in layers:
+        units[unit_of(name)].append(name)
+    done: dict[str, QuantizedLinear] = {}
+    error: dict[str, float] = {}
+    for number, names in enumerate(track(units.values(), "quantize", total=len(units))):
+        path = work / f"unit-{number:03d}.pt"
+        if calibration and path.exists():
+            saved: dict[str, dict[str, Any]] = torch.load(path, weights_only=True)
+            made = {name: QuantizedLinear(**fields) for name, fields in saved.items()}
+        else:
+            moments = calibration.moments(names) if calibration else {}
+            made = {name: one(name, layers[name], moments) for name in names}
+            if calibration:
+                save_state({name: vars(q) for name, q in made.items()}, path)
+        for name, q in made.items():
+            weight, own = dequantize(q), layers[name].weight.data
+            error[name] = float((weight - own).norm() / own.norm().clamp_min(1e-12))
+            own.copy_(weight)
+        done |= made
+    return done, error

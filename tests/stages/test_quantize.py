@@ -1,0 +1,93 @@
+"""flashgen quantize with calibration: GPTQ, budgets, and what reaches the exported graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from flashgen.artifact.store import Artifact, versions
+from flashgen.errors import UsageError
+from flashgen.recipe.schema import Recipe
+from flashgen.stages import export, quantize
+from flashgen.stages.quantize import budget_bytes
+from flashgen.training import calibration
+
+
+def having(recipe: Recipe, **changes: object) -> Recipe:
+    settings = recipe.quantize.model_dump() | {"prompts": 8} | changes
+    return recipe.model_copy(update={"quantize": type(recipe.quantize).model_validate(settings)})
+
+
+def test_a_budget_is_kept_and_the_whole_table_is_in_the_artifact(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    made = quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, budget=4.9, method="gptq"), 0, False)
+    layers = json.loads((made.path / "quantized" / "layers.json").read_text())
+    table = json.loads((made.path / "quantized" / "allocation.json").read_text())
+    assert sorted(name for row in table.values() for name in row["layers"]) == sorted(layers)
+    assert all({layers[name]["bits"] for name in row["layers"]} == {row["bits"]} for row in table.values())
+    assert len({spec["bits"] for spec in layers.values()}) > 1
+    tensors = load_file(made.path / "quantized" / "transformer.safetensors")
+    assert sum(row["bytes"][str(row["bits"])] for row in table.values()) == sum(t.nbytes for t in tensors.values())
+    assert 4.4 < made.manifest.metrics["mean_bits"] <= 4.9 and 0 < made.manifest.metrics["latent_error"] < 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bits": 3}, {"bits": 2, "symmetric": True}, {"method": "hqq"}, {"method": "gptq", "bits": 3, "symmetric": True}]
+)
+def test_every_kind_of_codes_reaches_the_exported_graph(
+    changes: dict[str, object], tiny_student: Artifact, recipe: Recipe, tmp_path: Path
+) -> None:
+    made = quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, **changes), 0, False)
+    device = export.run(str(made.path), tmp_path / "device", recipe, 0, False)  # its own parity check is the assertion
+    assert device.manifest.metrics["psnr_db"]["transformer"] >= 60
+
+
+def test_the_smallest_budget_there_is_is_named(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"the smallest is \d+ bytes, 4\.\d+ mean bits"):
+        quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, budget="2.0"), 0, False)
+    assert versions(tmp_path / "q") == []
+
+
+def test_gptq_and_sensitivity_go_on_where_they_were_interrupted(
+    tiny_student: Artifact, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = having(recipe, budget="5", method="gptq")
+    whole = quantize.run(str(tiny_student.path), tmp_path / "whole", settings, 0, False)
+    measured, moments = calibration.Calibration.damage, calibration.Calibration.moments
+    calls: list[str] = []
+
+    def stop_after(limit: int, method: object) -> object:
+        def counted(self: calibration.Calibration, *arguments: object) -> object:
+            calls.append("")
+            if len(calls) > limit:
+                raise KeyboardInterrupt
+            return method(self, *arguments)  # type: ignore[operator]
+
+        return counted
+
+    for limit, name, method in ((7, "damage", measured), (2, "moments", moments)):
+        calls.clear()
+        monkeypatch.setattr(calibration.Calibration, name, stop_after(limit, method))
+        with pytest.raises(KeyboardInterrupt):
+            quantize.run(str(tiny_student.path), tmp_path / "again", settings, 0, False)
+        monkeypatch.setattr(calibration.Calibration, name, method)
+    monkeypatch.setattr(calibration.Calibration, "moments", stop_after(10**9, moments))
+    calls.clear()
+    resumed = quantize.run(str(tiny_student.path), tmp_path / "again", settings, 0, False)
+    units = len({calibration.unit_of(name) for name in json.loads((whole.path / "quantized" / "layers.json").read_text())})
+    assert len(calls) == units - 2  # two were done before
+    digest = {f.path: f.sha256 for f in whole.manifest.files if f.path.startswith("quantized/")}
+    assert digest == {f.path: f.sha256 for f in resumed.manifest.files if f.path.startswith("quantized/")}
+
+
+@pytest.mark.parametrize(("text", "size"), [("4", 500.0), ("4.25", 531.25), ("1MB", 1e6), ("1.5 KiB", 1536.0), ("2gb", 2e9)])
+def test_a_budget_is_bits_or_bytes(text: str, size: float) -> None:
+    assert budget_bytes(text, 1000) == size
+
+
+def test_a_budget_of_neither_is_refused(recipe: Recipe) -> None:
+    for wrong in ("", "four", "4 bits", "-1", "3TB"):
+        with pytest.raises(ValueError, match="budget"):
+            having(recipe, budget=wrong)
