@@ -60,8 +60,8 @@ MATCHING: dict[str, dict[str, Any]] = {
     "shared + decoupled": {"augmentation": "decoupled"},
     "shared + trajectory on node 0": {"node_trajectory": [1.0, *([0.0] * 7)]},
 }
-PER_TASK, FEW = 50, 10  # prompts a task: of verdicts, and of the sets that distances are of
-BUDGET = 320.0  # F a sample
+PER_TASK, FEW = 40, 6  # prompts a task: of verdicts, and of the sets that distances are of
+BUDGET = 400.0  # F a sample
 EXPERTS = ("split + merge", "two experts")
 HALVES = ("control", *EXPERTS)  # half the budget on `shared`, the other half on this
 ROWS = ("trajectory", *MATCHING, *HALVES)

@@ -14,7 +14,7 @@ from flashgen.shapes.scene import TASKS
 
 ABOUT = """
 Each row starts from the same base student of its seed (trajectory guidance alone, `recipes/ablation.yaml`), spends the same number of
-forwards on it with the same hyper-parameters, and is judged on 300 prompts, and on 60 more drawn 8 times each, that no stage draws from.
+forwards on it with the same hyper-parameters, and is judged on 240 prompts, and on 36 more drawn 8 times each, that no stage draws from.
 `control`, `split + merge` and `two experts` spend the first half on `shared`. A row is an edit of `distill.matching`: see `MATCHING`
 in `benchmarks/ablation.py`.
 
