@@ -19,8 +19,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,19 @@ class Bench:
 bench_of = lru_cache(maxsize=1)(Bench)
 
 
+def start_worker() -> None:
+    """One thread: two such processes do more on two cores than one of two threads (docs/lab-log.md). Ends with its parent."""
+    torch.set_num_threads(1)
+
+    def follow() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
+
+
 def prepare(task: Task, rows: list[str]) -> None:
     bench_of(task).prepare(rows)
 
@@ -307,8 +321,7 @@ def main() -> None:
         rows = [row for row in given.rows if (steps, seed, row) not in made and not (one_branch and row in EXPERTS)]
         if rows:
             missing[Task(given.teacher, given.recipe, given.budget, given.work / key, steps, max(given.steps), seed)] = rows
-    # Spawned, with one thread each: two such processes do more on two cores than one of two threads (docs/lab-log.md, 2026-11-25).
-    with ProcessPoolExecutor(given.workers, get_context("spawn"), torch.set_num_threads, (1,)) as workers:
+    with ProcessPoolExecutor(given.workers, get_context("spawn"), start_worker) as workers:
         seeds = list({task.seed: task for task in missing}.values())
         list(workers.map(cache, seeds))
         if not kept["teacher"]:
