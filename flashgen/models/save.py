@@ -22,14 +22,16 @@ def save_pipeline(draft: Draft, pipe: StableDiffusion3Pipeline) -> None:
     pipe.to(torch.float16).save_pretrained(draft.path, safe_serialization=True)
 
 
-def save_changed(draft: Draft, source: Path, changed: Mapping[str, nn.Module], dropped: Collection[str] = ()) -> None:
-    """The pipeline in `source` with some networks replaced and some components left out."""
+def save_changed(
+    draft: Draft, source: Path, changed: Mapping[str, nn.Module], dropped: Collection[str] = (), kept: Collection[str] = ()
+) -> None:
+    """The pipeline in `source` with some networks replaced, some components left out, and those `kept` that the draft has already."""
     index = json.loads((source / "model_index.json").read_text())
     for name in COMPONENTS:
         if name in dropped:
             index[name] = [None, None]
         elif name in changed:
             changed[name].to(torch.float16).save_pretrained(draft.path / name, safe_serialization=True)  # type: ignore[operator]
-        elif (source / name).is_dir():
+        elif name not in kept and (source / name).is_dir():
             draft.link_tree(source / name, name)
     (draft.path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

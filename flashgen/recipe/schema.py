@@ -207,7 +207,7 @@ class ExportRecipe(Model):
 
 
 class BenchRecipe(Model):
-    per_task: int = Field(20, ge=1, description="prompts of each of the six tasks that a score is taken on")
+    per_task: int = Field(20, ge=0, description="prompts of each of the six tasks that a score is taken on; 0: stages take none")
     warmup: int = Field(1, ge=0, description="pictures drawn before the measured ones")
     repeats: int = Field(5, ge=1, description="pictures measured, one at a time")
     batch: int = Field(30, ge=1, description="pictures drawn together for a quality score")

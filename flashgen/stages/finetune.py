@@ -32,6 +32,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         config.matching.node_weights(len(sampler.sigmas) - 1)
     except ValueError as error:
         raise UsageError(f"finetune.matching: {error}") from error
+    if not recipe.bench.per_task:
+        raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")
     if config.lora and config.matching.proxy_coupling < 1:
         raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
     draft = begin(

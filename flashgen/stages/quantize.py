@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
-from flashgen.errors import UsageError
-from flashgen.progress import say
+from flashgen.errors import ArtifactError, UsageError
+from flashgen.progress import say, track
 from flashgen.recipe.schema import QuantizeRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**
 
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
-    """Round to nearest and HQQ need no data and are linear in the weights; GPTQ and a budget run the student on its own prompts.
+    """Round to nearest and HQQ need no data: weights go from file to file, one in memory at a time. GPTQ and a budget load the
+    student and run it on its own prompts.
 
     The folder stays loadable by diffusers (dequantized weights); the codes that `export` writes are in quantized/.
     """
     config = recipe.quantize
-    parent = open_artifact(student, ("student",))
+    parent = open_artifact(student, ("student", "teacher"))
     sampler = parent.manifest.sampler
     assert sampler is not None
     draft = begin(
@@ -38,39 +40,106 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     )
     if isinstance(draft, Artifact):
         return draft
-    from safetensors.torch import save_file
-
-    from flashgen.models.sample import load_pipeline
     from flashgen.models.save import save_changed
+    from flashgen.models.stream import write
+    from flashgen.quant.pack import dequantize
     from flashgen.stages.report import finish
-    from flashgen.training.calibration import linears_of, quantize_in_order
+
+    (draft.path / "quantized").mkdir()
+    codes: dict[str, QuantizedLinear] = {}
+    metrics: dict[str, object] = {}
+    if config.method == "gptq" or config.budget:
+        codes, metrics["latent_error"] = _calibrated(parent, sampler, config, seed, draft)
+    shapes, error = _shapes(parent.path / "transformer"), dict[str, float]()
+
+    def changed(name: str, weight: Tensor) -> Tensor:
+        layer = name.removesuffix(".weight")
+        if layer not in shapes:
+            return weight
+        weight = weight.float()
+        if layer not in codes:
+            codes[layer] = _quantize(weight, _uniform(layer, config), config, None)
+        found = dequantize(codes[layer])
+        error[layer] = float((found - weight).norm() / weight.norm().clamp_min(1e-12))
+        return found
+
+    _rewrite(parent.path / "transformer", draft, changed, len(shapes))
+    if missing := sorted(shapes.keys() - codes.keys()):
+        raise ArtifactError(
+            f"{parent.path}/transformer has no weights of {', '.join(missing[:3])}; take the artifact from its source again"
+        )
+    tensors = {f"{name}.{part}": t for name in shapes for part, t in _stored(codes[name]).items()}
+    write(draft.path / "quantized" / "transformer.safetensors", {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, tensors.items())
+    specs = {name: {"bits": codes[name].bits, "group": config.group, "symmetric": codes[name].zeros is None} for name in shapes}
+    (draft.path / "quantized" / "layers.json").write_text(json.dumps(specs, indent=1) + "\n")
+    save_changed(draft, parent.path, {}, kept=("transformer",))
+    packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in shapes.values())
+    metrics |= {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / weights, "packed_bytes": packed}
+    return finish(draft, sampler, recipe.bench, metrics=metrics)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every Linear of the transformer, by name, in the order of the network; from its config alone."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    from flashgen.training.calibration import linears_of
+
+    with torch.device("meta"):
+        network = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
+    return {name: (layer.out_features, layer.in_features) for name, layer in linears_of(network).items()}
+
+
+def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor], layers: int) -> None:
+    """The transformer's files with each tensor `changed` and in fp16, in the same shards; one tensor in memory at a time."""
+    import torch
+
+    from flashgen.models.stream import DTYPES, header, read, write
+
+    files = sorted(source.glob("*.safetensors"))
+    target = draft.path / "transformer"
+    target.mkdir()
+    entries = {path: header(path)[0] for path in files}
+    tick = iter(track(range(sum(map(len, entries.values()))), f"quantize {layers} layers", total=sum(map(len, entries.values()))))
+
+    def halved(path: Path) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read(path):
+            next(tick)
+            yield name, changed(name, tensor).to(torch.float16) if tensor.is_floating_point() else tensor
+        next(tick, None)
+
+    for path in files:
+        kinds = {
+            name: (DTYPES[e["dtype"]] if not DTYPES[e["dtype"]].is_floating_point else torch.float16, tuple(e["shape"]))
+            for name, e in entries[path].items()
+        }
+        write(target / path.name, kinds, halved(path))
+    for path in source.iterdir():
+        if path not in files and path.is_file():
+            draft.link(path, f"transformer/{path.name}")
+
+
+def _calibrated(
+    parent: Artifact, sampler: Sampler, config: QuantizeRecipe, seed: int, draft: Draft
+) -> tuple[dict[str, QuantizedLinear], float]:
+    """(codes of every layer, relative error of the final latents)."""
+    from flashgen.models.sample import load_pipeline
+    from flashgen.training.calibration import quantize_in_order
 
     pipe = load_pipeline(parent.path)
-    layers = linears_of(pipe.transformer)
-    calibration = _calibration(pipe, sampler, config, seed) if config.method == "gptq" or config.budget else None
-    bits = _allocate(layers, calibration, config, draft) if calibration and config.budget else _uniform(layers, config)
+    calibration = _calibration(pipe, sampler, config, seed)
+    layers = calibration.layers
+    bits = _allocate(layers, calibration, config, draft) if config.budget else {name: _uniform(name, config) for name in layers}
 
     def one(name: str, layer: nn.Linear, moments: dict[str, Tensor]) -> QuantizedLinear:
         return _quantize(layer.weight, bits[name], config, moments.get(name))
 
-    done, error = quantize_in_order(layers, one, calibration if config.method == "gptq" else None, draft.work)
-    tensors = {f"{name}.{part}": t for name, q in done.items() for part, t in _stored(q).items()}
-    folder = draft.path / "quantized"
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "transformer.safetensors")
-    specs = {name: {"bits": q.bits, "group": q.group, "symmetric": q.zeros is None} for name, q in done.items()}
-    (folder / "layers.json").write_text(json.dumps(specs, indent=1) + "\n")
-    metrics: dict[str, object] = {"weight_error_max": max(error.values())}
-    if calibration:
-        metrics["latent_error"] = calibration.damage() ** 0.5
-    save_changed(draft, parent.path, {"transformer": pipe.transformer})
-    packed = sum(t.numel() * t.element_size() for t in tensors.values())
-    metrics |= {"mean_bits": 8 * packed / sum(layer.weight.numel() for layer in layers.values()), "packed_bytes": packed}
-    return finish(draft, sampler, recipe.bench, metrics=metrics)
+    done = quantize_in_order(layers, one, calibration if config.method == "gptq" else None, draft.work)
+    return done, calibration.damage() ** 0.5
 
 
-def _uniform(layers: dict[str, nn.Linear], config: QuantizeRecipe) -> dict[str, int]:
-    return {name: 8 if name.startswith(tuple(config.protect)) else config.bits for name in layers}
+def _uniform(name: str, config: QuantizeRecipe) -> int:
+    return 8 if name.startswith(tuple(config.protect)) else config.bits
 
 
 def _quantize(weight: Tensor, bits: int, config: QuantizeRecipe, moments: Tensor | None) -> QuantizedLinear:
@@ -132,7 +201,6 @@ def _allocate(layers: dict[str, nn.Linear], calibration: Calibration, config: Qu
     )
     chosen = allocate(damage, cost, budget)
     table = {group: {"layers": groups[group], "bits": chosen[group], "damage": damage[group], "bytes": cost[group]} for group in groups}
-    (draft.path / "quantized").mkdir()
     (draft.path / "quantized" / "allocation.json").write_text(json.dumps(table, indent=1) + "\n")
     spent = sum(cost[group][bits] for group, bits in chosen.items())
     count = {bits: list(chosen.values()).count(bits) for bits in choices}

@@ -59,7 +59,11 @@ def upper_difference(found: NDArray[np.bool_], reference: NDArray[np.bool_]) -> 
 
 
 def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str, object] | None = None) -> Artifact:
-    """Sample the written pipeline on validation prompts, judge it, and publish."""
+    """Sample the written pipeline on validation prompts, judge it, and publish; with `bench.per_task` 0 publish it unseen."""
+    if (draft.work / "stats.jsonl").exists():
+        shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")
+    if not bench.per_task:
+        return draft.publish(sampler=sampler, metrics=metrics)
     requests = prompt_set(VALIDATION_SEED, bench.per_task)
     images = sample(load_pipeline(draft.path), sampler, [r.caption() for r in requests], list(range(len(requests))), batch=bench.batch)
     scores = composition(list(images), requests)
@@ -67,8 +71,6 @@ def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str
     for picture in sorted((draft.work / "samples").glob("*.png")):
         shutil.copyfile(picture, draft.path / "samples" / picture.name)
     Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(draft.path / "samples" / "validation.png")
-    if (draft.work / "stats.jsonl").exists():
-        shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")
     say(f"composition on {len(requests)} validation prompts: {scores['overall']:.3f}")
     return draft.publish(sampler=sampler, metrics={"composition": scores, **(metrics or {})})
 

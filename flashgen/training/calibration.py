@@ -120,8 +120,8 @@ def quantize_in_order(
     one: Callable[[str, nn.Linear, dict[str, Tensor]], QuantizedLinear],
     calibration: Calibration | None,
     work: Path,
-) -> tuple[dict[str, QuantizedLinear], dict[str, float]]:
-    """(codes, relative error of the weights) of every layer, which ends with the weights of its codes.
+) -> dict[str, QuantizedLinear]:
+    """Codes of every layer, which ends with the weights of its codes.
 
     Block after block, each calibrated behind those that are quantized already; finished blocks are kept in `work`.
     """
@@ -129,7 +129,6 @@ def quantize_in_order(
     for name in layers:
         units[unit_of(name)].append(name)
     done: dict[str, QuantizedLinear] = {}
-    error: dict[str, float] = {}
     for number, names in enumerate(track(units.values(), "quantize", total=len(units))):
         path = work / f"unit-{number:03d}.pt"
         if calibration and path.exists():
@@ -141,8 +140,6 @@ def quantize_in_order(
             if calibration:
                 save_state({name: vars(q) for name, q in made.items()}, path)
         for name, q in made.items():
-            weight, own = dequantize(q), layers[name].weight.data
-            error[name] = float((weight - own).norm() / own.norm().clamp_min(1e-12))
-            own.copy_(weight)
+            layers[name].weight.data.copy_(dequantize(q))
         done |= made
-    return done, error
+    return done

@@ -1,0 +1,67 @@
+"""Safetensors one tensor at a time, in plain reads and writes: a memory map counts every page it has touched as resident."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flashgen.errors import ArtifactError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """({name: {dtype, shape, data_offsets}} in the order of the data, where the data begins); raises ArtifactError for a broken file."""
+    try:
+        with safe_open(path, "pt"):  # checks the header: bounds, overlaps, types
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(size))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a whole safetensors file ({error}); take the artifact from its source again") from error
+    entries.pop("__metadata__", None)
+    unknown = sorted({e["dtype"] for e in entries.values()} - DTYPES.keys())
+    if unknown:
+        raise ArtifactError(f"{path} holds tensors of type {', '.join(unknown)}, flashgen reads {', '.join(DTYPES)}; give plain weights")
+    return dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])), 8 + size
+
+
+def read(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor), one after the other as they lie in the file."""
+    entries, start = header(path)
+    with path.open("rb") as file:
+        for name, entry in entries.items():
+            low, high = entry["data_offsets"]
+            file.seek(start + low)
+            data = bytearray(high - low)
+            file.readinto(data)
+            dtype = DTYPES[entry["dtype"]]
+            yield name, torch.frombuffer(data, dtype=dtype).reshape(entry["shape"]) if data else torch.empty(entry["shape"], dtype=dtype)
+
+
+def write(path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """`tensors` in the order of `shapes`, which says what they will be: a header comes first."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for (name, tensor), (expected, (dtype, shape)) in zip(tensors, shapes.items(), strict=True):
+            assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, tuple(shape)), name
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
