@@ -222,7 +222,7 @@ class Bench:
         return merged, self.budget / 2 + spent
 
 
-bench_of = lru_cache(maxsize=1)(Bench)
+bench_of = lru_cache(maxsize=2)(Bench)
 
 
 def start_worker() -> None:
@@ -293,6 +293,27 @@ def keep(path: Path, kept: dict[str, Any]) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def make(missing: dict[Task, list[str]], kept: dict[str, Any], path: Path, workers: int) -> None:
+    """Run what is missing, task by task, and keep each run in `path` at once."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
+        seeds = list({task.seed: task for task in missing}.values())
+        list(pool.map(cache, seeds))
+        if not kept["teacher"]:
+            kept["teacher"] = pool.submit(score_teacher, seeds[0]).result()
+        tasks = list(missing)
+        ready = pool.submit(prepare, tasks[0], missing[tasks[0]])
+        for task, after in itertools.zip_longest(tasks, tasks[1:]):
+            ready.result()
+            if after:  # one process prepares the next task while others work on this one's rows
+                ready = pool.submit(prepare, after, missing[after])
+            for future in as_completed([pool.submit(run, task, row) for row in missing[task]]):
+                found = future.result()
+                kept["runs"].append(found)
+                keep(path, kept)
+                say(f"{found['steps']} steps, seed {found['seed']}, {found['row']}: composition {np.mean(found['passed']):.3f}, "
+                    f"FD true {found['fd_true']:.2f}, {found['seconds']:.0f} s")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("work", type=Path, help="folder for weights and caches, which may be removed at any time")
@@ -321,18 +342,8 @@ def main() -> None:
         rows = [row for row in given.rows if (steps, seed, row) not in made and not (one_branch and row in EXPERTS)]
         if rows:
             missing[Task(given.teacher, given.recipe, given.budget, given.work / key, steps, max(given.steps), seed)] = rows
-    with ProcessPoolExecutor(given.workers, get_context("spawn"), start_worker) as workers:
-        seeds = list({task.seed: task for task in missing}.values())
-        list(workers.map(cache, seeds))
-        if not kept["teacher"]:
-            kept["teacher"] = workers.submit(score_teacher, seeds[0]).result()
-        list(workers.map(prepare, missing, missing.values()))
-        for future in as_completed([workers.submit(run, task, row) for task, rows in missing.items() for row in rows]):
-            found = future.result()
-            kept["runs"].append(found)
-            keep(path, kept)
-            say(f"{found['steps']} steps, seed {found['seed']}, {found['row']}: composition {np.mean(found['passed']):.3f}, "
-                f"FD true {found['fd_true']:.2f}, {found['seconds']:.0f} s")  # fmt: skip
+    if missing:
+        make(missing, kept, path, given.workers)
     kept["runs"].sort(key=lambda r: (ROWS.index(r["row"]), r["steps"], r["seed"]))
     keep(path, kept)
     draw(kept, given.page.with_suffix(".png"))
