@@ -85,6 +85,8 @@ def _check_sharded(recipe: Recipe) -> None:
     wants = {
         "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
         "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises whole matrices
+        "distill.matching.muon_lr=0": config.matching.muon_lr > 0,
+        "distill.matching.proxy_muon_lr=0": config.matching.proxy_muon_lr > 0,
         "distill.matching.node_adversarial=[0]": any(config.matching.node_adversarial),  # its gradient ends inside the network
     }
     if wrong := [setting for setting, wanted in wants.items() if wanted]:

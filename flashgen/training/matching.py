@@ -27,13 +27,15 @@ from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.recipe.schema import MatchingTraining
 from flashgen.training.discriminator import Heads, Tap
 from flashgen.training.loop import Best, Ema, Stateful, descend, fit
+from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
+from flashgen.training.schedule import hold_then_decay
 from flashgen.training.shards import cut
 from flashgen.training.trajectories import Replay, teacher_velocities, velocity
 
 MATCHING_STREAM = 12
-ADAM: dict[str, Any] = {"betas": (0.0, 0.99), "weight_decay": 0.0}
+BETAS = (0.0, 0.99)  # of AdamW: no momentum, since what is followed moves with the student (DMD2, SenseFlow)
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ class Matcher:
         self.net_at = net_at or (lambda _: student)
         self.weights = {term: torch.tensor(w) for term, w in config.node_weights(len(nodes) - 1).items()}
         self.proxy = copy.deepcopy(teacher).requires_grad_(True) if proxy is None else proxy
-        self.optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, **ADAM)
-        self.proxy_optimizer = torch.optim.AdamW(self.proxy.parameters(), lr=config.proxy_lr, **ADAM)
+        self.optimizers = muon_and_adamw(student, config.muon_lr, config.lr, betas=BETAS)
+        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.proxy_optimizers = muon_and_adamw(self.proxy, config.proxy_muon_lr, config.proxy_lr, betas=BETAS)
         self.ema = Ema(student, config.ema)
         self.heads: Heads | None = None
         if self.weights["adversarial"][self.choices].any():
@@ -114,12 +117,12 @@ class Matcher:
             layers = len(network.transformer_blocks)
             blocks = config.adversarial.blocks or [layers // 2 - 1, layers - 1]
             self.heads = Heads(blocks, network.config.num_attention_heads * network.config.attention_head_dim)
-            self.heads_optimizer = torch.optim.AdamW(self.heads.parameters(), lr=config.adversarial.lr, **ADAM)
+            self.heads_optimizer = torch.optim.AdamW(self.heads.parameters(), lr=config.adversarial.lr, betas=BETAS, weight_decay=0.0)
 
     def state(self) -> dict[str, Stateful]:
         found: dict[str, Stateful] = {
             "student": self.student, "proxy": self.proxy, "ema": self.ema,
-            "optimizer": self.optimizer, "proxy_optimizer": self.proxy_optimizer,
+            **named("student_", self.optimizers), **named("proxy_", self.proxy_optimizers),
         }  # fmt: skip
         return found | ({"heads": self.heads, "heads_optimizer": self.heads_optimizer} if self.heads else {})
 
@@ -152,7 +155,7 @@ class Matcher:
             if target == "step":  # the velocity of a step follows from where it led
                 x0 = move(x, (x_next - x) / (s_next - s).reshape(-1, 1, 1, 1), s, torch.zeros_like(s))
             loss = proxy_loss(velocity(self.proxy, add_noise(x0, eps, sigma), sigma, rollout.cond), x0, eps)
-        descend(loss, self.proxy.parameters(), [self.proxy_optimizer], clip=1.0, where=f"{self.name} proxy step {step}")
+        descend(loss, self.proxy.parameters(), self.proxy_optimizers, clip=1.0, where=f"{self.name} proxy step {step}")
         return loss.item()
 
     def fit_student(self, rollout: Rollout, g: Draws, step: int) -> dict[str, float]:
@@ -176,11 +179,17 @@ class Matcher:
         loss = matching_loss(x0, direction)
         if self.replay is not None and self.weights["trajectory"][self.choices].any():
             loss = loss + self.trajectory_term(g)
-        norm = descend(loss, self.student.parameters(), [self.optimizer], clip=1.0, where=f"{self.name} step {step}")
+        self._set_rates(step - config.proxy_warmup)
+        norm = descend(loss, self.student.parameters(), self.optimizers, clip=1.0, where=f"{self.name} step {step}")
         self.ema.update(self.student, step - config.proxy_warmup)
         if self.heads:
             metrics |= self.fit_heads(x_eval, sigma_eval, rollout.cond, g, step)
         return {**metrics, "direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
+
+    def _set_rates(self, step: int) -> None:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = hold_then_decay(rate, step, self.config.iterations, warmup=1, decay_share=self.config.decay_share)
 
     @torch.no_grad()
     def direction(

@@ -12,7 +12,7 @@ from flashgen.flow.convert import add_noise
 from flashgen.models.text import Conditioning, encode_prompts
 from flashgen.recipe.schema import FlowTraining
 from flashgen.training.loop import Ema, descend, fit
-from flashgen.training.optimizers import muon_and_adamw
+from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.ranks import Draws
 from flashgen.training.schedule import hold_then_decay
 
@@ -65,6 +65,5 @@ def train_flow(pipe: StableDiffusion3Pipeline, latents: Tensor, captions: list[s
         ema.update(transformer, step)
         return {"loss": loss.item(), "grad_norm": norm}
 
-    named = {"muon": optimizers[0], "adamw": optimizers[1]}
-    fit("teacher", config.steps, step_fn, {"transformer": transformer, "ema": ema, **named}, work)
+    fit("teacher", config.steps, step_fn, {"transformer": transformer, "ema": ema, **named("", optimizers)}, work)
     return ema

@@ -19,7 +19,7 @@ from flashgen.progress import track
 from flashgen.randomness import generator
 from flashgen.recipe.schema import TrajectoryTraining
 from flashgen.training.loop import Ema, descend, fit, save_state
-from flashgen.training.optimizers import muon_and_adamw
+from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
 from flashgen.training.schedule import cosine
@@ -106,7 +106,7 @@ def train_on_trajectories(
     """
     sigmas, states = torch.tensor(nodes), replay.states
     parameters = list(student.parameters())
-    optimizers = {type(optimizer).__name__.lower(): optimizer for optimizer in muon_and_adamw(student, config.muon_lr, config.lr)}
+    optimizers = named("", muon_and_adamw(student, config.muon_lr, config.lr))
     rates = {"muon": config.muon_lr, "adamw": config.lr}
     ema = Ema(student, 0.99)
 

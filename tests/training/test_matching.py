@@ -301,3 +301,21 @@ def test_weights_must_fit_the_steps() -> None:
     with pytest.raises(ValueError, match="node_adversarial must hold one weight >= 0 for all steps or one for each of the 4"):
         MatchingTraining(node_adversarial=[0.1, 0.2]).node_weights(4)
     assert MatchingTraining(node_matching=[0.5]).node_weights(2)["matching"] == [0.5, 0.5]
+
+
+def test_muon_takes_matrices_on_both_sides_and_the_students_rates_fall(
+    transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = transformer(0)
+    student = trainable(teacher)
+    watch = Watch(student, teacher, monkeypatch)
+    rates = {"lr": 1e-3, "muon_lr": 1e-2, "proxy_lr": 1e-3, "proxy_muon_lr": 2e-2, "decay_share": 0.5, "iterations": 4, "proxy_warmup": 1}
+    matcher = train(student, teacher, pool, CONFIG.model_copy(update=rates), tmp_path)
+    assert watch.steps == ["proxy", "proxy"] + ["proxy", "proxy", "student"] * 4
+    kinds = ["Muon", "AdamW"]
+    assert [type(o).__name__ for o in matcher.optimizers] == [type(o).__name__ for o in matcher.proxy_optimizers] == kinds
+    last = 0.02 + 0.98 * 0.5  # update 3 of 4, of which the last two decay
+    assert [o.param_groups[0]["lr"] for o in matcher.optimizers] == pytest.approx([1e-2 * last, 1e-3 * last])
+    assert [o.param_groups[0]["lr"] for o in matcher.proxy_optimizers] == [2e-2, 1e-3]
+    saved = torch.load(tmp_path / "matching.pt", weights_only=True)["state"]
+    assert {"student_muon", "student_adamw", "proxy_muon", "proxy_adamw"} <= saved.keys()
