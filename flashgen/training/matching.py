@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flashgen.flow.convert import add_noise, diffuse, move, x0_from_v
 from flashgen.models.text import Conditioning
 from flashgen.objectives.adversarial import banded, discriminator_loss, generator_loss
-from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, below, evaluation_point, evaluation_sigma
+from flashgen.objectives.evaluation import below, evaluation_point, evaluation_sigma
 from flashgen.objectives.matching import augmentation_term, distance, matching_loss, matching_term, normalise
 from flashgen.objectives.proxy import interval_loss, proxy_loss
 from flashgen.objectives.trajectory import trajectory_loss
@@ -140,14 +140,12 @@ class Matcher:
         return metrics
 
     def fit_proxy(self, rollout: Rollout, g: Draws, step: int) -> float:
-        """On finished samples, on each step's estimate of x0, or on unfinished states with the unbiased interval target."""
+        """On finished samples, on each step's estimate of x0, or on unfinished states with the unbiased interval target; at the noise
+        levels at which it will be asked (our choice)."""
         target, x0, eps = self.config.proxy_target, rollout.states[-1], g.randn(*self.shape)
-        if target == "rollout":
-            sigma = g.rand() * (MAX_SIGMA - MIN_SIGMA) + MIN_SIGMA
-        else:
-            node = g.randint(len(self.nodes) - 1)
-            s, s_next, x, x_next = self.sigmas[node], self.sigmas[node + 1], rollout.at(node), rollout.at(node + 1)
-            sigma = evaluation_sigma("interval" if target == "interval" else "renoise", s, s_next, g.rand())
+        node = self.choices[g.randint(len(self.choices))]
+        s, s_next, x, x_next = self.sigmas[node], self.sigmas[node + 1], rollout.at(node), rollout.at(node + 1)
+        sigma = evaluation_sigma("interval" if target == "interval" else self.config.point, s, s_next, g.rand())
         if target == "interval":
             v = velocity(self.proxy, diffuse(x_next, eps, s_next, sigma), sigma, rollout.cond)
             loss = interval_loss(v, x_next, eps, s_next, sigma)
