@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -58,12 +60,12 @@ def test_gptq_and_sensitivity_go_on_where_they_were_interrupted(
     measured, moments = calibration.Calibration.damage, calibration.Calibration.moments
     calls: list[str] = []
 
-    def stop_after(limit: int, method: object) -> object:
-        def counted(self: calibration.Calibration, *arguments: object) -> object:
+    def stop_after(limit: int, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(self: calibration.Calibration, *arguments: object) -> Any:
             calls.append("")
             if len(calls) > limit:
                 raise KeyboardInterrupt
-            return method(self, *arguments)  # type: ignore[operator]
+            return method(self, *arguments)
 
         return counted
 

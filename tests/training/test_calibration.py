@@ -8,6 +8,7 @@ from torch import nn
 
 from flashgen.artifact.store import Artifact
 from flashgen.models.sample import load_pipeline
+from flashgen.quant.pack import QuantizedLinear
 from flashgen.quant.rounding import quantize_groups
 from flashgen.training.calibration import CLASSES, Calibration, groups_of, linears_of
 from flashgen.training.prompts import prompt_pool
@@ -38,14 +39,17 @@ def test_damage_is_zero_for_the_student_as_it_is_and_sensitivity_leaves_it_so(ca
     groups = dict(list(groups_of(list(calibrated.layers)).items())[:3])
     path = tmp_path / "found.json"
 
-    def nearest(name: str, layer: nn.Linear, bits: int) -> object:
+    def nearest(name: str, layer: nn.Linear, bits: int) -> QuantizedLinear:
         return quantize_groups(layer.weight, bits, 16, False)
 
-    found = calibrated.sensitivity(groups, [2, 8], nearest, path)  # type: ignore[arg-type]
+    def refuse(name: str, layer: nn.Linear, bits: int) -> QuantizedLinear:
+        raise AssertionError(f"{name} is measured again")
+
+    found = calibrated.sensitivity(groups, [2, 8], nearest, path)
     assert found.keys() == groups.keys() and all(0 < row[8] < row[2] for row in found.values())
     assert calibrated.damage() == 0
     assert all(torch.equal(layer.weight, before[name]) for name, layer in calibrated.layers.items())
-    assert calibrated.sensitivity(groups, [2, 8], None, path) == found  # type: ignore[arg-type]  # read, not measured again
+    assert calibrated.sensitivity(groups, [2, 8], refuse, path) == found  # read, not measured again
 
 
 def test_moments_are_of_the_inputs_at_every_node(calibrated: Calibration) -> None:
