@@ -55,6 +55,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "re-noise + adversarial": {"point": "renoise", "proxy_target": "step", "node_adversarial": [1.0]},
     "re-noise, proxy on rollouts": {"point": "renoise"},
     "shared": {},
+    "shared, last step interpolated": {"last": "interp"},
     "shared + adversarial": {"node_adversarial": [1.0]},
     "shared, proxy on steps": {"proxy_target": "step"},
     "interval": {"point": "interval", "proxy_target": "interval"},
@@ -62,7 +63,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "shared + trajectory on node 0": {"node_trajectory": [1.0, *([0.0] * 7)]},
 }
 PER_TASK, FEW = 40, 6  # prompts a task: of verdicts, and of the sets that distances are of
-BUDGET = 400.0  # F a sample
+BUDGET = 600.0  # F a sample
 EXPERTS = ("split + merge", "two experts")
 HALVES = ("control", *EXPERTS)  # half the budget on `shared`, the other half on this
 ROWS = ("trajectory", *MATCHING, *HALVES)
@@ -280,7 +281,7 @@ def gradient_variance(matcher: Matcher, prompts: int = 8, redraws: int = 8) -> d
             sigma, sigma_next, x = matcher.sigmas[node], matcher.sigmas[node + 1], rollout.states[index]
             v = velocity(matcher.student, x, sigma, said)
             sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, g.rand())
-            x_eval = evaluation_point(config.point, x, v, sigma, sigma_next, sigma_eval, g.randn(*matcher.shape))
+            x_eval = evaluation_point(config.point, x, v, sigma, sigma_next, sigma_eval, g.randn(*matcher.shape), config.last)
             direction, _ = matcher.direction(x0_from_v(x, v, sigma), x_eval, sigma, sigma_eval, node, said, g)
             drawn = direction.reshape(prompts, redraws, -1)
             parts.append((drawn.var(1).mean() / drawn.square().mean()).item())

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flashgen.flow.convert import add_noise, diffuse, move, x0_from_v
+from flashgen.flow.convert import add_noise, diffuse, expand, move, x0_from_v
 
 MIN_SIGMA, MAX_SIGMA = 0.02, 0.98  # scores are not compared nearer to the data or to the noise than this (DMD2)
 Point = Literal["shared", "renoise", "interval"]
+Last = Literal["interp", "renoise"]
 
 
 def evaluation_sigma(point: Point, sigma: Tensor, sigma_next: Tensor, uniform: Tensor) -> Tensor:
@@ -36,15 +37,21 @@ def below(sigma: Tensor, uniform: Tensor) -> Tensor:
     return MIN_SIGMA + uniform * (sigma.clamp_max(MAX_SIGMA) - MIN_SIGMA)
 
 
-def evaluation_point(point: Point, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_eval: Tensor, eps: Tensor) -> Tensor:
-    """The state at `sigma_eval` on which teacher and proxy are asked; `eps` is fresh noise (unused by `shared`).
+def evaluation_point(
+    point: Point, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_eval: Tensor, eps: Tensor, last: Last = "interp"
+) -> Tensor:
+    """The state at `sigma_eval` on which teacher and proxy are asked; `eps` is fresh noise.
 
-    shared    x moved along the student's own velocity: re-noising with the student's own noise estimate
+    shared    x moved along the student's own velocity: re-noising with the student's own noise estimate; on the last step, which
+              leads to sigma 0, as far along the step as `sigma_eval` (`last` "interp"), or re-noised with `eps` ("renoise")
     renoise   (1 - s) x0 + s eps of the student's estimate of x0
     interval  the student's next state, diffused back up to `sigma_eval` (TDM, Phased DMD)
     """
     if point == "shared":
-        return move(x, v, sigma, sigma_eval)
+        moved = move(x, v, sigma, sigma_eval)
+        if last == "interp":
+            return moved
+        return torch.where(expand(sigma_next, x) > 0, moved, add_noise(x0_from_v(x, v, sigma), eps, sigma_eval))
     if point == "renoise":
         return add_noise(x0_from_v(x, v, sigma), eps, sigma_eval)
     return diffuse(move(x, v, sigma, sigma_next), eps, sigma_next, sigma_eval)

@@ -82,6 +82,7 @@ class MatchingTraining(Model):
     """
 
     point: Literal["shared", "renoise", "interval"] = Field("shared", description="where scores are compared")
+    last: Literal["interp", "renoise"] = Field("renoise", description="how `shared` gets to a noise level on its last step")
     augmentation: Literal["tied", "decoupled"] = Field("tied", description="guidance at that point, or at one of its own below the node")
     proxy_target: Literal["rollout", "step", "interval"] = Field("rollout", description="what the proxy is fitted on")
     proxy_coupling: float = Field(1.0, gt=0, le=1, description="proxy <- c proxy + (1 - c) student after each update")

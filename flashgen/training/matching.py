@@ -163,7 +163,7 @@ class Matcher:
         x0 = x0_from_v(x, v, sigma)
         sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, g.rand())
         eps = g.randn(*self.shape)
-        x_eval = evaluation_point(config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps)
+        x_eval = evaluation_point(config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps, config.last)
         direction, metrics = self.direction(x0.detach(), x_eval, sigma, sigma_eval, node, rollout.cond, g)
         if self.heads:
             rows = self.weights["adversarial"][node] > 0
@@ -225,7 +225,8 @@ class Matcher:
         with fenced(self.proxy, self.heads), Tap(self.proxy, self.heads.blocks) as tap:
             leaf = x0.clone().requires_grad_(True)
             v = (x - leaf) / sigma.reshape(-1, 1, 1, 1)
-            velocity(self.proxy, evaluation_point(self.config.point, x, v, sigma, sigma_next, sigma_eval, eps), sigma_eval, cond)
+            x_eval = evaluation_point(self.config.point, x, v, sigma, sigma_next, sigma_eval, eps, self.config.last)
+            velocity(self.proxy, x_eval, sigma_eval, cond)
             loss = generator_loss(self.heads(tap.read()))
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient * leaf.numel()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashgen.flow.convert import add_noise, eps_from_v, x0_from_v
 from flashgen.flow.ode import guide
-from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, Point, below, evaluation_point, evaluation_sigma
+from flashgen.objectives.evaluation import MAX_SIGMA, MIN_SIGMA, Last, Point, below, evaluation_point, evaluation_sigma
 from flashgen.objectives.matching import augmentation_term, distance, matching_loss, matching_term, normalise
 
 G = torch.Generator().manual_seed(0)
@@ -74,12 +74,12 @@ def test_matching_and_augmentation_add_up_to_the_guided_difference() -> None:
     assert not augmentation_term(c, u, 1.0).any()
 
 
-def points(point: Point, sigma_eval: Tensor | None = None) -> tuple[Tensor, ...]:
+def points(point: Point, sigma_eval: Tensor | None = None, last: Last = "interp") -> tuple[Tensor, ...]:
     """(evaluation point, its sigma, x, v, sigma, sigma_next, eps) at the nodes of four steps."""
     x, v, eps = draw(), draw(), draw()
     sigma, sigma_next = torch.tensor([[1.0, 0.9, 0.75, 0.5], [0.9, 0.75, 0.5, 0.0]], dtype=torch.float64)
     drawn = evaluation_sigma(point, sigma, sigma_next, torch.full((4,), 0.3, dtype=torch.float64)) if sigma_eval is None else sigma_eval
-    return evaluation_point(point, x, v, sigma, sigma_next, drawn, eps), drawn, x, v, sigma, sigma_next, eps
+    return evaluation_point(point, x, v, sigma, sigma_next, drawn, eps, last), drawn, x, v, sigma, sigma_next, eps
 
 
 def test_shared_is_renoising_with_the_students_own_noise_at_the_next_node() -> None:
@@ -94,6 +94,12 @@ def test_shared_sigma_is_the_next_node_and_on_the_last_segment_a_point_of_it() -
     sigma, sigma_next = torch.tensor([1.0, 0.9, 0.5, 0.5, 0.5]), torch.tensor([0.9, 0.75, 0.0, 0.0, 0.0])
     drawn = evaluation_sigma("shared", sigma, sigma_next, torch.tensor([0.3, 0.3, 0.0, 0.5, 1.0]))
     assert torch.allclose(drawn, torch.tensor([0.9, 0.75, MIN_SIGMA, (0.5 + MIN_SIGMA) / 2, 0.5]))
+
+
+def test_shared_may_renoise_its_last_step_and_only_that() -> None:
+    point, drawn, x, v, sigma, sigma_next, eps = points("shared", last="renoise")
+    moved, fresh = (evaluation_point(p, x, v, sigma, sigma_next, drawn, eps) for p in ("shared", "renoise"))
+    assert torch.equal(point[:3], moved[:3]) and torch.equal(point[3], fresh[3]) and not torch.allclose(moved[3], fresh[3])
 
 
 def test_nothing_is_compared_at_pure_noise() -> None:
