@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,19 +10,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from flashgen.errors import ArtifactError
+from flashgen.models.factored import MODULATION
+from flashgen.quant.pack import QuantizedLinear, as_bits
 
 DOMAIN = "com.microsoft"
-MODULATION = re.compile(r"transformer_blocks\.\d+\.norm\w*\.linear$")  # adaLN, a third of SD3.5-Medium's weights
-
-
-class Codes(NamedTuple):
-    """One layer as `quant.pack.QuantizedLinear` stores it; `zeros` None when symmetric."""
-
-    codes: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    zeros: NDArray[np.uint8] | NDArray[np.float32] | None
-    bits: int
-    group: int
 
 
 class Linear(NamedTuple):
@@ -76,8 +66,8 @@ def _only_user(value: ir.Value) -> ir.Node | None:
     return nodes[0] if len(nodes) == 1 and not value.is_graph_output() else None
 
 
-def to_matmul_nbits(model: ir.Model, layers: Mapping[str, Codes], accuracy_level: int, prefix: str = "net.") -> None:
-    """Rewrite every layer of `layers` in place.
+def to_matmul_nbits(model: ir.Model, layers: Mapping[str, QuantizedLinear], accuracy_level: int, prefix: str = "net.") -> None:
+    """Rewrite every layer of `layers` in place; 3 bits get the room of 4, the least that the node knows.
 
     Raises ArtifactError when one is not in the graph with the same shape, or when an adaLN Linear would stay in fp32.
     """
@@ -90,7 +80,7 @@ def to_matmul_nbits(model: ir.Model, layers: Mapping[str, Codes], accuracy_level
         raise ArtifactError(f"{what}; make the student's codes again with: flashgen quantize STUDENT --out DIR")
     model.opset_imports[DOMAIN] = 1
     for name, q in layers.items():
-        _replace(graph, name, found[name], q, accuracy_level)
+        _replace(graph, name, found[name], as_bits(q, 4) if q.bits == 3 else q, accuracy_level)
 
 
 def halve_scales(model: ir.Model) -> None:
@@ -112,14 +102,14 @@ def halve_scales(model: ir.Model) -> None:
             node.replace_input_with(place, cast.outputs[0])
 
 
-def _fits(linear: Linear, q: Codes) -> bool:
+def _fits(linear: Linear, q: QuantizedLinear) -> bool:
     blocks = -(-linear.k // q.group)
     return q.codes.shape == (linear.n, blocks, q.group * q.bits // 8) and q.scales.shape == (linear.n, blocks)
 
 
-def _replace(graph: ir.Graph, name: str, linear: Linear, q: Codes, accuracy_level: int) -> None:
-    inputs: list[ir.Value | None] = [linear.x, _constant(graph, f"{name}.codes", q.codes), _constant(graph, f"{name}.scales", q.scales)]
-    inputs.append(None if q.zeros is None else _constant(graph, f"{name}.zeros", q.zeros))
+def _replace(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> None:
+    inputs: list[ir.Value | None] = [linear.x, *(_constant(graph, f"{name}.{part}", value.numpy()) for part, value in (("codes", q.codes), ("scales", q.scales)))]
+    inputs.append(None if q.zeros is None else _constant(graph, f"{name}.zeros", q.zeros.numpy()))
     inputs += [None, linear.bias] if linear.bias is not None else []  # input 4 is g_idx, unused
     attributes = {"K": linear.k, "N": linear.n, "bits": q.bits, "block_size": q.group, "accuracy_level": accuracy_level}
     node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=name)

@@ -11,18 +11,19 @@ import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashgen.errors import ArtifactError
 from flashgen.export.components import Component, crop_positions, trace
 from flashgen.export.parity import check
-from flashgen.export.rewrite import Codes, halve_scales, to_matmul_nbits
-from flashgen.quant.pack import QuantizedLinear, as_bits
+from flashgen.export.rewrite import halve_scales, to_matmul_nbits
+from flashgen.models.factored import factor
+from flashgen.quant.pack import QuantizedLinear, dequantize
 
 EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GB; above this, weights go into model.onnx_data, which onnxruntime maps
 
 
-def write_component(part: Component, layers: Mapping[str, Codes], folder: Path, accuracy_level: int, floor_db: float) -> float:
+def write_component(part: Component, layers: Mapping[str, QuantizedLinear], folder: Path, accuracy_level: int, floor_db: float) -> float:
     """Trace, quantize `layers`, optimize, save and check one component; returns its worst output's PSNR in dB.
 
     The transformer's position table is cropped in place. Raises NumericsError below `floor_db`.
@@ -57,21 +58,34 @@ def _strip(model: ir.Model) -> None:
                 value.metadata_props.clear()
 
 
-def read_codes(path: Path) -> dict[str, Codes]:
-    """Codes of every layer of a quantized artifact, in the order of quantized/layers.json; 3-bit ones as 4-bit ones."""
+def read_codes(path: Path) -> dict[str, QuantizedLinear]:
+    """Codes of every layer of a quantized artifact, in the order of quantized/layers.json."""
     try:
         layers = json.loads((path / "quantized" / "layers.json").read_text())
         tensors = load_file(path / "quantized" / "transformer.safetensors")
         return {name: _codes(tensors, name, spec) for name, spec in layers.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}/quantized is broken ({error!r}); make it again with: flashgen quantize STUDENT --out DIR") from error
+        raise _broken(path, error) from error
 
 
-def _codes(tensors: Mapping[str, Tensor], name: str, spec: Mapping[str, int]) -> Codes:
+def put_factors(transformer: nn.Module, codes: Mapping[str, QuantizedLinear], path: Path) -> None:
+    """adaLN layers that the artifact keeps on a shared basis become their factors, with the weights of their codes. In place."""
+    ups = {name.removesuffix(".up"): dequantize(q) for name, q in codes.items() if name.endswith(".up")}
+    if ups:
+        try:
+            factor(transformer, load_file(path / "quantized" / "transformer.safetensors")["basis"].float(), ups)
+        except (KeyError, AttributeError) as error:
+            raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{path}/quantized is broken ({error!r}); make it again with: flashgen quantize STUDENT --out DIR")
+
+
+def _codes(tensors: Mapping[str, Tensor], name: str, spec: Mapping[str, int]) -> QuantizedLinear:
     codes, scales, group = tensors[f"{name}.codes"], tensors[f"{name}.scales"].float(), int(spec["group"])
     zeros = None if spec["symmetric"] else tensors[f"{name}.zeros"]
     if zeros is not None and zeros.is_floating_point():
         zeros = zeros.float()
-    q = QuantizedLinear(codes, scales, zeros, int(spec["bits"]), group, scales.shape[1] * group)
-    q = as_bits(q, 4) if q.bits == 3 else q
-    return Codes(q.codes.numpy(), q.scales.numpy(), None if q.zeros is None else q.zeros.numpy(), q.bits, group)
+    return QuantizedLinear(codes, scales, zeros, int(spec["bits"]), group, scales.shape[1] * group)
+

@@ -183,7 +183,10 @@ class QuantizeRecipe(Model):
         description="mean bits or bytes: bits by measured damage instead of `bits` and `protect`",
     )
     choices: list[Literal[2, 3, 4, 8]] = Field([3, 4, 8], min_length=1, description="bits that a budget may give a group of layers")
-    prompts: int = Field(64, ge=1, description="that the student is run on for gptq and for a budget")
+    basis_tolerance: float = Field(
+        0.0, ge=0, description="damage to the final latents that adaLN layers on one shared basis may do; 0 leaves these layers whole"
+    )
+    prompts: int = Field(64, ge=1, description="that the student is run on for gptq, for a budget and for a shared basis")
 
     @field_validator("budget", mode="before")
     @classmethod

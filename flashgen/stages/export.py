@@ -36,12 +36,13 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     if isinstance(draft, Artifact):
         return draft
     from flashgen.export.components import components
-    from flashgen.export.write import read_codes, write_component
+    from flashgen.export.write import put_factors, read_codes, write_component
     from flashgen.models.sample import load_pipeline
 
     config = recipe.export
     pipe = load_pipeline(source.path)
     layers = read_codes(source.path) if source.manifest.kind == "quantized" else {}
+    put_factors(pipe.transformer, layers, source.path)
     psnr = {}
     parts = list(components(pipe, sampler))
     for part in track(parts, "export", total=len(parts)):

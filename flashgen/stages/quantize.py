@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flashgen.artifact.manifest import Sampler
+    from flashgen.models.factored import Factored
     from flashgen.quant.pack import QuantizedLinear
     from flashgen.training.calibration import Calibration
 
@@ -25,9 +27,18 @@ CALIBRATION_STREAM = 16
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+@dataclass(frozen=True)
+class Found:
+    """What running the student taught: codes of every layer, adaLN layers that now have factors, and the damage of both."""
+
+    codes: dict[str, QuantizedLinear] = field(default_factory=dict)
+    factored: dict[str, Factored] = field(default_factory=dict)
+    metrics: dict[str, object] = field(default_factory=dict)
+
+
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
-    """Round to nearest and HQQ need no data: weights go from file to file, one in memory at a time. GPTQ and a budget load the
-    student and run it on its own prompts.
+    """Round to nearest and HQQ need no data: weights go from file to file, one in memory at a time. GPTQ, a budget and a shared
+    adaLN basis load the student and run it on its own prompts.
 
     The folder stays loadable by diffusers (dequantized weights); the codes that `export` writes are in quantized/.
     """
@@ -46,35 +57,41 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.stages.report import finish
 
     (draft.path / "quantized").mkdir()
-    codes: dict[str, QuantizedLinear] = {}
-    metrics: dict[str, object] = {}
-    if config.method == "gptq" or config.budget:
-        codes, metrics["latent_error"] = _calibrated(parent, sampler, config, seed, draft)
-    shapes, error = _shapes(parent.path / "transformer"), dict[str, float]()
+    calibrated = config.method == "gptq" or config.budget or config.basis_tolerance
+    found = _calibrated(parent, sampler, config, seed, draft) if calibrated else Found()
+    codes, whole, error = dict(found.codes), _shapes(parent.path / "transformer"), dict[str, float]()
 
     def changed(name: str, weight: Tensor) -> Tensor:
-        layer = name.removesuffix(".weight")
-        if layer not in shapes:
+        layer, _, part = name.rpartition(".")
+        if layer in found.factored and part == "bias":
+            return found.factored[layer].up.bias
+        if layer not in whole or part != "weight":
             return weight
         weight = weight.float()
-        if layer not in codes:
-            codes[layer] = _quantize(weight, _uniform(layer, config), config, None)
-        found = dequantize(codes[layer])
-        error[layer] = float((found - weight).norm() / weight.norm().clamp_min(1e-12))
-        return found
+        if layer in found.factored:
+            made = dequantize(codes[f"{layer}.up"]) @ found.factored[layer].basis
+        else:
+            if layer not in codes:
+                codes[layer] = _quantize(weight, _uniform(layer, config), config, None)
+            made = dequantize(codes[layer])
+        error[layer] = float((made - weight).norm() / weight.norm().clamp_min(1e-12))
+        return made
 
-    _rewrite(parent.path / "transformer", draft, changed, len(shapes))
-    if missing := sorted(shapes.keys() - codes.keys()):
+    _rewrite(parent.path / "transformer", draft, changed, len(whole))
+    if missing := sorted(whole.keys() - error.keys()):
         raise ArtifactError(
             f"{parent.path}/transformer has no weights of {', '.join(missing[:3])}; take the artifact from its source again"
         )
-    tensors = {f"{name}.{part}": t for name in shapes for part, t in _stored(codes[name]).items()}
+    names = [f"{name}.up" if name in found.factored else name for name in whole]
+    tensors = {f"{name}.{part}": t for name in names for part, t in _stored(codes[name]).items()}
+    for layer in list(found.factored.values())[:1]:
+        tensors["basis"] = layer.basis.half()
     write(draft.path / "quantized" / "transformer.safetensors", {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, tensors.items())
-    specs = {name: {"bits": codes[name].bits, "group": config.group, "symmetric": codes[name].zeros is None} for name in shapes}
+    specs = {name: {"bits": codes[name].bits, "group": config.group, "symmetric": codes[name].zeros is None} for name in names}
     (draft.path / "quantized" / "layers.json").write_text(json.dumps(specs, indent=1) + "\n")
     save_changed(draft, parent.path, {}, kept=("transformer",))
-    packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in shapes.values())
-    metrics |= {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / weights, "packed_bytes": packed}
+    packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in whole.values())
+    metrics = found.metrics | {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / weights, "packed_bytes": packed}
     return finish(draft, sampler, recipe.bench, metrics=metrics)
 
 
@@ -119,23 +136,52 @@ def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor
             draft.link(path, f"transformer/{path.name}")
 
 
-def _calibrated(
-    parent: Artifact, sampler: Sampler, config: QuantizeRecipe, seed: int, draft: Draft
-) -> tuple[dict[str, QuantizedLinear], float]:
-    """(codes of every layer, relative error of the final latents)."""
+def _calibrated(parent: Artifact, sampler: Sampler, config: QuantizeRecipe, seed: int, draft: Draft) -> Found:
+    from flashgen.models.factored import Factored
     from flashgen.models.sample import load_pipeline
     from flashgen.training.calibration import quantize_in_order
 
     pipe = load_pipeline(parent.path)
     calibration = _calibration(pipe, sampler, config, seed)
+    weights = sum(layer.weight.numel() for layer in calibration.layers.values())
+    metrics = _factor(calibration, config) if config.basis_tolerance else {}
     layers = calibration.layers
-    bits = _allocate(layers, calibration, config, draft) if config.budget else {name: _uniform(name, config) for name in layers}
+    factored = {name: module for name, module in pipe.transformer.named_modules() if isinstance(module, Factored)}
+    spare = next((2 * layer.basis.numel() for layer in factored.values()), 0)
+    bits = {name: _uniform(name, config) for name in layers}
+    if config.budget:
+        bits = _allocate(layers, calibration, config, budget_bytes(str(config.budget), weights) - spare, weights, draft)
 
     def one(name: str, layer: nn.Linear, moments: dict[str, Tensor]) -> QuantizedLinear:
         return _quantize(layer.weight, bits[name], config, moments.get(name))
 
     done = quantize_in_order(layers, one, calibration if config.method == "gptq" else None, draft.work)
-    return done, calibration.damage() ** 0.5
+    return Found(done, factored, {**metrics, "latent_error": calibration.damage() ** 0.5})
+
+
+def _factor(calibration: Calibration, config: QuantizeRecipe) -> dict[str, object]:
+    """Put the student's adaLN layers on the smallest basis, in whole groups, whose damage the recipe tolerates, and say which."""
+    from flashgen.models.factored import factor, modulations, put, shared_basis
+
+    student = calibration.student
+    layers = modulations(student)
+    rows, columns, mean = shared_basis([layer.weight for layer in layers.values()], calibration.inputs(next(iter(layers))))
+    damage = float("inf")
+    for rank in range(config.group, len(rows) // 2 + 1, config.group):
+        basis = rows[:rank].half().float()
+        ups = {name: (layer.weight.double() @ columns[:, :rank]).float() for name, layer in layers.items()}
+        shift = {n: layer.bias.double() + (layer.weight.double() - ups[n].double() @ basis.double()) @ mean for n, layer in layers.items()}
+        factor(student, basis, ups, {name: bias.float() for name, bias in shift.items()})
+        damage = calibration.damage()
+        if damage <= config.basis_tolerance:
+            say(f"adaLN on a shared basis of {rank} of {len(rows)}: damage {damage:.1e} to the final latents")
+            return {"basis_rank": rank, "basis_damage": damage}
+        for name, layer in layers.items():
+            put(student, name, layer)
+    say(
+        f"adaLN stays whole: no basis of up to {len(rows) // 2} does less damage than {config.basis_tolerance:g}; the last did {damage:.1e}"
+    )
+    return {"basis_rank": 0}
 
 
 def _uniform(name: str, config: QuantizeRecipe) -> int:
@@ -177,8 +223,13 @@ def _calibration(pipe: StableDiffusion3Pipeline, sampler: Sampler, config: Quant
     return Calibration(pipe.transformer, pool.cond, noise, sampler.sigmas)
 
 
-def _allocate(layers: dict[str, nn.Linear], calibration: Calibration, config: QuantizeRecipe, draft: Draft) -> dict[str, int]:
-    """Bits of each layer under the budget, by the damage that each group does alone; the whole table goes into the artifact."""
+def _allocate(
+    layers: dict[str, nn.Linear], calibration: Calibration, config: QuantizeRecipe, budget: float, weights: int, draft: Draft
+) -> dict[str, int]:
+    """Bits of each layer, by the damage that each group does alone, under `budget` bytes for a student of so many `weights`.
+
+    The whole table goes into the artifact.
+    """
     from flashgen.quant.allocate import allocate
     from flashgen.training.calibration import groups_of
 
@@ -187,8 +238,6 @@ def _allocate(layers: dict[str, nn.Linear], calibration: Calibration, config: Qu
         group: {bits: float(sum(_bytes(layers[name].weight, bits, config) for name in names)) for bits in choices}
         for group, names in groups.items()
     }
-    weights = sum(layer.weight.numel() for layer in layers.values())
-    budget = budget_bytes(str(config.budget), weights)
     smallest = sum(options[min(choices)] for options in cost.values())
     if budget < smallest:
         raise UsageError(

@@ -25,8 +25,8 @@ CLASSES = {
     r"\.attn2?\.(to_out\.0|to_add_out)$": "attention out",
     r"\.ff(_context)?\.net\.0\.proj$": "feed-forward up",
     r"\.ff(_context)?\.net\.2$": "feed-forward down",
-    r"\.norm1\.linear$": "adaLN image",
-    r"\.norm1_context\.linear$": "adaLN text",
+    r"\.norm1\.linear(\.up)?$": "adaLN image",
+    r"\.norm1_context\.linear(\.up)?$": "adaLN text",
 }
 Quantize = Callable[[str, nn.Linear, int], QuantizedLinear]
 
@@ -56,8 +56,22 @@ class Calibration:
 
     def __init__(self, student: nn.Module, cond: Conditioning, noise: Tensor, nodes: list[float]) -> None:
         self.student, self.cond, self.noise, self.nodes = student, cond, noise, nodes
-        self.layers = linears_of(student)
         self.reference = self.finals()
+
+    @property
+    def layers(self) -> dict[str, nn.Linear]:
+        """Of the student as it is now."""
+        return linears_of(self.student)
+
+    def inputs(self, name: str) -> Tensor:
+        """What the layer sees over all nodes and prompts, [rows, K]."""
+        found: list[Tensor] = []
+        handle = self.layers[name].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].reshape(-1, inputs[0].shape[-1])))
+        try:
+            self.finals()
+        finally:
+            handle.remove()
+        return torch.cat(found)
 
     def finals(self) -> Tensor:
         """Final latents [P, C, H, W] of the student as it is now."""
@@ -73,11 +87,12 @@ class Calibration:
     ) -> dict[str, dict[int, float]]:
         """Damage of each group alone at each number of bits; every number is kept in `path` at once, and not measured again."""
         found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        layers = self.layers
         todo = [(group, bits) for group in groups for bits in choices if str(bits) not in found.get(group, {})]
         for group, bits in track(todo, "sensitivity", total=len(todo)):
-            with swapped([self.layers[name] for name in groups[group]]):
+            with swapped([layers[name] for name in groups[group]]):
                 for name in groups[group]:
-                    layer = self.layers[name]
+                    layer = layers[name]
                     layer.weight.data = dequantize(quantize(name, layer, bits))
                 found.setdefault(group, {})[str(bits)] = self.damage()
             path.with_suffix(".tmp").write_text(json.dumps(found))
@@ -95,7 +110,8 @@ class Calibration:
 
             return hook
 
-        handles = [self.layers[name].register_forward_pre_hook(keep(name)) for name in names]
+        layers = self.layers
+        handles = [layers[name].register_forward_pre_hook(keep(name)) for name in names]
         try:
             self.finals()
         finally:

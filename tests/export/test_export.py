@@ -14,9 +14,9 @@ from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.export.components import Call, Component, trace
 from flashgen.export.parity import psnr_db
-from flashgen.export.rewrite import Codes, linears, to_matmul_nbits
+from flashgen.export.rewrite import linears, to_matmul_nbits
 from flashgen.export.write import read_codes, write_component
-from flashgen.quant.pack import dequantize
+from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.quant.rounding import quantize_groups
 from flashgen.recipe.schema import Recipe
 from flashgen.stages import export
@@ -129,14 +129,14 @@ class Block(nn.Module):
         return out
 
 
-def block_component() -> tuple[Component, dict[str, Codes]]:
+def block_component() -> tuple[Component, dict[str, QuantizedLinear]]:
     torch.manual_seed(0)
     block, layers = Block(), {}
     for name, module in block.named_children():
         assert isinstance(module, nn.Linear)
         q = quantize_groups(module.weight, 8 if name == "up" else 4, 16, name != "down")
         module.weight.data = dequantize(q)
-        layers[name] = Codes(q.codes.numpy(), q.scales.numpy(), None if q.zeros is None else q.zeros.numpy(), q.bits, q.group)
+        layers[name] = q
     return Component("block", Call(block, lambda net, x: net(x)), {"x": torch.randn(3, 5, 24)}, ("y",)), layers
 
 

@@ -93,3 +93,28 @@ def test_a_budget_of_neither_is_refused(recipe: Recipe) -> None:
     for wrong in ("", "four", "4 bits", "-1", "3TB"):
         with pytest.raises(ValueError, match="budget"):
             having(recipe, budget=wrong)
+
+
+@pytest.mark.parametrize("changes", [{}, {"budget": "4.9", "method": "gptq"}])
+def test_adaln_on_a_shared_basis_is_smaller_and_reaches_the_graph(
+    changes: dict[str, object], tiny_student: Artifact, recipe: Recipe, tmp_path: Path
+) -> None:
+    """The random tiny student has as many directions as prompts, so its tolerance is wide; export checks its own parity."""
+    settings = having(recipe, basis_tolerance=10, group=16, **changes)
+    made = quantize.run(str(tiny_student.path), tmp_path / "q", settings, 0, False)
+    tensors = load_file(made.path / "quantized" / "transformer.safetensors")
+    layers = json.loads((made.path / "quantized" / "layers.json").read_text())
+    rank = made.manifest.metrics["basis_rank"]
+    assert tuple(tensors["basis"].shape)[0] == rank == 16 and sum(name.endswith("linear.up") for name in layers) > 1
+    assert not any(name.endswith("norm1.linear") for name in layers)
+    assert made.manifest.metrics["packed_bytes"] == sum(t.nbytes for t in tensors.values())
+    if changes:
+        assert made.manifest.metrics["mean_bits"] <= 4.9
+    device = export.run(str(made.path), tmp_path / "device", recipe, 0, False)
+    assert device.manifest.metrics["psnr_db"]["transformer"] >= 60
+
+
+def test_adaln_stays_whole_where_no_basis_is_good_enough(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    made = quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, basis_tolerance=1e-12, group=16), 0, False)
+    assert made.manifest.metrics["basis_rank"] == 0
+    assert "basis" not in load_file(made.path / "quantized" / "transformer.safetensors")
