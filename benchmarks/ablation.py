@@ -338,7 +338,7 @@ def main() -> None:
         raise SystemExit(f"{path} holds runs of another recipe, budget or teacher; remove it or name another --page")
     made = {(r["steps"], r["seed"], r["row"]) for r in kept["runs"]}
     missing: dict[Task, list[str]] = {}
-    for seed, steps in itertools.product(given.seeds, given.steps):
+    for steps, seed in itertools.product(given.steps, given.seeds):
         one_branch = few_step_grid(steps, taught.shift)[-2] > recipe.finetune.split
         rows = [row for row in given.rows if (steps, seed, row) not in made and not (one_branch and row in EXPERTS)]
         if rows:

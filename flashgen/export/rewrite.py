@@ -108,8 +108,9 @@ def _fits(linear: Linear, q: QuantizedLinear) -> bool:
 
 
 def _replace(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> None:
-    inputs: list[ir.Value | None] = [linear.x, *(_constant(graph, f"{name}.{part}", value.numpy()) for part, value in (("codes", q.codes), ("scales", q.scales)))]
-    inputs.append(None if q.zeros is None else _constant(graph, f"{name}.zeros", q.zeros.numpy()))
+    parts = {"codes": q.codes, "scales": q.scales, "zeros": q.zeros}
+    inputs: list[ir.Value | None] = [linear.x]
+    inputs += [None if value is None else _constant(graph, f"{name}.{part}", value.numpy()) for part, value in parts.items()]
     inputs += [None, linear.bias] if linear.bias is not None else []  # input 4 is g_idx, unused
     attributes = {"K": linear.k, "N": linear.n, "bits": q.bits, "block_size": q.group, "accuracy_level": accuracy_level}
     node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=name)
