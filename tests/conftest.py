@@ -27,7 +27,7 @@ def make_pipeline_artifact(out: Path, *, kind: str, sampler: Sampler, seed: int 
     draft = begin(out, kind=kind, stage="test", recipe={}, seed=seed, parents=[])  # type: ignore[arg-type]
     assert isinstance(draft, Draft)
     pipe = build_pipeline(SPECS["tiny"], seed)
-    if sampler.encoder != "full":
+    if not sampler.has_t5:
         pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
     pipe.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
     save_pipeline(draft, pipe)

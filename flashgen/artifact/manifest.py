@@ -57,12 +57,17 @@ class Sampler(_Strict):
     shift: float = Field(gt=0, allow_inf_nan=False)
     guidance: float = Field(ge=1, allow_inf_nan=False, description="1 for students: none")
     prediction: Literal["velocity"] = "velocity"
-    encoder: Literal["full", "zeros", "prune"]
+    encoder: Literal["full", "zeros", "prune", "compact"]
     clip_tokens: int = Field(ge=1)
     t5_tokens: int = Field(ge=0, description="0 when the T5 encoder is pruned")
     size_px: int = Field(ge=1)
     trained_steps: list[int]
     solver: Literal["euler"] = "euler"
+
+    @property
+    def has_t5(self) -> bool:
+        """Whether a T5-type encoder, the teacher's or a compact one, makes the T5 tokens."""
+        return self.encoder in ("full", "compact")
 
     @model_validator(mode="after")
     def _falls_to_zero(self) -> Self:

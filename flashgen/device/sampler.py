@@ -63,7 +63,7 @@ class DevicePipeline:
         clip = np.concatenate(features, -1)
         width = int(self.extra["joint_dim"])
         clip = np.pad(clip, ((0, 0), (0, 0), (0, width - clip.shape[-1])))
-        if self.sampler.encoder == "full":
+        if self.sampler.has_t5:
             ids = self._ids("tokenizer_3", prompts)
             parts = [
                 self.engine.run("text_encoder_3", ["last_hidden_state"], {"input_ids": ids[s]})[0] for s in slices(len(prompts), batch)

@@ -66,7 +66,7 @@ def components(pipe: StableDiffusion3Pipeline, sampler: Sampler) -> Iterator[Com
     tokens = tokenize(pipe, prompts, sampler.t5_tokens)
     yield _clip("text_encoder", pipe.text_encoder, tokens.clip_l)
     yield _clip("text_encoder_2", pipe.text_encoder_2, tokens.clip_g)
-    if tokens.t5 is not None and sampler.encoder == "full":
+    if tokens.t5 is not None and sampler.has_t5:
         yield Component(
             "text_encoder_3", Call(pipe.text_encoder_3, lambda net, ids: net(ids)[0]), {"input_ids": tokens.t5}, ("last_hidden_state",)
         )

@@ -88,4 +88,3 @@ def _codes(tensors: Mapping[str, Tensor], name: str, spec: Mapping[str, int]) ->
     if zeros is not None and zeros.is_floating_point():
         zeros = zeros.float()
     return QuantizedLinear(codes, scales, zeros, int(spec["bits"]), group, scales.shape[1] * group)
-

@@ -164,9 +164,14 @@ class FinetuneRecipe(Model):
 
 class RestructureRecipe(Model):
     prompts: int = Field(2048, ge=1)
-    iterations: int = Field(300, ge=0, description="recovery steps against the student that still has T5 (prune only)")
+    iterations: int = Field(300, ge=0, description="training steps of prune and compact against the student that still has T5")
     batch: int = Field(64, ge=1)
     lr: float = Field(5e-4, gt=0)
+    loss: Literal["vision", "embedding"] = Field("vision", description="what compact is trained on: velocities, or T5's own tokens")
+    layers: int = Field(0, ge=0, description="of the compact encoder; 0: a quarter of T5's")
+    heads: int = Field(0, ge=0, description="of the compact encoder; 0: half of T5's")
+    d_ff: int = Field(0, ge=0, description="inner width of the compact encoder; 0: half of T5's")
+    floor: float = Field(0.6, ge=0, description="least composition, over the student's own, that is published")
 
 
 class QuantizeRecipe(Model):

@@ -68,7 +68,7 @@ def _runtime_files(pipe: StableDiffusion3Pipeline, sampler: Sampler, source: Pat
     """Tokenizers, scheduler and model_index.json; returns what the runtime must know beyond the sampler (manifest.extra)."""
     index = json.loads((source / "model_index.json").read_text())
     lengths = {"tokenizer": sampler.clip_tokens, "tokenizer_2": sampler.clip_tokens}
-    if sampler.encoder == "full":
+    if sampler.has_t5:
         lengths["tokenizer_3"] = sampler.t5_tokens
     else:
         index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}

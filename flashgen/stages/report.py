@@ -15,6 +15,7 @@ from torch import nn
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, Draft
+from flashgen.errors import NumericsError
 from flashgen.models.sample import load_pipeline, sample
 from flashgen.processes import rank
 from flashgen.progress import say
@@ -58,8 +59,11 @@ def upper_difference(found: NDArray[np.bool_], reference: NDArray[np.bool_]) -> 
     return float(result.confidence_interval.high)
 
 
-def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str, object] | None = None) -> Artifact:
-    """Sample the written pipeline on validation prompts, judge it, and publish; with `bench.per_task` 0 publish it unseen."""
+def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str, object] | None = None, least: float = 0.0) -> Artifact:
+    """Sample the written pipeline on validation prompts, judge it, and publish; with `bench.per_task` 0 publish it unseen.
+
+    Raises NumericsError, and publishes nothing, when composition is below `least`.
+    """
     if (draft.work / "stats.jsonl").exists():
         shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")
     if not bench.per_task:
@@ -72,6 +76,11 @@ def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str
         shutil.copyfile(picture, draft.path / "samples" / picture.name)
     Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(draft.path / "samples" / "validation.png")
     say(f"composition on {len(requests)} validation prompts: {scores['overall']:.3f}")
+    if scores["overall"] < least:
+        raise NumericsError(
+            f"composition {scores['overall']:.3f} is below the floor of {least:.3f}, restructure.floor of what the student had before; "
+            "train longer with --set restructure.iterations=N, or publish it nevertheless with --set restructure.floor=0"
+        )
     return draft.publish(sampler=sampler, metrics={"composition": scores, **(metrics or {})})
 
 

@@ -1,50 +1,74 @@
-"""flashgen restructure-encoder: run without T5. `zeros` keeps its empty tokens, `prune` removes them from the sequence."""
+"""flashgen restructure-encoder: run without T5 or with a small one.
+
+`zeros` keeps T5's empty tokens, `prune` removes them from the sequence, `compact` has a small T5 make them.
+"""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
 
-MODES = ("zeros", "prune")
+if TYPE_CHECKING:
+    from torch import nn
+
+MODES = ("zeros", "prune", "compact")
 
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: str) -> Artifact:
-    if mode == "compact":
-        raise UsageError("--mode compact is not there yet; use --mode zeros or --mode prune")
+    """Raises NumericsError, and publishes nothing, when composition falls below `restructure.floor` of the student's own."""
     if mode not in MODES:
         raise UsageError(f"--mode {mode} is not one of {', '.join(MODES)}")
     parent = open_artifact(student, ("student",))
     sampler = parent.manifest.sampler
     assert sampler is not None
     if sampler.encoder != "full":
-        raise UsageError(f"{parent.path} already runs without T5 (mode {sampler.encoder}); give a student with its T5 encoder")
-    config = recipe.restructure.model_dump() | {"mode": mode}
+        raise UsageError(f"{parent.path} is restructured already (mode {sampler.encoder}); give a student with its own T5 encoder")
+    config = recipe.restructure
     draft = begin(
-        out, kind="student", stage="restructure-encoder", recipe=config, seed=seed, parents=[parent.as_parent("student")], force=force
-    )
+        out, kind="student", stage="restructure-encoder", recipe=config.model_dump() | {"mode": mode}, seed=seed,
+        parents=[parent.as_parent("student")], force=force,
+    )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
-    from flashgen.models.sample import load_pipeline
     from flashgen.models.save import save_changed
     from flashgen.stages.report import finish
-    from flashgen.training.prompts import prompt_pool
-    from flashgen.training.recovery import recover
 
-    changed = {}
-    if mode == "prune":
-        pipe = load_pipeline(parent.path)
-        pool = prompt_pool(pipe, recipe.restructure.prompts, seed + 3, sampler.t5_tokens)
-        full = pipe.transformer.requires_grad_(False)
-        slim = copy.deepcopy(full).requires_grad_(True)
-        shape = (pipe.transformer.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
-        recover(slim, full, pool, sampler.sigmas, recipe.restructure, shape, seed, draft.work)
-        changed = {"transformer": slim}
-    save_changed(draft, parent.path, changed, dropped=("text_encoder_3", "tokenizer_3"))
+    changed = {} if mode == "zeros" else _trained(parent, sampler, recipe, seed, draft.work, mode)
+    save_changed(draft, parent.path, changed, dropped=() if mode == "compact" else ("text_encoder_3", "tokenizer_3"))
     left = sampler.model_copy(update={"encoder": mode, "t5_tokens": 0 if mode == "prune" else sampler.t5_tokens})
-    saved = sum(f.size for f in parent.manifest.files if f.path.startswith("text_encoder_3/"))
+    before = sum(f.size for f in parent.manifest.files if f.path.startswith("text_encoder_3/"))
+    after = sum(f.stat().st_size for f in (draft.path / "text_encoder_3").glob("*")) if left.has_t5 else 0
     tokens = {"before": sampler.clip_tokens + sampler.t5_tokens, "after": left.clip_tokens + left.t5_tokens}
-    return finish(draft, left, recipe.bench, metrics={"bytes_saved": saved, "text_tokens": tokens})
+    metrics: dict[str, object] = {"encoder_bytes": {"before": before, "after": after}, "bytes_saved": before - after, "text_tokens": tokens}
+    own = parent.manifest.metrics.get("composition", {}).get("overall", 0.0)
+    return finish(draft, left, recipe.bench, metrics=metrics, least=config.floor * own)
+
+
+def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work: Path, mode: str) -> dict[str, nn.Module]:
+    """The network that takes over, by the component that it replaces."""
+    from flashgen.models.sample import load_pipeline
+    from flashgen.models.text import tokenize
+    from flashgen.training.prompts import prompt_pool, training_captions
+    from flashgen.training.recovery import compact_t5, embedding_loss, pruned_loss, recover, vision_loss
+
+    config, nodes = recipe.restructure, sampler.sigmas
+    pipe = load_pipeline(parent.path)
+    pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens)
+    full = pipe.transformer
+    shape = (full.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
+    if mode == "prune":
+        slim = copy.deepcopy(full).requires_grad_(True)
+        recover(slim, pruned_loss(slim, full, pool, nodes, shape), config, seed, work)
+        return {"transformer": slim}
+    ids = tokenize(pipe, training_captions(config.prompts, seed + 3), sampler.t5_tokens).t5
+    assert ids is not None
+    small = compact_t5(pipe.text_encoder_3, config, seed)
+    loss = vision_loss(small, full, pool, ids, nodes, shape) if config.loss == "vision" else embedding_loss(small, pool, ids)
+    recover(small, loss, config, seed, work)
+    return {"text_encoder_3": small}

@@ -31,7 +31,7 @@ def in_diffusers(artifact: Artifact, seeds: list[int], **options: Any) -> np.nda
 
     sampler = artifact.manifest.sampler
     assert sampler is not None
-    absent = {} if sampler.encoder == "full" else {"text_encoder_3": None, "tokenizer_3": None}
+    absent = {} if sampler.has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     pipe = StableDiffusion3Pipeline.from_pretrained(str(artifact.path), **absent).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     out = pipe(

@@ -21,7 +21,7 @@ from flashgen.models.sample import load_pipeline
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
-from flashgen.stages import distill, finetune, quantize, report, restructure, teacher
+from flashgen.stages import distill, export, finetune, quantize, report, restructure, teacher
 from flashgen.training import loop, matching
 
 MICRO = [
@@ -117,6 +117,27 @@ def test_unchanged_components_are_the_same_files_on_disk(chain: Chain) -> None:
     assert chain.prune.manifest.metrics["text_tokens"] == {"before": 32, "after": 16}
 
 
+def test_a_compact_encoder_takes_the_place_of_t5(chain: Chain, tmp_path: Path) -> None:
+    made = restructure.run(str(chain.finetuned.path), tmp_path / "compact", micro(), 0, False, "compact")
+    assert linked(chain.finetuned, made) == {
+        "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler",
+    }  # fmt: skip
+    sampler, size = made.manifest.sampler, made.manifest.metrics["encoder_bytes"]
+    assert sampler is not None and (sampler.encoder, sampler.t5_tokens) == ("compact", 16)
+    assert size["after"] == sum(f.size for f in made.manifest.files if f.path.startswith("text_encoder_3/")) < size["before"]
+    device = export.run(str(made.path), tmp_path / "device", micro(), 0, False)
+    assert device.manifest.metrics["psnr_db"]["text_encoder_3"] >= 60
+
+
+def test_a_student_below_the_floor_is_not_published(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = chain.finetuned.manifest.metrics["composition"] | {"overall": 1.0}
+    monkeypatch.setitem(chain.finetuned.manifest.metrics, "composition", scored)
+    monkeypatch.setattr(restructure, "open_artifact", lambda *_: chain.finetuned)
+    with pytest.raises(NumericsError, match=r"below the floor of 1\.000"):
+        restructure.run(str(chain.finetuned.path), tmp_path / "zeros", micro("restructure.floor=1"), 0, False, "zeros")
+    assert versions(tmp_path / "zeros") == []
+
+
 def test_every_stage_changes_the_transformer_it_trains(chain: Chain) -> None:
     found = {name: digests(a)[TRANSFORMER] for name, a in chain._asdict().items()}
     assert len({found[name] for name in ("teacher", "student", "finetuned", "prune", "int4")}) == 5
@@ -198,7 +219,7 @@ def test_wrong_kinds_and_modes_are_refused_before_anything_is_written(chain: Cha
             call()
     usage: list[tuple[str, Callable[[], Artifact]]] = [
         ("--mode half .*zeros, prune", lambda: restructure.run(student, out, recipe, 0, False, "half")),
-        ("already runs without T5", lambda: restructure.run(zeros, out, recipe, 0, False, "prune")),
+        ("is restructured already", lambda: restructure.run(zeros, out, recipe, 0, False, "prune")),
         ("no multiple of distill.steps", lambda: distill.run(top, out, micro("distill.steps=3"), 0, False)),
     ]
     for message, call in usage:

@@ -1,4 +1,4 @@
-"""Stage 1: cached teacher trajectories and the regression onto them; recovery without T5; the merge of branches."""
+"""Stage 1: cached teacher trajectories and the regression onto them; the merge of branches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from flashgen.errors import UsageError
 from flashgen.flow.grid import few_step_grid, teacher_grid
 from flashgen.flow.ode import guide
-from flashgen.models.text import Conditioning
 from flashgen.randomness import generator
-from flashgen.recipe.schema import RestructureRecipe, TrajectoryTraining
+from flashgen.recipe.schema import TrajectoryTraining
 from flashgen.stages.finetune import merge
 from flashgen.training import trajectories
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
-from flashgen.training.recovery import recover, without_t5_tokens
 from flashgen.training.trajectories import CACHE_STREAM, Replay, cache_trajectories, guided_velocity, train_on_trajectories, velocity
 
 SHAPE = (16, 4, 4)
@@ -124,22 +122,6 @@ def test_a_pool_can_drop_t5_for_good(pool: PromptPool) -> None:
     assert 0 < dropped.sum() < len(pool) and not (pool.cond.embeds == 0).any()
     assert torch.equal(half.cond.embeds[~dropped], pool.cond.embeds[~dropped]) and torch.equal(half.cond.pooled, pool.cond.pooled)
     assert torch.equal(half.dropping_t5(0.0, generator(3)).cond.embeds, half.cond.embeds)
-
-
-def test_recovery_shows_the_student_clip_tokens_only(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
-    full = transformer(0)
-    slim = copy.deepcopy(full).requires_grad_(True)
-    lengths: dict[str, set[int]] = {"full": set(), "slim": set()}
-    zeros: list[bool] = []
-    for name, net in (("full", full), ("slim", slim)):
-        net.register_forward_hook(lambda module, inputs, output, name=name: lengths[name].add(inputs[1].shape[1]))
-    full.register_forward_hook(lambda module, inputs, output: zeros.append(not inputs[1][:, 16:].any()))
-    before = weights(full), weights(slim)
-    recover(slim, full, pool, few_step_grid(2, 3.0), RestructureRecipe(iterations=2, batch=4), SHAPE, 0, tmp_path)
-    assert lengths == {"full": {32}, "slim": {16}} and all(zeros)
-    assert same(weights(full), before[0]) and not same(weights(slim), before[1])
-    kept = without_t5_tokens(pool.cond, 16)
-    assert isinstance(kept, Conditioning) and torch.equal(kept.embeds, pool.cond.embeds[:, :16])
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
