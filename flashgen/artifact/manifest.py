@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -63,6 +64,11 @@ class Sampler(_Strict):
     size_px: int = Field(ge=1)
     trained_steps: list[int]
     solver: Literal["euler"] = "euler"
+    scales: list[tuple[Finite, Finite]] | None = Field(None, description="a step: of the state and of the velocity; none: 1 and 1")
+
+    def scales_on(self, sigmas: Sequence[float]) -> list[tuple[float, float]] | None:
+        """`scales`, which belong to the artifact's own grid, or None on another one."""
+        return self.scales if list(sigmas) == self.sigmas else None
 
     @property
     def has_t5(self) -> bool:
@@ -74,6 +80,8 @@ class Sampler(_Strict):
         pairs = zip(self.sigmas, self.sigmas[1:], strict=False)
         if self.sigmas[0] > 1 or self.sigmas[-1] != 0 or any(a <= b for a, b in pairs):
             raise ValueError("sigmas must fall strictly from at most 1 to exactly 0")
+        if self.scales is not None and len(self.scales) != len(self.sigmas) - 1:
+            raise ValueError(f"scales must have a pair for each of the {len(self.sigmas) - 1} steps, not {len(self.scales)}")
         return self
 
 
@@ -103,7 +111,7 @@ class Manifest(_Strict):
 
     def content_digest(self) -> str:
         """sha256 over the sorted files, the sampler and the kind: what the artifact is, not when it was made."""
-        sampler = self.sampler.model_dump() if self.sampler else None
+        sampler = self.sampler.model_dump(mode="json", exclude_none=True) if self.sampler else None
         return hash_json([self.kind, sampler, sorted([f.path, f.size, f.sha256] for f in self.files)])
 
     def sealed(self) -> Manifest:

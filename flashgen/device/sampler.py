@@ -108,7 +108,7 @@ class DevicePipeline:
             v = self.engine.run("transformer", ["out_hidden_states"], feeds)[0]
             return v if uncond is None else guide(v[:rows], v[rows:], weight)
 
-        return euler(x, velocity, sigmas)
+        return euler(x, velocity, sigmas, self.sampler.scales_on(sigmas))
 
 
 def to_uint8(sample: Floats) -> NDArray[np.uint8]:

@@ -9,11 +9,23 @@ from typing import Any, TypeVar
 Array = TypeVar("Array")  # numpy or torch; only +, - and * with floats are used
 
 
-def euler(x: Array, velocity: Callable[[Array, float, int], Array], sigmas: Sequence[float]) -> Array:
-    """Integrate dx/dsigma = velocity(x, sigma, index) over consecutive `sigmas`; returns x at the last one."""
+def euler(
+    x: Array,
+    velocity: Callable[[Array, float, int], Array],
+    sigmas: Sequence[float],
+    scales: Sequence[tuple[float, float]] | None = None,
+) -> Array:
+    """Integrate dx/dsigma = velocity(x, sigma, index) over consecutive `sigmas`; returns x at the last one.
+
+    `scales`, one pair (a, b) a step, makes the step a x + b (sigma' - sigma) v (Q-Sched, 2509.01624); none is (1, 1).
+    """
     state: Any = x
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        state = state + (sigma_next - sigma) * velocity(state, sigma, index)  # type: ignore[operator]
+        moved: Any = velocity(state, sigma, index)
+        if scales is None:
+            state = state + (sigma_next - sigma) * moved
+        else:
+            state = scales[index][0] * state + (scales[index][1] * (sigma_next - sigma)) * moved
     return state  # type: ignore[no-any-return]
 
 

@@ -84,7 +84,7 @@ def sample(
     for rows in parts:
         with laps.lap("encode"):
             cond = encode_prompts(pipe, prompts[rows], sampler.t5_tokens)
-        z = _denoise(pipe, noise[rows], cond, uncond, weight, sigmas, tick, laps)
+        z = _denoise(pipe, noise[rows], cond, uncond, weight, sigmas, sampler.scales_on(sigmas), tick, laps)
         with laps.lap("decode"):
             scaled = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
             pictures.append(to_uint8(pipe.vae.decode(scaled, return_dict=False)[0].numpy()))
@@ -99,6 +99,7 @@ def _denoise(
     uncond: Conditioning | None,
     weight: float,
     sigmas: Sequence[float],
+    scales: list[tuple[float, float]] | None,
     tick: Iterator[int],
     laps: Laps,
 ) -> Tensor:
@@ -115,4 +116,4 @@ def _denoise(
             v: Tensor = pipe.transformer(doubled, cond.embeds, cond.pooled, timestep, return_dict=False)[0]
         return v if uncond is None else guide(v[:rows], v[rows:], weight)
 
-    return euler(x, velocity, sigmas)
+    return euler(x, velocity, sigmas, scales)

@@ -191,7 +191,8 @@ class QuantizeRecipe(Model):
     basis_tolerance: float = Field(
         0.0, ge=0, description="damage to the final latents that adaLN layers on one shared basis may do; 0 leaves these layers whole"
     )
-    prompts: int = Field(64, ge=1, description="that the student is run on for gptq, for a budget and for a shared basis")
+    repair: bool = Field(False, description="two scalars a step that bring the quantized student's states back to the student's")
+    prompts: int = Field(64, ge=2, description="that the student is run on for gptq, a budget, a shared basis and repair")
 
     @field_validator("budget", mode="before")
     @classmethod

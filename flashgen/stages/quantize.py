@@ -29,10 +29,11 @@ UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**
 
 @dataclass(frozen=True)
 class Found:
-    """What running the student taught: codes of every layer, adaLN layers that now have factors, and the damage of both."""
+    """What running the student taught: codes of every layer, adaLN layers that now have factors, scales of the steps."""
 
     codes: dict[str, QuantizedLinear] = field(default_factory=dict)
     factored: dict[str, Factored] = field(default_factory=dict)
+    scales: list[tuple[float, float]] | None = None
     metrics: dict[str, object] = field(default_factory=dict)
 
 
@@ -57,7 +58,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.stages.report import finish
 
     (draft.path / "quantized").mkdir()
-    calibrated = config.method == "gptq" or config.budget or config.basis_tolerance
+    calibrated = config.method == "gptq" or config.budget or config.basis_tolerance or config.repair
     found = _calibrated(parent, sampler, config, seed, draft) if calibrated else Found()
     codes, whole, error = dict(found.codes), _shapes(parent.path / "transformer"), dict[str, float]()
 
@@ -92,7 +93,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     save_changed(draft, parent.path, {}, kept=("transformer",))
     packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in whole.values())
     metrics = found.metrics | {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / weights, "packed_bytes": packed}
-    return finish(draft, sampler, recipe.bench, metrics=metrics)
+    return finish(draft, sampler.model_copy(update={"scales": found.scales}), recipe.bench, metrics=metrics)
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, int]]:
@@ -156,7 +157,17 @@ def _calibrated(parent: Artifact, sampler: Sampler, config: QuantizeRecipe, seed
         return _quantize(layer.weight, bits[name], config, moments.get(name))
 
     done = quantize_in_order(layers, one, calibration if config.method == "gptq" else None, draft.work)
-    return Found(done, factored, {**metrics, "latent_error": calibration.damage() ** 0.5})
+    metrics["latent_error"] = calibration.damage() ** 0.5
+    scales = _repair(calibration, metrics) if config.repair else None
+    return Found(done, factored, scales, metrics)
+
+
+def _repair(calibration: Calibration, metrics: dict[str, object]) -> list[tuple[float, float]] | None:
+    scales, before, after = calibration.repair()
+    metrics["repair"] = {"damage_before": before, "damage_after": after}
+    helped = after < before
+    say(f"repair: damage {before:.2e} -> {after:.2e} on held-out prompts{'' if helped else ', so the steps stay as they are'}")
+    return scales if helped else None
 
 
 def _factor(calibration: Calibration, config: QuantizeRecipe) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -18,6 +19,7 @@ from flashgen.progress import track
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.training.loop import save_state
 from flashgen.training.matching import roll_out
+from flashgen.training.trajectories import velocity
 
 BATCH = 32
 CLASSES = {
@@ -56,7 +58,7 @@ class Calibration:
 
     def __init__(self, student: nn.Module, cond: Conditioning, noise: Tensor, nodes: list[float]) -> None:
         self.student, self.cond, self.noise, self.nodes = student, cond, noise, nodes
-        self.reference = self.finals()
+        self.states = self.rollouts()
 
     @property
     def layers(self) -> dict[str, nn.Linear]:
@@ -68,19 +70,45 @@ class Calibration:
         found: list[Tensor] = []
         handle = self.layers[name].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].reshape(-1, inputs[0].shape[-1])))
         try:
-            self.finals()
+            self.rollouts()
         finally:
             handle.remove()
         return torch.cat(found)
 
-    def finals(self) -> Tensor:
-        """Final latents [P, C, H, W] of the student as it is now."""
+    def rollouts(self) -> Tensor:
+        """States [N+1, P, C, H, W] of the student as it is now."""
         parts = [slice(i, i + BATCH) for i in range(0, len(self.noise), BATCH)]
-        return torch.cat([roll_out(lambda _: self.student, self.noise[p], self.cond[p], self.nodes).states[-1] for p in parts])
+        return torch.cat([torch.stack(roll_out(lambda _: self.student, self.noise[p], self.cond[p], self.nodes).states) for p in parts], 1)
 
     def damage(self) -> float:
-        """|latents - reference|^2 / |reference|^2 of the student as it is now."""
-        return float((self.finals() - self.reference).square().sum() / self.reference.square().sum())
+        """|latents - those at first|^2 / |those at first|^2 of the student as it is now."""
+        return self._lost(self.rollouts()[-1], slice(None))
+
+    def _lost(self, finals: Tensor, rows: slice) -> float:
+        whole = self.states[-1, rows]
+        return float((finals - whole).square().sum() / whole.square().sum())
+
+    @torch.no_grad()
+    def repair(self) -> tuple[list[tuple[float, float]], float, float]:
+        """(scales, damage without, damage with) of the student as it is now: steps a x + b (sigma' - sigma) v that bring it back.
+
+        a and b of a step are least squares onto the states at first, over half of the prompts, behind the repaired steps before
+        it; the damages are over the other half. Source: Q-Sched (2509.01624), which searches a grid by a reward.
+        """
+        half = (len(self.noise) + 1) // 2
+        fit, held = slice(0, half), slice(half, None)
+        x, plain, scales = self.noise.clone(), self.noise.clone(), []
+        for index, (s, s_next) in enumerate(itertools.pairwise(self.nodes)):
+            moved = (s_next - s) * self._velocity(x, s)
+            columns = torch.stack([x[fit].flatten(), moved[fit].flatten()], 1).double()
+            a, b = torch.linalg.lstsq(columns, self.states[index + 1, fit].flatten().double()).solution.tolist()
+            scales.append((a, b))
+            x, plain = a * x + b * moved, plain + (s_next - s) * self._velocity(plain, s)
+        return scales, self._lost(plain[held], held), self._lost(x[held], held)
+
+    def _velocity(self, x: Tensor, sigma: float) -> Tensor:
+        parts = [slice(i, i + BATCH) for i in range(0, len(x), BATCH)]
+        return torch.cat([velocity(self.student, x[p], torch.full((len(x[p]),), sigma), self.cond[p]) for p in parts])
 
     def sensitivity(
         self, groups: Mapping[str, list[str]], choices: Sequence[int], quantize: Quantize, path: Path
@@ -113,7 +141,7 @@ class Calibration:
         layers = self.layers
         handles = [layers[name].register_forward_pre_hook(keep(name)) for name in names]
         try:
-            self.finals()
+            self.rollouts()
         finally:
             for handle in handles:
                 handle.remove()

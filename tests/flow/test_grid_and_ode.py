@@ -36,6 +36,12 @@ def test_euler_is_exact_on_straight_paths_and_passes_each_node() -> None:
     assert seen == [(1.0, 0), (0.9, 1), (0.5, 2)]
 
 
+def test_scales_are_of_the_state_and_of_the_velocity_step_by_step() -> None:
+    found = euler(np.array([2.0]), lambda x, sigma, index: x + index, [1.0, 0.5, 0.0], [(0.5, 2.0), (3.0, 0.0)])
+    first = 0.5 * 2 + 2 * -0.5 * 2
+    np.testing.assert_allclose(found, 3 * first)
+
+
 def test_guide_weighs_as_diffusers_does() -> None:
     u, c = np.array([1.0]), np.array([3.0])
     assert guide(u, c, 1.0) == 3.0

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from flashgen.artifact.store import Artifact, versions
+from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import UsageError
+from flashgen.flow.grid import few_step_grid
+from flashgen.models.sample import load_pipeline, sample
 from flashgen.recipe.schema import Recipe
 from flashgen.stages import export, quantize
 from flashgen.stages.quantize import budget_bytes
@@ -112,6 +116,22 @@ def test_adaln_on_a_shared_basis_is_smaller_and_reaches_the_graph(
         assert made.manifest.metrics["mean_bits"] <= 4.9
     device = export.run(str(made.path), tmp_path / "device", recipe, 0, False)
     assert device.manifest.metrics["psnr_db"]["transformer"] >= 60
+
+
+def test_repair_is_kept_when_it_helps_and_reaches_the_device(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    made = quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, bits=2, repair=True), 0, False)
+    sampler, found = made.manifest.sampler, made.manifest.metrics["repair"]
+    assert sampler is not None and found["damage_after"] < found["damage_before"]
+    assert sampler.scales is not None and len(sampler.scales) == len(sampler.sigmas) - 1
+    device = export.run(str(made.path), tmp_path / "device", recipe, 0, False)
+    assert device.manifest.sampler == sampler
+    plain = sampler.model_copy(update={"scales": None})
+    pipe, prompt = load_pipeline(made.path), ["a red circle"]
+    with_scales, without = sample(pipe, sampler, prompt, [1]), sample(pipe, plain, prompt, [1])
+    runtime = DevicePipeline(device)
+    assert np.abs(runtime.sample(prompt, [1]).astype(int) - with_scales).max() <= 1 < np.abs(with_scales.astype(int) - without).max()
+    finer = few_step_grid(8, 3.0)  # scales belong to their own grid
+    assert np.array_equal(sample(pipe, sampler, prompt, [1], sigmas=finer), sample(pipe, plain, prompt, [1], sigmas=finer))
 
 
 def test_adaln_stays_whole_where_no_basis_is_good_enough(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,6 +64,21 @@ def test_moments_are_of_the_inputs_at_every_node(calibrated: Calibration) -> Non
     assert x.shape == (3 * 2, calibrated.layers[name].in_features)
     assert torch.allclose(moments[name], x.T @ x, rtol=1e-4, atol=1e-5)
     assert not calibrated.layers[name]._forward_pre_hooks
+
+
+def test_repair_undoes_what_two_scalars_a_step_can(calibrated: Calibration) -> None:
+    """A student whose velocities are all 0.8 of what they were: the steps get 1.25, and nothing is left of the damage."""
+    output = calibrated.layers["proj_out"]
+    whole = output.weight.data.clone(), output.bias.data.clone()
+    try:
+        output.weight.data *= 0.8
+        output.bias.data *= 0.8
+        scales, before, after = calibrated.repair()
+    finally:
+        output.weight.data, output.bias.data = whole
+    np.testing.assert_allclose(scales, [(1, 1.25)] * 2, atol=1e-4)
+    assert before > 1e-4 and after < 1e-9
+    np.testing.assert_allclose(calibrated.repair()[0], [(1, 1)] * 2, atol=1e-4)
 
 
 def test_linears_are_in_the_order_of_the_network(calibrated: Calibration) -> None:
