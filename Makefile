@@ -10,7 +10,7 @@ SHAPES := artifacts/shapes
 RECIPE := --recipe shapes-demo
 PROMPT := two red circles on a white background
 
-.PHONY: install demo shapes ablation healthy-run test check teacher clean distclean
+.PHONY: install demo shapes ablation compression healthy-run test check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,11 @@ shapes: install
 # docs/ablation.md, .json and .png; every finished run is kept, so the same command goes on. Three hours at most.
 ablation: install
 	$(BIN)/python -m benchmarks.ablation artifacts/ablation --page docs/ablation.md
+
+# docs/compression.md, .json and .png: encoders and weights of `make shapes`' student beside other people's quantizers. Resumes.
+compression: shapes
+	$(BIN)/pip install --no-build-isolation -e ".[peers]"
+	$(BIN)/python -m benchmarks.compression $(SHAPES) --page docs/compression.md
 
 # The curves of docs/healthy-run.md, from the student of `make shapes`.
 healthy-run: install

@@ -37,8 +37,8 @@ COLUMNS = {
 }  # fmt: skip
 PAIRS = (
     ("shared", "re-noise (DMD2)"), ("shared", "re-noise, proxy on rollouts"), ("shared", "shared, proxy on steps"),
-    ("shared", "interval"), ("shared", "trajectory"), ("shared + adversarial", "shared"), ("split + merge", "control"),
-    ("two experts", "control"),
+    ("shared", "shared, last step interpolated"), ("shared", "interval"), ("shared", "trajectory"),
+    ("shared + adversarial", "shared"), ("split + merge", "control"), ("two experts", "control"),
 )  # fmt: skip
 
 

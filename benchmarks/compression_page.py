@@ -1,0 +1,86 @@
+"""The page of `benchmarks.compression`: three tables and a plot of damage against bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from benchmarks.scores import interval, ratio_interval
+from flashgen.shapes.scene import TASKS
+
+ABOUT = """
+`make compression` writes this page, [its raw numbers](compression.json) and the plot. Same student, same 360 prompts and noise in every
+row, from a stream that no stage draws from; intervals are 95 %, bootstrapped over prompts. Bytes are those of the weights of all Linear
+layers of the transformer with their scales and zero points. Latent error is |z - z*|^2 / |z*|^2 of the final latents against the
+student's own; PSNR is of the pictures; distance and FD are in VAE-PCA64 ([what that is](../flashgen/metrics/distribution.py)), against
+the student's own pictures. Peers run through their own packages at 4 bits in groups of 32 (NF4: 64); what a peer leaves whole counts 2
+bytes a weight."""
+CHAIN = ("nearest, 4.25 bits by damage", "+ GPTQ", "+ adaLN on a shared basis", "+ repair")
+
+
+def page(kept: dict[str, Any], plot: str) -> str:
+    heads = ["encoder", "composition", "over full", *TASKS, "T5 MB", "tokens", "step"]
+    lines = ["# Compression", ABOUT, "", "## A. Encoders", "", *_table(heads)]
+    full = np.array(kept["encoders"]["full"]["passed"], float)
+    for name, row in kept["encoders"].items():
+        passed = np.array(row["passed"], float)
+        ratio, low, high = ratio_interval(passed, full)
+        tasks = (f"{t:.2f}" for t in passed.reshape(len(TASKS), -1).mean(1))
+        cells = f"{row['t5_bytes'] / 1e6:.2f}", str(row["tokens"]), f"{row['step_ratio']:.2f} x"
+        lines.append(_cells(name, f"{passed.mean():.3f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]", *tasks, *cells))
+    lines += ["", "Step: time of one transformer call for one picture over that of `full`, interleaved, median.", ""]
+    rows = kept["weights"]
+    peers = [name for name in rows if name not in CHAIN]
+    lines += ["## B. Weights", "", f"![damage against bytes]({plot})", "", *_weights(rows, peers), ""]
+    lines += ["## C. What each ingredient adds, at 4.25 mean bits", "", *_weights(rows, [name for name in CHAIN if name in rows])]
+    return "\n".join(lines)
+
+
+def _weights(rows: dict[str, Any], names: list[str]) -> list[str]:
+    heads = ["weights", "mean bits", "latent error", "PSNR dB", "distance", "FD", "composition", "over the student"]
+    lines, student = _table(heads), np.array(rows["student, fp32"]["passed"], float)
+    for name in names:
+        row = rows[name]
+        error, low, high = _mean(row["latent_error"])
+        near = ("0", "") if name == "student, fp32" else (f"{error:.4f} [{low:.4f}, {high:.4f}]", f"{np.mean(row['psnr']):.1f}")
+        passed = np.array(row["passed"], float)
+        ratio, least, most = ratio_interval(passed, student)
+        over = f"{ratio:.3f} [{least:.3f}, {most:.3f}]"
+        cells = (f"{np.mean(row['apart']):.2f}", f"{row['fd']:.3f}", f"{passed.mean():.3f}", over)
+        lines.append(_cells(name, f"{row['mean_bits']:.2f}", *near, *cells))
+    return lines
+
+
+def _mean(values: list[float]) -> tuple[float, float, float]:
+    return interval(np.array([values], float))
+
+
+def _table(heads: list[str]) -> list[str]:
+    return [_cells(*heads), "|---" * len(heads) + "|"]
+
+
+def _cells(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(kept: dict[str, Any], path: Path) -> None:
+    """Mean latent error with its interval against mean bits."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, row in kept["weights"].items():
+        if name in ("student, fp32", *CHAIN):
+            continue
+        own = name.startswith("flashgen")
+        value, low, high = _mean(row["latent_error"])
+        error: NDArray[np.float64] = np.array([[value - low], [high - value]])
+        axes.errorbar(row["mean_bits"], value, yerr=error, fmt="o", color="C0" if own else "C7", capsize=3)
+        axes.annotate(name, (row["mean_bits"], value), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("mean bits a weight, scales and zero points included")
+    axes.set_ylabel("error of the final latents, 95 %")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

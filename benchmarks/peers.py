@@ -1,0 +1,109 @@
+"""Other people's weight quantizers, run through their own packages on a student's transformer (`pip install flashgen[peers]`).
+
+Each returns (network, bytes): something that takes a transformer's place when sampling, and what the weights of its Linears occupy with
+scales and zero points. Linears that a peer leaves alone count 2 bytes a weight (our choice: nobody would ship them in fp32).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from flashgen.artifact.manifest import Sampler
+from flashgen.export.components import components
+from flashgen.export.write import write_component
+from flashgen.training.calibration import linears_of
+
+GROUP = 32
+
+
+class Session(nn.Module):
+    """An ONNX transformer in place of a torch one."""
+
+    def __init__(self, path: Path, config: Any) -> None:
+        super().__init__()
+        self.session, self.config = onnxruntime.InferenceSession(path), config
+
+    def forward(self, x: Tensor, embeds: Tensor, pooled: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        feeds = {"hidden_states": x, "encoder_hidden_states": embeds, "pooled_projections": pooled, "timestep": timestep}
+        return (torch.from_numpy(self.session.run(None, {name: value.numpy() for name, value in feeds.items()})[0]),)
+
+
+def onnxruntime_nbits(pipe: StableDiffusion3Pipeline, sampler: Sampler, kind: str, folder: Path) -> tuple[nn.Module, float]:
+    """ONNX Runtime's MatMulNBitsQuantizer, `kind` default, hqq or k_quant, 4 bits, asymmetric, on flashgen's fp32 export.
+
+    It knows MatMul only, and adaLN, whose input has two dimensions, comes out of the exporter as Gemm: those weights stay whole.
+    """
+    import onnx
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+    plain = folder / "transformer" / "model.onnx"
+    if not plain.exists():
+        part = next(c for c in components(copy.deepcopy(pipe), sampler) if c.name == "transformer")
+        write_component(part, {}, folder, 0, 60.0)
+    configs = {
+        "default": lambda: nbits.DefaultWeightOnlyQuantConfig(block_size=GROUP, is_symmetric=False),
+        "hqq": lambda: nbits.HQQWeightOnlyQuantConfig(block_size=GROUP, bits=4),
+        "k_quant": lambda: nbits.KQuantWeightOnlyQuantConfig(),
+    }
+    model = onnx.load(plain)
+    quantizer = nbits.MatMulNBitsQuantizer(model, block_size=GROUP, is_symmetric=False, algo_config=configs[kind]())
+    quantizer.process()
+    path = folder / f"{kind}.onnx"
+    quantizer.model.save_model_to_file(str(path))
+    graph = onnx.load(path).graph
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    stored = {tensor.name: len(onnx.numpy_helper.to_array(tensor).tobytes()) for tensor in graph.initializer}
+    scales = {node.input[2] for node in nodes}  # fp32 in the file, fp16 would do
+    packed = sum(stored[name] / (2 if name in scales else 1) for node in nodes for name in node.input[1:4] if name in stored)
+    left = sum(layer.weight.numel() for layer in linears_of(pipe.transformer).values()) - sum(_size(node) for node in nodes)
+    return Session(path, pipe.transformer.config), packed + 2 * left
+
+
+def _size(node: Any) -> int:
+    sides = {a.name: a.i for a in node.attribute}
+    return int(sides["K"] * sides["N"])
+
+
+class _Plain(nn.Module):
+    """A transformer whose forward takes and returns tensors only."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.config = net, net.config
+
+    def forward(self, x: Tensor, embeds: Tensor, pooled: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return (self.net(x, embeds, pooled, timestep, return_dict=return_dict)[0],)
+
+
+def nncf_int4(transformer: nn.Module, example: tuple[Tensor, ...]) -> tuple[nn.Module, float]:
+    """NNCF's compress_weights, INT4_ASYM, every layer."""
+    import nncf
+
+    net = nncf.compress_weights(
+        _Plain(copy.deepcopy(transformer)), mode=nncf.CompressWeightsMode.INT4_ASYM, ratio=1.0, group_size=GROUP, all_layers=True,
+        dataset=nncf.Dataset([example]),
+    )  # fmt: skip
+    names = {f"net.{name}.weight" for name in linears_of(transformer)}
+    state = net.state_dict()
+    whole = sum(2 * t.numel() for name, t in state.items() if name in names and t.is_floating_point())
+    packed = sum(t.nbytes for name, t in state.items() if t.dtype == torch.uint8 or name.endswith("_scale"))
+    return net, float(whole + packed)
+
+
+def bitsandbytes_nf4(transformer: nn.Module) -> tuple[nn.Module, float]:
+    """bitsandbytes NF4, blocks of 64 with fp32 scales: what diffusers' BitsAndBytesConfig does by default."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    net, total = copy.deepcopy(transformer), 0
+    for layer in linears_of(net).values():
+        codes, state = quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4")
+        layer.weight.data = dequantize_4bit(codes, state)
+        total += codes.nbytes + state.absmax.nbytes
+    return net, float(total)
