@@ -239,8 +239,9 @@ def _allocate(
 ) -> dict[str, int]:
     """Bits of each layer, by the damage that each group does alone, under `budget` bytes for a student of so many `weights`.
 
-    The whole table goes into the artifact.
+    The whole table goes into the artifact, and a plot of it.
     """
+    from flashgen.metrics.plots import plot_allocation
     from flashgen.quant.allocate import allocate
     from flashgen.training.calibration import groups_of
 
@@ -262,6 +263,7 @@ def _allocate(
     chosen = allocate(damage, cost, budget)
     table = {group: {"layers": groups[group], "bits": chosen[group], "damage": damage[group], "bytes": cost[group]} for group in groups}
     (draft.path / "quantized" / "allocation.json").write_text(json.dumps(table, indent=1) + "\n")
+    plot_allocation(table, draft.path / "quantized" / "allocation.png")
     spent = sum(cost[group][bits] for group, bits in chosen.items())
     count = {bits: list(chosen.values()).count(bits) for bits in choices}
     say(f"{spent:.0f} of {budget:.0f} bytes, {8 * spent / weights:.3f} mean bits; groups of layers by bits: {count}")

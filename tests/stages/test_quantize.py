@@ -34,6 +34,7 @@ def test_a_budget_is_kept_and_the_whole_table_is_in_the_artifact(tiny_student: A
     assert sorted(name for row in table.values() for name in row["layers"]) == sorted(layers)
     assert all({layers[name]["bits"] for name in row["layers"]} == {row["bits"]} for row in table.values())
     assert len({spec["bits"] for spec in layers.values()}) > 1
+    assert (made.path / "quantized" / "allocation.png").stat().st_size > 5000
     tensors = load_file(made.path / "quantized" / "transformer.safetensors")
     assert sum(row["bytes"][str(row["bits"])] for row in table.values()) == sum(t.nbytes for t in tensors.values())
     assert 4.4 < made.manifest.metrics["mean_bits"] <= 4.9 and 0 < made.manifest.metrics["latent_error"] < 1
