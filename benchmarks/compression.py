@@ -143,6 +143,7 @@ def weights(student: Artifact, work: Path, kept: dict[str, Any], save: Callable[
 
 def encoders(student: Artifact, work: Path, kept: dict[str, Any], save: Callable[[], None]) -> None:
     """Table A. Step latency: one picture, 2 threads, rows interleaved, medians."""
+    torch.set_num_threads(2)
     made = {"full": student}
     for name, (mode, settings) in ENCODERS.items():
         recipe: Recipe = load("shapes", ["restructure.floor=0", "bench.per_task=0", *settings])

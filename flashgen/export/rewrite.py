@@ -84,27 +84,27 @@ def to_matmul_nbits(model: ir.Model, layers: Mapping[str, QuantizedLinear], accu
 
 
 def halve_scales(model: ir.Model) -> None:
-    """Store scales, and zero points between codes, as fp16 behind a Cast, which onnxruntime folds when it loads: half the bytes,
-    nothing lost (see `quant.pack`). To be called after every pass that folds constants.
+    """Store scales, zero points between codes and a shared basis as fp16 behind a Cast, which onnxruntime folds when it loads: half the
+    bytes, nothing lost (see `quant.pack`). To be called after every pass that folds constants.
     """
     graph = model.graph
-    for node in [node for node in graph if node.op_type == "MatMulNBits"]:
-        for place in (2, 3):
-            value = node.inputs[place]
-            if value is None or value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
-                continue
-            assert value.name is not None
-            del graph.initializers[value.name]
-            stored = _constant(graph, value.name, value.const_value.numpy().astype(np.float16))
-            cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
-            cast.outputs[0].name = f"{value.name}.fp32"
-            graph.insert_before(node, cast)
-            node.replace_input_with(place, cast.outputs[0])
+    scales = [node.inputs[place] for node in graph if node.op_type == "MatMulNBits" for place in (2, 3)]
+    bases = [value for name, value in graph.initializers.items() if name.endswith(".basis")]
+    for value in (*scales, *bases):
+        if value is None or value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
+            continue
+        name, users = value.name, [use.node for use in value.uses()]
+        assert name is not None
+        del graph.initializers[name]
+        cast = ir.node("Cast", [_constant(graph, name, value.const_value.numpy().astype(np.float16))], {"to": ir.DataType.FLOAT.value})
+        cast.outputs[0].name = f"{name}.fp32"
+        graph.insert_before(next(node for node in graph if node in users), cast)
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
 
 
 def _fits(linear: Linear, q: QuantizedLinear) -> bool:
     blocks = -(-linear.k // q.group)
-    return q.codes.shape == (linear.n, blocks, q.group * q.bits // 8) and q.scales.shape == (linear.n, blocks)
+    return tuple(q.scales.shape) == (linear.n, blocks)  # codes and zeros fit scales, `read_codes` has seen to that
 
 
 def _replace(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
+import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -60,31 +63,47 @@ def _strip(model: ir.Model) -> None:
 
 def read_codes(path: Path) -> dict[str, QuantizedLinear]:
     """Codes of every layer of a quantized artifact, in the order of quantized/layers.json."""
-    try:
+    with _whole(path):
         layers = json.loads((path / "quantized" / "layers.json").read_text())
         tensors = load_file(path / "quantized" / "transformer.safetensors")
         return {name: _codes(tensors, name, spec) for name, spec in layers.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _broken(path, error) from error
 
 
 def put_factors(transformer: nn.Module, codes: Mapping[str, QuantizedLinear], path: Path) -> None:
     """adaLN layers that the artifact keeps on a shared basis become their factors, with the weights of their codes. In place."""
     ups = {name.removesuffix(".up"): dequantize(q) for name, q in codes.items() if name.endswith(".up")}
     if ups:
-        try:
-            factor(transformer, load_file(path / "quantized" / "transformer.safetensors")["basis"].float(), ups)
-        except (KeyError, AttributeError) as error:
-            raise _broken(path, error) from error
+        with _whole(path):
+            basis = load_file(path / "quantized" / "transformer.safetensors")["basis"].float().T.contiguous()
+            for name, up in ups.items():
+                layer = transformer.get_submodule(name)
+                if not isinstance(layer, nn.Linear) or (*up.shape, len(basis)) != (layer.out_features, basis.shape[1], layer.in_features):
+                    raise ValueError(f"the factors of {name} do not fit it")
+            factor(transformer, basis, ups)
 
 
-def _broken(path: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"{path}/quantized is broken ({error!r}); make it again with: flashgen quantize STUDENT --out DIR")
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Whatever reading quantized/ meets ends as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        mend = "make it again with: flashgen quantize STUDENT --out DIR"
+        raise ArtifactError(f"{path}/quantized is broken ({error!r}); {mend}") from error
 
 
 def _codes(tensors: Mapping[str, Tensor], name: str, spec: Mapping[str, int]) -> QuantizedLinear:
-    codes, scales, group = tensors[f"{name}.codes"], tensors[f"{name}.scales"].float(), int(spec["group"])
+    codes, scales, bits, group = tensors[f"{name}.codes"], tensors[f"{name}.scales"].float(), int(spec["bits"]), int(spec["group"])
     zeros = None if spec["symmetric"] else tensors[f"{name}.zeros"]
     if zeros is not None and zeros.is_floating_point():
         zeros = zeros.float()
-    return QuantizedLinear(codes, scales, zeros, int(spec["bits"]), group, scales.shape[1] * group)
+    if bits not in (2, 3, 4, 8) or group < 16 or scales.ndim != 2:
+        raise ValueError(f"{name} has {bits} bits in groups of {group}")
+    rows, blocks = scales.shape
+    wanted, found = [[rows, blocks, group * bits // 8]], [list(codes.shape)]
+    if zeros is not None:
+        wanted.append([rows, blocks if zeros.is_floating_point() else -(-blocks * bits // 8)])
+        found.append(list(zeros.shape))
+    if found != wanted or codes.dtype != torch.uint8:
+        raise ValueError(f"codes and zeros of {name} do not fit its scales")
+    return QuantizedLinear(codes, scales, zeros, bits, group, blocks * group)

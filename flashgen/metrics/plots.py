@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 def plot_allocation(table: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Damage against bytes of every choice of every group, one line a group, the choice that was taken filled.
 
-    `table` is that of quantized/allocation.json: {group: {bits, damage: {bits: d}, bytes: {bits: b}}}.
+    `table` is {group: {bits, damage: {bits: d}, bytes: {bits: b}}}, bits being whole numbers.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

@@ -13,7 +13,7 @@ MODULATION = re.compile(r"transformer_blocks\.\d+\.norm1(_context)?\.linear$")
 
 
 class Factored(nn.Module):
-    """up(basis x), where a Linear was: `basis` [r, K] is one tensor for the whole network, `up` is Linear(r, N)."""
+    """up(x basis), where a Linear was: `basis` [K, r] is one tensor for the whole network, `up` is Linear(r, N)."""
 
     def __init__(self, basis: nn.Parameter, up: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Factored(nn.Module):
             self.up.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.up(x @ self.basis.T)
+        out: Tensor = self.up(x @ self.basis)
         return out
 
 
@@ -39,7 +39,7 @@ def put(transformer: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def factor(transformer: nn.Module, basis: Tensor, ups: Mapping[str, Tensor], biases: Mapping[str, Tensor] | None = None) -> None:
-    """Replace the Linears that `ups` names by their factors, in place; biases stay unless given."""
+    """Replace the Linears that `ups` names by their factors, in place, `basis` being [K, r]; biases stay unless given."""
     shared = nn.Parameter(basis, requires_grad=False)
     for name, up in ups.items():
         layer: Any = transformer.get_submodule(name)
@@ -49,7 +49,7 @@ def factor(transformer: nn.Module, basis: Tensor, ups: Mapping[str, Tensor], bia
 
 @torch.no_grad()
 def shared_basis(weights: list[Tensor], inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows [K, K], columns [K, K], mean [K]): basis = rows[:r], and W V with V = columns[:, :r] is the `up` of a weight W [N, K].
+    """(down [K, K], columns [K, K], mean [K]): basis = down[:, :r], and W V with V = columns[:, :r] is the `up` of a weight W [N, K].
 
     For each r it is the best rank-r factorisation with one basis of all outputs W (x - mean) at once in squares over `inputs`
     [M, K] (Eckart-Young on W C^1/2, the weights stacked; C the covariance of the inputs). float64 inside.
@@ -65,6 +65,6 @@ def shared_basis(weights: list[Tensor], inputs: Tensor) -> tuple[Tensor, Tensor,
         gram += reached.T @ reached
     _, turned = torch.linalg.eigh(gram)
     turned = turned.flip(1)
-    rows, columns = (inverse @ turned).T, root @ turned
-    length = rows.norm(dim=1, keepdim=True)  # of about 1, so that fp16 holds them
-    return rows / length, columns * length.T, mean
+    down, columns = inverse @ turned, root @ turned
+    length = down.norm(dim=0)  # of 1, so that fp16 holds them
+    return down / length, columns * length, mean

@@ -72,7 +72,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     matcher = Matcher(
         "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
     )
-    sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps]})
+    sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
     kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
 
     save_changed(draft, parent.path, {"transformer": student.fused() if isinstance(student, Role) else whole_network(student)})

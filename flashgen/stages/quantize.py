@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
 from flashgen.errors import ArtifactError, UsageError
@@ -47,6 +47,10 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     parent = open_artifact(student, ("student", "teacher"))
     sampler = parent.manifest.sampler
     assert sampler is not None
+    if sampler.guidance != 1 and (config.basis_tolerance or config.repair):
+        raise UsageError(
+            "quantize.basis_tolerance and quantize.repair learn from rollouts without guidance; a teacher has to do without them"
+        )
     draft = begin(
         out, kind="quantized", stage="quantize", recipe=config.model_dump(), seed=seed, parents=[parent.as_parent("student")], force=force
     )
@@ -70,7 +74,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
             return weight
         weight = weight.float()
         if layer in found.factored:
-            made = dequantize(codes[f"{layer}.up"]) @ found.factored[layer].basis
+            made = dequantize(codes[f"{layer}.up"]) @ found.factored[layer].basis.T
         else:
             if layer not in codes:
                 codes[layer] = _quantize(weight, _uniform(layer, config), config, None)
@@ -86,7 +90,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     names = [f"{name}.up" if name in found.factored else name for name in whole]
     tensors = {f"{name}.{part}": t for name in names for part, t in _stored(codes[name]).items()}
     for layer in list(found.factored.values())[:1]:
-        tensors["basis"] = layer.basis.half()
+        tensors["basis"] = layer.basis.T.half().contiguous()
     write(draft.path / "quantized" / "transformer.safetensors", {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, tensors.items())
     specs = {name: {"bits": codes[name].bits, "group": config.group, "symmetric": codes[name].zeros is None} for name in names}
     (draft.path / "quantized" / "layers.json").write_text(json.dumps(specs, indent=1) + "\n")
@@ -145,13 +149,13 @@ def _calibrated(parent: Artifact, sampler: Sampler, config: QuantizeRecipe, seed
     pipe = load_pipeline(parent.path)
     calibration = _calibration(pipe, sampler, config, seed)
     weights = sum(layer.weight.numel() for layer in calibration.layers.values())
-    metrics = _factor(calibration, config) if config.basis_tolerance else {}
+    metrics = _factor(calibration, config, draft.work) if config.basis_tolerance else {}
     layers = calibration.layers
     factored = {name: module for name, module in pipe.transformer.named_modules() if isinstance(module, Factored)}
     spare = next((2 * layer.basis.numel() for layer in factored.values()), 0)
     bits = {name: _uniform(name, config) for name in layers}
     if config.budget:
-        bits = _allocate(layers, calibration, config, budget_bytes(str(config.budget), weights) - spare, weights, draft)
+        bits = _allocate(layers, calibration, config, weights, spare, draft)
 
     def one(name: str, layer: nn.Linear, moments: dict[str, Tensor]) -> QuantizedLinear:
         return _quantize(layer.weight, bits[name], config, moments.get(name))
@@ -166,33 +170,52 @@ def _repair(calibration: Calibration, metrics: dict[str, object]) -> list[tuple[
     scales, before, after = calibration.repair()
     metrics["repair"] = {"damage_before": before, "damage_after": after}
     helped = after < before
+    if helped:
+        metrics["latent_error"] = after**0.5
     say(f"repair: damage {before:.2e} -> {after:.2e} on held-out prompts{'' if helped else ', so the steps stay as they are'}")
     return scales if helped else None
 
 
-def _factor(calibration: Calibration, config: QuantizeRecipe) -> dict[str, object]:
-    """Put the student's adaLN layers on the smallest basis, in whole groups, whose damage the recipe tolerates, and say which."""
-    from flashgen.models.factored import factor, modulations, put, shared_basis
+def _factor(calibration: Calibration, config: QuantizeRecipe, work: Path) -> dict[str, object]:
+    """Put the student's adaLN layers on the smallest basis, in whole groups, whose damage the recipe tolerates, and say which.
 
-    student = calibration.student
-    layers = modulations(student)
-    rows, columns, mean = shared_basis([layer.weight for layer in layers.values()], calibration.inputs(next(iter(layers))))
-    damage = float("inf")
-    for rank in range(config.group, len(rows) // 2 + 1, config.group):
-        basis = rows[:rank].half().float()
+    It is fitted on half of the prompts and judged on the other half, once: codes of a resumed run belong to the same basis.
+    """
+    import torch
+
+    from flashgen.models.factored import factor, modulations, put, shared_basis
+    from flashgen.training.loop import save_state
+
+    student, path = calibration.student, work / "basis.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        if saved["metrics"]["basis_rank"]:
+            factor(student, saved["basis"], saved["ups"], saved["biases"])
+        return dict(saved["metrics"])
+    layers, (fit, held) = modulations(student), calibration.halves
+    down, columns, mean = shared_basis([layer.weight for layer in layers.values()], calibration.inputs(next(iter(layers)), fit))
+    found: dict[str, Any] = {"metrics": {"basis_rank": 0}}
+    tried: list[str] = []
+    for rank in range(config.group, len(down) // 2 + 1, config.group):
+        basis = down[:, :rank].half().float()
         ups = {name: (layer.weight.double() @ columns[:, :rank]).float() for name, layer in layers.items()}
-        shift = {n: layer.bias.double() + (layer.weight.double() - ups[n].double() @ basis.double()) @ mean for n, layer in layers.items()}
-        factor(student, basis, ups, {name: bias.float() for name, bias in shift.items()})
-        damage = calibration.damage()
+        lost = {name: layer.weight.double() - ups[name].double() @ basis.double().T for name, layer in layers.items()}
+        biases = {name: (layer.bias.double() + lost[name] @ mean).float() for name, layer in layers.items()}
+        factor(student, basis, ups, biases)
+        damage = calibration.damage(held)
+        tried.append(f"{damage:.1e} at {rank}")
         if damage <= config.basis_tolerance:
-            say(f"adaLN on a shared basis of {rank} of {len(rows)}: damage {damage:.1e} to the final latents")
-            return {"basis_rank": rank, "basis_damage": damage}
+            found = {"basis": basis, "ups": ups, "biases": biases, "metrics": {"basis_rank": rank, "basis_damage": damage}}
+            say(f"adaLN on a shared basis of {rank} of {len(down)}: damage {damage:.1e} to the final latents of held-out prompts")
+            break
         for name, layer in layers.items():
             put(student, name, layer)
-    say(
-        f"adaLN stays whole: no basis of up to {len(rows) // 2} does less damage than {config.basis_tolerance:g}; the last did {damage:.1e}"
-    )
-    return {"basis_rank": 0}
+    else:
+        least, most = f"{config.basis_tolerance:g} or less", f"half of {len(down)} in groups of {config.group}"
+        results = ", ".join(tried) or "a group is wider than that"
+        say(f"adaLN stays whole: no shared basis of up to {most} does damage of {least} to the final latents ({results})")
+    save_state(found, path)
+    return dict(found["metrics"])
 
 
 def _uniform(name: str, config: QuantizeRecipe) -> int:
@@ -235,9 +258,10 @@ def _calibration(pipe: StableDiffusion3Pipeline, sampler: Sampler, config: Quant
 
 
 def _allocate(
-    layers: dict[str, nn.Linear], calibration: Calibration, config: QuantizeRecipe, budget: float, weights: int, draft: Draft
+    layers: dict[str, nn.Linear], calibration: Calibration, config: QuantizeRecipe, weights: int, spare: int, draft: Draft
 ) -> dict[str, int]:
-    """Bits of each layer, by the damage that each group does alone, under `budget` bytes for a student of so many `weights`.
+    """Bits of each layer, by the damage that each group does alone, under the recipe's budget for a student of so many `weights`,
+    of which `spare` bytes are spent.
 
     The whole table goes into the artifact, and a plot of it.
     """
@@ -250,7 +274,8 @@ def _allocate(
         group: {bits: float(sum(_bytes(layers[name].weight, bits, config) for name in names)) for bits in choices}
         for group, names in groups.items()
     }
-    smallest = sum(options[min(choices)] for options in cost.values())
+    budget = budget_bytes(str(config.budget), weights)
+    smallest = spare + sum(options[min(choices)] for options in cost.values())
     if budget < smallest:
         raise UsageError(
             f"a budget of {config.budget} is {budget:.0f} bytes for {weights} weights; with quantize.choices={choices} and "
@@ -260,11 +285,11 @@ def _allocate(
     damage = calibration.sensitivity(
         groups, choices, lambda _, layer, bits: _quantize(layer.weight, bits, plain, None), draft.work / "sensitivity.json"
     )
-    chosen = allocate(damage, cost, budget)
+    chosen = allocate(damage, cost, budget - spare)
     table = {group: {"layers": groups[group], "bits": chosen[group], "damage": damage[group], "bytes": cost[group]} for group in groups}
     (draft.path / "quantized" / "allocation.json").write_text(json.dumps(table, indent=1) + "\n")
     plot_allocation(table, draft.path / "quantized" / "allocation.png")
-    spent = sum(cost[group][bits] for group, bits in chosen.items())
+    spent = spare + sum(cost[group][bits] for group, bits in chosen.items())
     count = {bits: list(chosen.values()).count(bits) for bits in choices}
     say(f"{spent:.0f} of {budget:.0f} bytes, {8 * spent / weights:.3f} mean bits; groups of layers by bits: {count}")
     return {name: chosen[group] for group, names in groups.items() for name in names}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import UsageError
+from flashgen.progress import say
 from flashgen.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
         raise UsageError(f"{parent.path} is restructured already (mode {sampler.encoder}); give a student with its own T5 encoder")
     config = recipe.restructure
     draft = begin(
-        out, kind="student", stage="restructure-encoder", recipe=config.model_dump() | {"mode": mode}, seed=seed,
+        out, kind="student", stage="restructure-encoder", recipe=config.model_dump(exclude={"floor"}) | {"mode": mode}, seed=seed,
         parents=[parent.as_parent("student")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
@@ -46,8 +47,12 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
     after = sum(f.stat().st_size for f in (draft.path / "text_encoder_3").glob("*")) if left.has_t5 else 0
     tokens = {"before": sampler.clip_tokens + sampler.t5_tokens, "after": left.clip_tokens + left.t5_tokens}
     metrics: dict[str, object] = {"encoder_bytes": {"before": before, "after": after}, "bytes_saved": before - after, "text_tokens": tokens}
-    own = parent.manifest.metrics.get("composition", {}).get("overall", 0.0)
-    return finish(draft, left, recipe.bench, metrics=metrics, least=config.floor * own)
+    scored = parent.manifest.metrics.get("composition")
+    own = scored.get("overall") if isinstance(scored, dict) else None
+    if config.floor and (not isinstance(own, float) or not recipe.bench.per_task):
+        say("restructure.floor is not looked at: the student or its successor (bench.per_task=0) has no composition score")
+        own = 0.0
+    return finish(draft, left, recipe.bench, metrics=metrics, least=config.floor * (own or 0.0))
 
 
 def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work: Path, mode: str) -> dict[str, nn.Module]:

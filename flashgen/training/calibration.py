@@ -65,24 +65,31 @@ class Calibration:
         """Of the student as it is now."""
         return linears_of(self.student)
 
-    def inputs(self, name: str) -> Tensor:
-        """What the layer sees over all nodes and prompts, [rows, K]."""
+    @property
+    def halves(self) -> tuple[slice, slice]:
+        """Prompts to fit something on, and others to judge it by."""
+        middle = (len(self.noise) + 1) // 2
+        return slice(0, middle), slice(middle, len(self.noise))
+
+    def inputs(self, name: str, rows: slice) -> Tensor:
+        """What the layer sees over all nodes and those prompts, [nodes x prompts, K]."""
         found: list[Tensor] = []
         handle = self.layers[name].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].reshape(-1, inputs[0].shape[-1])))
         try:
-            self.rollouts()
+            self.rollouts(rows)
         finally:
             handle.remove()
         return torch.cat(found)
 
-    def rollouts(self) -> Tensor:
+    def rollouts(self, rows: slice = slice(None)) -> Tensor:
         """States [N+1, P, C, H, W] of the student as it is now."""
-        parts = [slice(i, i + BATCH) for i in range(0, len(self.noise), BATCH)]
-        return torch.cat([torch.stack(roll_out(lambda _: self.student, self.noise[p], self.cond[p], self.nodes).states) for p in parts], 1)
+        noise, cond = self.noise[rows], self.cond[rows]
+        parts = [slice(i, i + BATCH) for i in range(0, len(noise), BATCH)]
+        return torch.cat([torch.stack(roll_out(lambda _: self.student, noise[p], cond[p], self.nodes).states) for p in parts], 1)
 
-    def damage(self) -> float:
+    def damage(self, rows: slice = slice(None)) -> float:
         """|latents - those at first|^2 / |those at first|^2 of the student as it is now."""
-        return self._lost(self.rollouts()[-1], slice(None))
+        return self._lost(self.rollouts(rows)[-1], rows)
 
     def _lost(self, finals: Tensor, rows: slice) -> float:
         whole = self.states[-1, rows]
@@ -95,8 +102,7 @@ class Calibration:
         a and b of a step are least squares onto the states at first, over half of the prompts, behind the repaired steps before
         it; the damages are over the other half. Source: Q-Sched (2509.01624), which searches a grid by a reward.
         """
-        half = (len(self.noise) + 1) // 2
-        fit, held = slice(0, half), slice(half, None)
+        fit, held = self.halves
         x, plain, scales = self.noise.clone(), self.noise.clone(), []
         for index, (s, s_next) in enumerate(itertools.pairwise(self.nodes)):
             moved = (s_next - s) * self._velocity(x, s)

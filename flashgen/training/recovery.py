@@ -42,7 +42,7 @@ def compact_t5(large: T5EncoderModel, config: RestructureRecipe, seed: int) -> T
     small.d_ff = config.d_ff or max(1, own.d_ff // 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = T5EncoderModel(small)
+        made = T5EncoderModel(small).eval()  # dropout would be another noise than the steps' own
     made.shared.weight.data.copy_(large.shared.weight)
     made.encoder.final_layer_norm.weight.data.copy_(large.encoder.final_layer_norm.weight)
     return made

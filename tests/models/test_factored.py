@@ -17,9 +17,9 @@ def seen(rank: int, width: int = 12, rows: int = 200) -> Tensor:
 
 
 def outputs_lost(weights: list[Tensor], x: Tensor, rank: int) -> float:
-    rows, columns, mean = shared_basis(weights, x)
+    down, columns, mean = shared_basis(weights, x)
     centred = x.double() - mean
-    return sum(float((centred @ (w.double() - w.double() @ columns[:, :rank] @ rows[:rank]).T).square().sum()) for w in weights)
+    return sum(float((centred @ (w.double() - w.double() @ columns[:, :rank] @ down[:, :rank].T).T).square().sum()) for w in weights)
 
 
 def test_inputs_of_rank_three_need_a_basis_of_three() -> None:
@@ -49,8 +49,8 @@ def test_a_whole_basis_changes_nothing(pipe: StableDiffusion3Pipeline) -> None:
     width = next(iter(layers.values())).in_features
     x = torch.randn(64, width)
     before = {name: layer(x) for name, layer in layers.items()}
-    rows, columns, _ = shared_basis([layer.weight for layer in layers.values()], x)
-    factor(net, rows.float(), {name: (layer.weight.double() @ columns).float() for name, layer in layers.items()})
+    down, columns, _ = shared_basis([layer.weight for layer in layers.values()], x)
+    factor(net, down.float(), {name: (layer.weight.double() @ columns).float() for name, layer in layers.items()})
     made = {name: net.get_submodule(name) for name in layers}
     assert len(layers) == 2 * len(net.transformer_blocks) and not modulations(net)
     assert len({id(layer.basis) for layer in made.values() if isinstance(layer, Factored)}) == 1

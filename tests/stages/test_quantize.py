@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flashgen.artifact.store import Artifact, versions
 from flashgen.device.sampler import DevicePipeline
-from flashgen.errors import UsageError
+from flashgen.errors import ArtifactError, UsageError
+from flashgen.export.write import put_factors, read_codes
 from flashgen.flow.grid import few_step_grid
 from flashgen.models.sample import load_pipeline, sample
 from flashgen.recipe.schema import Recipe
@@ -117,6 +120,37 @@ def test_adaln_on_a_shared_basis_is_smaller_and_reaches_the_graph(
         assert made.manifest.metrics["mean_bits"] <= 4.9
     device = export.run(str(made.path), tmp_path / "device", recipe, 0, False)
     assert device.manifest.metrics["psnr_db"]["transformer"] >= 60
+    stored = onnx_ir.load(device.path / "transformer" / "model.onnx").graph.initializers
+    bases = [value for name, value in stored.items() if name.endswith(".basis")]
+    assert [value.dtype for value in bases] == [onnx_ir.DataType.FLOAT16]  # one for all layers
+    whole = [value.shape for value in stored.values() if value.dtype == onnx_ir.DataType.FLOAT and value.shape is not None]
+    assert [tensors["basis"].shape[1], rank] not in [list(shape) for shape in whole]  # nor is there another one in fp32
+
+
+@pytest.mark.parametrize("broken", ["bits", "zeros", "basis", "list"])
+def test_broken_codes_end_with_one_sentence(broken: str, tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    made = quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, basis_tolerance=10, group=16), 0, False)
+    copy = shutil.copytree(made.path, tmp_path / "copy")
+    layers = json.loads((copy / "quantized" / "layers.json").read_text())
+    tensors = load_file(copy / "quantized" / "transformer.safetensors")
+    up = next(name for name in layers if name.endswith(".up"))
+    if broken == "bits":
+        layers[up]["bits"] = 5
+    elif broken == "list":
+        layers = [layers]
+    elif broken == "zeros":
+        tensors[f"{up}.zeros"] = tensors[f"{up}.zeros"][:-1].clone()
+    else:
+        tensors["basis"] = tensors["basis"][:, :-1].clone()
+    (copy / "quantized" / "layers.json").write_text(json.dumps(layers))
+    save_file(tensors, copy / "quantized" / "transformer.safetensors")
+    with pytest.raises(ArtifactError, match=r"quantized is broken .*flashgen quantize"):
+        put_factors(load_pipeline(copy).transformer, read_codes(copy), copy)
+
+
+def test_a_teacher_is_not_repaired(tiny_teacher: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="without guidance"):
+        quantize.run(str(tiny_teacher.path), tmp_path / "q", having(recipe, repair=True), 0, False)
 
 
 def test_repair_is_kept_when_it_helps_and_reaches_the_device(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
