@@ -2,7 +2,7 @@
 
     python -m benchmarks.compression artifacts/shapes --page docs/compression.md      # `make compression`
 
-Needs `pip install flashgen[peers]`. Every finished row is kept in the page's JSON by what it was made from, so the same command resumes.
+Needs `pip install flashgen[peers]`. Every finished row is kept in the page's JSON, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import nn
 from benchmarks.compression_page import draw, page
 from benchmarks.peers import bitsandbytes_nf4, nncf_int4, onnxruntime_nbits
 from benchmarks.scores import TEST_SEED
-from flashgen.artifact.manifest import Sampler
+from flashgen.artifact.manifest import Sampler, hash_json
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.device.noise import latents
 from flashgen.device.sampler import to_uint8
@@ -164,6 +165,7 @@ def encoders(student: Artifact, work: Path, kept: dict[str, Any], save: Callable
             size = sum(f.size for f in artifact.manifest.files if f.path.startswith("text_encoder"))
             t5 = sum(f.size for f in artifact.manifest.files if f.path.startswith("text_encoder_3/"))
             kept["encoders"][name] = {"passed": passed, "bytes": size, "t5_bytes": t5, "tokens": sampler.clip_tokens + sampler.t5_tokens}
+            save()
             say(f"{name}: composition {np.mean(passed):.3f}")
     with torch.no_grad():
         for _ in range(ROUNDS + 1):
@@ -178,6 +180,13 @@ def encoders(student: Artifact, work: Path, kept: dict[str, Any], save: Callable
     save()
 
 
+def made_from(student: Artifact) -> str:
+    """What every row depends on: the student, the settings, the peers' versions. A change of it starts the page anew."""
+    packages = {name: version(name) for name in ("bitsandbytes", "nncf", "onnxruntime", "torch")}
+    settings = [GROUP, OURS, STEPS, ENCODERS, PER_TASK, load("shapes").restructure.model_dump(), load("shapes").quantize.model_dump()]
+    return hash_json([student.manifest.digest, settings, packages])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="artifacts of `make shapes`")
@@ -185,10 +194,10 @@ def main() -> None:
     parser.add_argument("--student", default="finetuned", help="which of them is compressed")
     given = parser.parse_args()
     student = open_artifact(given.folder / given.student, ("student",))
-    path = given.page.with_suffix(".json")
+    path, key = given.page.with_suffix(".json"), made_from(student)
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("student") != student.manifest.digest:
-        kept = {"student": student.manifest.digest, "weights": {}, "encoders": {}}
+    if kept.get("key") != key:
+        kept = {"key": key, "weights": {}, "encoders": {}}
 
     def save() -> None:
         path.with_suffix(".tmp").write_text(json.dumps(kept, separators=(",", ":")) + "\n")

@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -43,25 +44,23 @@ def onnxruntime_nbits(pipe: StableDiffusion3Pipeline, sampler: Sampler, kind: st
     import onnx
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
-    plain = folder / "transformer" / "model.onnx"
-    if not plain.exists():
-        part = next(c for c in components(copy.deepcopy(pipe), sampler) if c.name == "transformer")
-        write_component(part, {}, folder, 0, 60.0)
+    part = next(c for c in components(copy.deepcopy(pipe), sampler) if c.name == "transformer")
+    write_component(part, {}, folder, 0, 60.0)
     configs = {
         "default": lambda: nbits.DefaultWeightOnlyQuantConfig(block_size=GROUP, is_symmetric=False),
         "hqq": lambda: nbits.HQQWeightOnlyQuantConfig(block_size=GROUP, bits=4),
         "k_quant": lambda: nbits.KQuantWeightOnlyQuantConfig(),
     }
-    model = onnx.load(plain)
+    model = onnx.load(folder / "transformer" / "model.onnx")
     quantizer = nbits.MatMulNBitsQuantizer(model, block_size=GROUP, is_symmetric=False, algo_config=configs[kind]())
     quantizer.process()
     path = folder / f"{kind}.onnx"
     quantizer.model.save_model_to_file(str(path))
     graph = onnx.load(path).graph
     nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    stored = {tensor.name: len(onnx.numpy_helper.to_array(tensor).tobytes()) for tensor in graph.initializer}
-    scales = {node.input[2] for node in nodes}  # fp32 in the file, fp16 would do
-    packed = sum(stored[name] / (2 if name in scales else 1) for node in nodes for name in node.input[1:4] if name in stored)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    parts = [stored[name] for node in nodes for name in node.input[1:4] if name in stored]
+    packed = sum(part.nbytes if part.dtype == np.uint8 else 2 * part.size for part in parts)  # fp32 in the file, fp16 would do
     left = sum(layer.weight.numel() for layer in linears_of(pipe.transformer).values()) - sum(_size(node) for node in nodes)
     return Session(path, pipe.transformer.config), packed + 2 * left
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.scores import Bar, Meter, Ruler, ratio_interval, report
 from flashgen.artifact.store import Artifact, open_artifact
@@ -23,6 +24,7 @@ from flashgen.recipe.load import load
 from flashgen.shapes.scene import TASKS
 from flashgen.training.matching import Matcher
 from flashgen.training.prompts import prompt_pool
+from flashgen.training.trajectories import Replay
 
 PER_TASK, FEW = 100, 20
 STUDENTS = ("student", "finetuned", "student-2", "student-8")
@@ -40,17 +42,19 @@ def scores(artifact: Artifact, ruler: Ruler, folder: Path) -> dict[str, Any]:
 
 
 def forwards_per_update(teacher: Artifact, student: Artifact) -> float:
-    """F of one student update of the recipe, counted by hooks."""
+    """F a sample of a student update of the recipe, counted by hooks; the mean of several, as nodes are drawn and cost what they weigh."""
     recipe, sampler, pipe = load("shapes"), student.manifest.sampler, load_pipeline(teacher.path)
     assert sampler is not None
-    config = recipe.distill.matching.model_copy(update={"batch": 2, "proxy_warmup": 0})
+    config, updates = recipe.distill.matching.model_copy(update={"proxy_warmup": 0}), 8
     network = copy.deepcopy(pipe.transformer).requires_grad_(True)
     shape = (pipe.transformer.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
     pool = prompt_pool(pipe, 4, 0, sampler.t5_tokens)
-    matcher = Matcher("cost", network, pipe.transformer, pool, sampler.sigmas, config, shape, 0, t5_drop=0.0)
+    replay = Replay(torch.zeros(4, len(sampler.sigmas), *shape), pool)
+    matcher = Matcher("cost", network, pipe.transformer, pool, sampler.sigmas, config, shape, 0, t5_drop=0.0, replay=replay)
     with Meter().on(matcher.student, matcher.proxy, matcher.teacher) as meter:
-        matcher.update(0)
-    return meter.forwards / 2
+        for step in range(updates):
+            matcher.update(step)
+    return meter.forwards / (config.batch * updates)
 
 
 def main(out: Path) -> None:

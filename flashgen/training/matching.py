@@ -79,7 +79,8 @@ class Matcher:
     An update is one rollout (N forwards), `proxy_updates` proxy steps, one student step on a random node of `train_nodes`
     (default all) and, with an adversarial weight, one step of the heads. Gradient: proxy steps change the proxy only, student
     steps the student only, head steps the heads only; the teacher never changes. With the paper's switches an update costs
-    N + 3 r + 6 forward equivalents; an adversarial one about 3 more for the student and 2 for the heads.
+    N + 3 r + 6 forward equivalents; an adversarial one about 3 more for the student and 2 for the heads, a trajectory term 3 more.
+    Samples whose node weighs nothing cost neither teacher, proxy nor student.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class Matcher:
         self.choices = torch.tensor(train_nodes if train_nodes is not None else list(range(len(nodes) - 1)))
         self.net_at = net_at or (lambda _: student)
         self.weights = {term: torch.tensor(w) for term, w in config.node_weights(len(nodes) - 1).items()}
+        if replay is None and (self.weights["adversarial"][self.choices].any() or self.weights["trajectory"][self.choices].any()):
+            raise ValueError("node_adversarial and node_trajectory take cached trajectories, and there are none")
         self.proxy = copy.deepcopy(teacher).requires_grad_(True) if proxy is None else proxy
         self.optimizers = muon_and_adamw(student, config.muon_lr, config.lr, betas=BETAS)
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -158,31 +161,39 @@ class Matcher:
 
     def fit_student(self, rollout: Rollout, g: Draws, step: int) -> dict[str, float]:
         config, node = self.config, self.choices[g.randint(len(self.choices))]
-        sigma, sigma_next, x = self.sigmas[node], self.sigmas[node + 1], rollout.at(node)
-        v = velocity(self.student, x, sigma, rollout.cond)
+        uniform, eps, kept = g.rand(), g.randn(*self.shape), self._with_weight(node)
+        x, cond, node, eps = rollout.at(node)[kept], rollout.cond[kept], node[kept], eps[kept]
+        sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
+        sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, uniform[kept])
+        v = velocity(self.student, x, sigma, cond)
         x0 = x0_from_v(x, v, sigma)
-        sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, g.rand())
-        eps = g.randn(*self.shape)
         x_eval = evaluation_point(config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps, config.last)
-        direction, metrics = self.direction(x0.detach(), x_eval, sigma, sigma_eval, node, rollout.cond, g)
+        direction, metrics = self.direction(x0.detach(), x_eval, sigma, sigma_eval, node, cond, g, kept)
         if self.heads:
             rows = self.weights["adversarial"][node] > 0
             if rows.any():
-                part = (x[rows], x0.detach()[rows], sigma[rows], sigma_next[rows], sigma_eval[rows], eps[rows], rollout.cond[rows])
+                part = (x[rows], x0.detach()[rows], sigma[rows], sigma_next[rows], sigma_eval[rows], eps[rows], cond[rows])
                 adversarial = self.adversarial_direction(*part)
                 weight = self.weights["adversarial"][node][rows]
                 scaled, ratio = banded(weight.reshape(-1, 1, 1, 1) * adversarial, direction[rows], config.adversarial.band)
                 direction[rows] += scaled
                 metrics["adversarial_ratio"] = ratio.mean().item()
-        loss = matching_loss(x0, direction)
-        if self.replay is not None and self.weights["trajectory"][self.choices].any():
+        loss = len(kept) / len(uniform) * matching_loss(x0, direction)  # rows left out have no direction, but count in the mean
+        if self.weights["trajectory"][self.choices].any():
             loss = loss + self.trajectory_term(g)
         self._set_rates(step - config.proxy_warmup)
         norm = descend(loss, self.student.parameters(), self.optimizers, clip=1.0, where=f"{self.name} step {step}")
         self.ema.update(self.student, step - config.proxy_warmup)
         if self.heads:
-            metrics |= self.fit_heads(x_eval, sigma_eval, rollout.cond, g, step)
+            metrics |= self.fit_heads(x_eval, sigma_eval, cond, g, step, kept)
         return {**metrics, "direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
+
+    def _with_weight(self, node: Tensor) -> Tensor:
+        """Rows whose node has a weight beside the trajectory term's; at least one, so that every process asks every network."""
+        weight = sum(self.weights[term][node] for term in ("matching", "augmentation", "adversarial"))
+        assert isinstance(weight, Tensor)
+        rows = weight.nonzero().flatten()
+        return rows if len(rows) else torch.zeros(1, dtype=torch.long)
 
     def _set_rates(self, step: int) -> None:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -191,9 +202,20 @@ class Matcher:
 
     @torch.no_grad()
     def direction(
-        self, x0: Tensor, x_eval: Tensor, sigma: Tensor, sigma_eval: Tensor, node: Tensor, cond: Conditioning, g: Draws
+        self,
+        x0: Tensor,
+        x_eval: Tensor,
+        sigma: Tensor,
+        sigma_eval: Tensor,
+        node: Tensor,
+        cond: Conditioning,
+        g: Draws,
+        kept: Tensor | slice = slice(None),
     ) -> tuple[Tensor, dict[str, float]]:
-        """Matching and augmentation at x0, weighed by node, normalised per sample; and their sizes, the normaliser's minimum too."""
+        """Matching and augmentation at x0, weighed by node, normalised per sample; and their sizes, the normaliser's minimum too.
+
+        The samples are those rows `kept` of what `g` draws.
+        """
         config, empty = self.config, self.pool.empty_rows(len(x0))
         w_match, w_augment = (self.weights[term][node].reshape(-1, 1, 1, 1) for term in ("matching", "augmentation"))
         proxy = x0_from_v(x_eval, velocity(self.proxy, x_eval, sigma_eval, cond), sigma_eval)
@@ -209,8 +231,8 @@ class Matcher:
             teacher = x0_from_v(x_eval, velocity(self.teacher, x_eval, sigma_eval, cond), sigma_eval)
             scale, match = distance(x0, teacher), matching_term(teacher, proxy)
             total = w_match * normalise(match, scale, floor=config.floor)
-            lower = below(sigma, g.rand())  # fresh noise under the node's own level
-            x = add_noise(x0, g.randn(*self.shape), lower)
+            lower = below(sigma, g.rand()[kept])  # fresh noise under the node's own level
+            x = add_noise(x0, g.randn(*self.shape)[kept], lower)
             guided, unconditional = (x0_from_v(x, v, lower) for v in teacher_velocities(self.teacher, x, lower, cond, empty))
             augment = augmentation_term(guided, unconditional, config.guidance)
             total = total + w_augment * normalise(augment, distance(x0, guided - augment), floor=config.floor)
@@ -231,11 +253,11 @@ class Matcher:
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient * leaf.numel()
 
-    def fit_heads(self, fake: Tensor, sigma: Tensor, cond: Conditioning, g: Draws, step: int) -> dict[str, float]:
+    def fit_heads(self, fake: Tensor, sigma: Tensor, cond: Conditioning, g: Draws, step: int, kept: Tensor) -> dict[str, float]:
         """Real pictures are the teacher's cached ones, noised to the fakes' own levels."""
         assert self.heads is not None and self.replay is not None
-        rows = g.randint(len(self.replay.states))
-        real = add_noise(self.replay.states[rows, -1].float(), g.randn(*self.shape), sigma)
+        rows = g.randint(len(self.replay.states))[kept]
+        real = add_noise(self.replay.states[rows, -1].float(), g.randn(*self.shape)[kept], sigma)
         features = []
         with torch.no_grad(), Tap(self.proxy, self.heads.blocks) as tap:
             for x, said in ((real, self.replay.pool.cond[rows]), (fake, cond)):

@@ -23,7 +23,7 @@ def kept() -> dict[str, Any]:
     weights |= {name: row(4.25, 0.02) for name in CHAIN}
     encoder = {"bytes": 9, "t5_bytes": 2_500_000, "tokens": 32, "step_ms": 5.0, "step_ratio": 0.75}
     encoders = {name: encoder | {"passed": [1, 0] * 30} for name in ("full", "prune")}
-    return {"student": "x", "weights": weights, "encoders": encoders}
+    return {"key": "x", "weights": weights, "encoders": encoders}
 
 
 def test_every_row_is_on_the_page_once_with_its_numbers() -> None:

@@ -218,6 +218,35 @@ def test_a_node_without_weight_gets_no_gradient(transformer: Build, pool: Prompt
     assert not same(weights(student), before)
 
 
+@pytest.mark.parametrize("augmentation", ["tied", "decoupled"])
+def test_rows_without_weight_are_left_out_and_change_nothing(
+    augmentation: str, transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student steps to the same weights when every row is asked, whose directions are then zero where nothing weighs."""
+    teacher, halves = transformer(0), [1.0, 0.0, 1.0, 0.0]
+    config = CONFIG.model_copy(
+        update={"batch": 6, "lr": 1e-4, "node_matching": halves, "node_augmentation": halves, "augmentation": augmentation}
+    )
+    asked: list[int] = []
+    found = []
+    for name, rows in (("some", Matcher._with_weight), ("all", lambda self, node: torch.arange(len(node)))):
+        monkeypatch.setattr(Matcher, "_with_weight", rows)
+        student = trainable(teacher)
+        handle = teacher.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
+        train(student, teacher, pool, config, tmp_path / name)
+        handle.remove()
+        found.append(weights(student))
+    assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(*found, strict=True)) and not same(found[0], weights(teacher))
+    half = len(asked) // 2
+    assert sum(asked[:half]) < sum(asked[half:])
+
+
+def test_a_term_that_wants_trajectories_says_so(transformer: Build, pool: PromptPool) -> None:
+    config = CONFIG.model_copy(update={"node_trajectory": [1.0, 0.0, 0.0, 0.0]})
+    with pytest.raises(ValueError, match="take cached trajectories"):
+        Matcher("x", trainable(transformer(0)), transformer(0), pool, NODES, config, SHAPE, 0, t5_drop=0.0)
+
+
 def test_heads_learn_and_push_only_on_their_turn(
     transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
