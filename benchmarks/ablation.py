@@ -35,7 +35,7 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import open_artifact
 from flashgen.flow.convert import x0_from_v
 from flashgen.flow.grid import few_step_grid
-from flashgen.models.sample import load_pipeline
+from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.objectives.evaluation import evaluation_point, evaluation_sigma
 from flashgen.progress import say
 from flashgen.recipe.load import load
@@ -104,7 +104,7 @@ class Bench:
         self.nodes = few_step_grid(self.steps, taught.shift)
         self.pipe: StableDiffusion3Pipeline = load_pipeline(source.path)
         self.teacher: nn.Module = self.pipe.transformer
-        self.shape = (self.pipe.transformer.config.in_channels, taught.size_px // 8, taught.size_px // 8)
+        self.shape = latent_shape(self.pipe, taught.size_px)
         self.sampler = Sampler(**{**taught.model_dump(), "sigmas": self.nodes, "guidance": 1.0, "trained_steps": [self.steps]})
         self.ruler = Ruler(self.pipe, taught, task.work, PER_TASK, FEW)
         self.work = task.work / f"steps{self.steps}-seed{self.seed}"

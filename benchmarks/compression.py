@@ -31,7 +31,7 @@ from flashgen.device.noise import latents
 from flashgen.device.sampler import to_uint8
 from flashgen.flow.ode import euler
 from flashgen.metrics.distribution import Space, frechet_distance, pooled_latents
-from flashgen.models.sample import load_pipeline
+from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.models.text import Conditioning, encode_prompts
 from flashgen.progress import say
 from flashgen.recipe.load import load
@@ -63,8 +63,7 @@ class Judge:
         self.pipe, self.requests = pipe, prompt_set(TEST_SEED, PER_TASK)
         self.captions = [request.caption() for request in self.requests]
         self.cond = encode_prompts(pipe, self.captions, sampler.t5_tokens)
-        side = sampler.size_px // pipe.vae_scale_factor
-        self.noise = torch.from_numpy(latents((pipe.transformer.config.in_channels, side, side), list(range(len(self.captions)))))
+        self.noise = torch.from_numpy(latents(latent_shape(pipe, sampler.size_px), list(range(len(self.captions)))))
         self.whole = self._draw(pipe.transformer, sampler)
         self.features = pooled_latents(pipe.vae, self.whole[1])
         self.space = Space.of(self.features)

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.scores import Bar, Meter, Ruler, ratio_interval, report
 from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.models.sample import load_pipeline
+from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.progress import say
 from flashgen.recipe.load import load
 from flashgen.shapes.scene import TASKS
@@ -47,7 +47,7 @@ def forwards_per_update(teacher: Artifact, student: Artifact) -> float:
     assert sampler is not None
     config, updates = recipe.distill.matching.model_copy(update={"proxy_warmup": 0}), 8
     network = copy.deepcopy(pipe.transformer).requires_grad_(True)
-    shape = (pipe.transformer.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
+    shape = latent_shape(pipe, sampler.size_px)
     pool = prompt_pool(pipe, 4, 0, sampler.t5_tokens)
     replay = Replay(torch.zeros(4, len(sampler.sigmas), *shape), pool)
     matcher = Matcher("cost", network, pipe.transformer, pool, sampler.sigmas, config, shape, 0, t5_drop=0.0, replay=replay)

@@ -22,6 +22,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from flashgen.artifact.manifest import Sampler
+from flashgen.models.sample import latent_shape
 from flashgen.models.text import encode, tokenize
 
 # Any text will do: the examples only need to differ from each other.
@@ -71,8 +72,7 @@ def components(pipe: StableDiffusion3Pipeline, sampler: Sampler) -> Iterator[Com
             "text_encoder_3", Call(pipe.text_encoder_3, lambda net, ids: net(ids)[0]), {"input_ids": tokens.t5}, ("last_hidden_state",)
         )
     generator = torch.Generator().manual_seed(0)
-    side = sampler.size_px // pipe.vae_scale_factor
-    latents = torch.randn(rows, pipe.transformer.config.in_channels, side, side, generator=generator)
+    latents = torch.randn(rows, *latent_shape(pipe, sampler.size_px), generator=generator)
     condition = encode(pipe, tokens, sampler.t5_tokens)
     inputs = {
         "hidden_states": latents,

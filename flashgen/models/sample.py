@@ -45,6 +45,12 @@ def load_pipeline(path: str | Path) -> StableDiffusion3Pipeline:
     return pipe
 
 
+def latent_shape(pipe: StableDiffusion3Pipeline, size_px: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of square pictures."""
+    side = size_px // pipe.vae_scale_factor
+    return pipe.transformer.config.in_channels, side, side
+
+
 @torch.no_grad()
 def sample(
     pipe: StableDiffusion3Pipeline,
@@ -75,8 +81,7 @@ def sample(
     laps = laps or Laps()
     sigmas = sampler.sigmas if sigmas is None else sigmas
     weight = sampler.guidance if guidance is None else guidance
-    side = (size_px or sampler.size_px) // pipe.vae_scale_factor
-    noise = torch.from_numpy(latents((pipe.transformer.config.in_channels, side, side), seeds))
+    noise = torch.from_numpy(latents(latent_shape(pipe, size_px or sampler.size_px), seeds))
     uncond = encode_prompts(pipe, [negative], sampler.t5_tokens) if weight != 1 else None
     pictures, parts = [], slices(len(prompts), batch)
     count = len(parts) * (len(sigmas) - 1)

@@ -40,7 +40,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if isinstance(draft, Artifact):
         return draft
     from flashgen.flow.grid import few_step_grid
-    from flashgen.models.sample import load_pipeline
+    from flashgen.models.sample import latent_shape, load_pipeline
     from flashgen.models.save import save_changed
     from flashgen.stages.report import finish, watcher
     from flashgen.training.matching import Matcher, train_matching
@@ -60,7 +60,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         teacher_net, student, proxy = roles_on(pipe.transformer, config.lora, "student", "proxy", seed=seed)
     else:
         student, proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True)), None
-    shape = (pipe.transformer.config.in_channels, taught.size_px // 8, taught.size_px // 8)
+    shape = latent_shape(pipe, taught.size_px)
 
     replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work)
     if sharded():  # now: the cache wants the whole teacher, with which each process goes its own way, and a sharded one has no copy
@@ -98,13 +98,14 @@ def cached(
 ) -> Replay:
     """The teacher's trajectories over `nodes` for `distill.trajectory`, a share of the prompts without T5."""
     from flashgen.flow.grid import teacher_grid
+    from flashgen.models.sample import latent_shape
     from flashgen.randomness import generator
     from flashgen.training.prompts import prompt_pool
     from flashgen.training.trajectories import cache_trajectories
 
     config = recipe.distill
     pool = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens).dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
-    shape = (pipe.transformer.config.in_channels, taught.size_px // 8, taught.size_px // 8)
+    shape = latent_shape(pipe, taught.size_px)
     fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
     return cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work)
 

@@ -66,6 +66,8 @@ def _write_config(part: Component, folder: Path) -> None:
 
 def _runtime_files(pipe: StableDiffusion3Pipeline, sampler: Sampler, source: Path, folder: Path) -> dict[str, Any]:
     """Tokenizers, scheduler and model_index.json; returns what the runtime must know beyond the sampler (manifest.extra)."""
+    from flashgen.models.sample import latent_shape
+
     index = json.loads((source / "model_index.json").read_text())
     lengths = {"tokenizer": sampler.clip_tokens, "tokenizer_2": sampler.clip_tokens}
     if sampler.has_t5:
@@ -83,10 +85,9 @@ def _runtime_files(pipe: StableDiffusion3Pipeline, sampler: Sampler, source: Pat
         tokenizers[name] = {"length": length, "pad_id": int(tokenizer.pad_token_id)}
     pipe.scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
-    side = sampler.size_px // pipe.vae_scale_factor
     return {
         "engine": "onnxruntime",
-        "latent_shape": [pipe.transformer.config.in_channels, side, side],
+        "latent_shape": list(latent_shape(pipe, sampler.size_px)),
         "joint_dim": pipe.transformer.config.joint_attention_dim,
         # The decoder expects z / scaling_factor + shift_factor, as in diffusers.
         "vae": {"scaling_factor": pipe.vae.config.scaling_factor, "shift_factor": pipe.vae.config.shift_factor},

@@ -74,13 +74,14 @@ def train_branches(
 
     With `finetune.control` both are one network, trained on all nodes for as many updates as the two branches together.
     """
+    from flashgen.models.sample import latent_shape
     from flashgen.stages.report import watcher
     from flashgen.training.matching import Matcher, train_matching
     from flashgen.training.prompts import prompt_pool
 
     config, nodes, t5_drop = recipe.finetune, sampler.sigmas, recipe.distill.t5_drop
     teacher.requires_grad_(False)
-    shape = (pipe.transformer.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
+    shape = latent_shape(pipe, sampler.size_px)
     pool = prompt_pool(pipe, config.matching.prompts, seed + 2, sampler.t5_tokens)
     replay = replay_for(config.matching, recipe, pipe, teacher, sampler, seed, work)
     high, low, teacher, proxies = _branches(pipe.transformer, config.lora, teacher, seed)

@@ -247,13 +247,13 @@ def _stored(q: QuantizedLinear) -> dict[str, Tensor]:
 def _calibration(pipe: StableDiffusion3Pipeline, sampler: Sampler, config: QuantizeRecipe, seed: int) -> Calibration:
     import torch
 
+    from flashgen.models.sample import latent_shape
     from flashgen.randomness import generator
     from flashgen.training.calibration import Calibration
     from flashgen.training.prompts import prompt_pool
 
     pool = prompt_pool(pipe, config.prompts, seed + 4, sampler.t5_tokens)
-    shape = (pipe.transformer.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
-    noise = torch.randn((config.prompts, *shape), generator=generator(seed, CALIBRATION_STREAM))
+    noise = torch.randn((config.prompts, *latent_shape(pipe, sampler.size_px)), generator=generator(seed, CALIBRATION_STREAM))
     return Calibration(pipe.transformer, pool.cond, noise, sampler.sigmas)
 
 

@@ -57,7 +57,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
 
 def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work: Path, mode: str) -> dict[str, nn.Module]:
     """The network that takes over, by the component that it replaces."""
-    from flashgen.models.sample import load_pipeline
+    from flashgen.models.sample import latent_shape, load_pipeline
     from flashgen.models.text import tokenize
     from flashgen.training.prompts import prompt_pool, training_captions
     from flashgen.training.recovery import compact_t5, embedding_loss, pruned_loss, recover, vision_loss
@@ -66,7 +66,7 @@ def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work
     pipe = load_pipeline(parent.path)
     pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens)
     full = pipe.transformer
-    shape = (full.config.in_channels, sampler.size_px // 8, sampler.size_px // 8)
+    shape = latent_shape(pipe, sampler.size_px)
     if mode == "prune":
         slim = copy.deepcopy(full).requires_grad_(True)
         recover(slim, pruned_loss(slim, full, pool, nodes, shape), config, seed, work)
