@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def weights(student: Artifact, work: Path, kept: dict[str, Any], save: Callable[
 
     def ours(*settings: str) -> tuple[nn.Module, float, Sampler]:
         recipe = load("shapes", [*GROUP, *settings])
-        made = quantize.run(str(student.path), work / "-".join(s.partition(".")[2] for s in settings or ("rtn",)), recipe, 0, False)
+        made = quantize.run(str(student.path), work / "-".join(s.partition(".")[2] for s in settings), recipe, 0, False)
         assert made.manifest.sampler is not None
         return load_pipeline(made.path).transformer, float(made.manifest.metrics["packed_bytes"]), made.manifest.sampler
 
@@ -127,8 +128,8 @@ def weights(student: Artifact, work: Path, kept: dict[str, Any], save: Callable[
         "NNCF INT4": lambda: peer(nncf_int4(pipe.transformer, example)),
         "bitsandbytes NF4": lambda: peer(bitsandbytes_nf4(pipe.transformer)),
         "round to nearest, 4 bits": lambda: ours("quantize.method=rtn"),
-        **{f"flashgen, {bits} bits": lambda bits=bits: ours(f"quantize.budget={bits}", *OURS) for bits in (3.5, 4.0, 4.25, 4.5)},  # type: ignore[misc]
-        **{name: lambda settings=settings: ours(*settings) for name, settings in STEPS.items()},  # type: ignore[misc]
+        **{f"flashgen, {bits} bits": partial(ours, f"quantize.budget={bits}", *OURS) for bits in (3.5, 4.0, 4.25, 4.5)},
+        **{name: partial(ours, *settings) for name, settings in STEPS.items()},
     }
     for name, make in rows.items():
         if name not in kept["weights"]:
@@ -154,11 +155,7 @@ def encoders(student: Artifact, work: Path, kept: dict[str, Any], save: Callable
         sampler, pipe = artifact.manifest.sampler, load_pipeline(artifact.path)
         assert sampler is not None
         judged = Judge(pipe, sampler)
-        calls[name] = (
-            lambda j=judged, p=pipe: p.transformer(  # type: ignore[misc]
-                j.noise[:1], j.cond.embeds[:1], j.cond.pooled[:1], torch.full((1,), 500.0)
-            )
-        )
+        calls[name] = partial(pipe.transformer, judged.noise[:1], judged.cond.embeds[:1], judged.cond.pooled[:1], torch.full((1,), 500.0))
         if name not in kept["encoders"]:
             passed = [int(judge(image, request).passed) for image, request in zip(judged.whole[1], judged.requests, strict=True)]
             size = sum(f.size for f in artifact.manifest.files if f.path.startswith("text_encoder"))

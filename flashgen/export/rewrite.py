@@ -104,7 +104,7 @@ def halve_scales(model: ir.Model) -> None:
 
 def _fits(linear: Linear, q: QuantizedLinear) -> bool:
     blocks = -(-linear.k // q.group)
-    return tuple(q.scales.shape) == (linear.n, blocks)  # codes and zeros fit scales, `read_codes` has seen to that
+    return tuple(q.codes.shape) == (linear.n, blocks, q.group * q.bits // 8) and tuple(q.scales.shape) == (linear.n, blocks)
 
 
 def _replace(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MODULATION = re.compile(r"transformer_blocks\.\d+\.norm1(_context)?\.linear$")
+MODULATION = re.compile(r"transformer_blocks\.\d+\.norm\w*\.linear$")
 
 
 class Factored(nn.Module):

@@ -103,14 +103,14 @@ class Calibration:
         it; the damages are over the other half. Source: Q-Sched (2509.01624), which searches a grid by a reward.
         """
         fit, held = self.halves
-        x, plain, scales = self.noise.clone(), self.noise.clone(), []
+        x, scales = self.noise, []
         for index, (s, s_next) in enumerate(itertools.pairwise(self.nodes)):
             moved = (s_next - s) * self._velocity(x, s)
             columns = torch.stack([x[fit].flatten(), moved[fit].flatten()], 1).double()
             a, b = torch.linalg.lstsq(columns, self.states[index + 1, fit].flatten().double()).solution.tolist()
             scales.append((a, b))
-            x, plain = a * x + b * moved, plain + (s_next - s) * self._velocity(plain, s)
-        return scales, self._lost(plain[held], held), self._lost(x[held], held)
+            x = a * x + b * moved
+        return scales, self.damage(held), self._lost(x[held], held)
 
     def _velocity(self, x: Tensor, sigma: float) -> Tensor:
         parts = [slice(i, i + BATCH) for i in range(0, len(x), BATCH)]
