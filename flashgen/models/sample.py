@@ -91,10 +91,16 @@ def sample(
             cond = encode_prompts(pipe, prompts[rows], sampler.t5_tokens)
         z = _denoise(pipe, noise[rows], cond, uncond, weight, sigmas, sampler.scales_on(sigmas), tick, laps)
         with laps.lap("decode"):
-            scaled = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-            pictures.append(to_uint8(pipe.vae.decode(scaled, return_dict=False)[0].numpy()))
+            pictures.append(decode(pipe, z))
     next(tick, None)
     return np.concatenate(pictures)
+
+
+@torch.no_grad()
+def decode(pipe: StableDiffusion3Pipeline, z: Tensor) -> NDArray[np.uint8]:
+    """Pictures [B, H, W, 3] of latents [B, C, h, w] on the transformer's scale."""
+    scaled = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return to_uint8(pipe.vae.decode(scaled, return_dict=False)[0].numpy())
 
 
 def _denoise(

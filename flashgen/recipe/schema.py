@@ -57,6 +57,7 @@ class TrajectoryTraining(Model):
     lr: float = Field(1e-3, gt=0)
     muon_lr: float = Field(0.0, ge=0, description="of Muon on the matrices inside blocks; 0 leaves them to AdamW")
     guidance: float = Field(4.5, ge=1, description="v_u + guidance (v_c - v_u)")
+    verified: bool = Field(False, description="learn only from trajectories whose picture shows its prompt, by the shapes world's judge")
 
 
 class AdversarialTraining(Model):

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin
-from flashgen.errors import UsageError
+from flashgen.errors import NumericsError, UsageError
 from flashgen.processes import sharded
 from flashgen.recipe.schema import MatchingTraining, Recipe
 from flashgen.stages.teacher import open_teacher
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
-    from torch import nn
+    from torch import Tensor, nn
 
     from flashgen.training.trajectories import Replay
 
@@ -107,7 +107,38 @@ def cached(
     pool = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens).dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
     shape = latent_shape(pipe, taught.size_px)
     fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
-    return cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work)
+    replay = cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work)
+    return replay.only(_verified(pipe, replay, recipe, seed, work)) if config.trajectory.verified else replay
+
+
+def _verified(pipe: StableDiffusion3Pipeline, replay: Replay, recipe: Recipe, seed: int, work: Path) -> Tensor:
+    """Which trajectories end in a picture of their prompt, bool [N]; judged once and kept in work/verified.pt.
+
+    Our choice, and a reward in all but name: the student then learns from the teacher's good pictures, and may pass it.
+    """
+    import torch
+
+    from flashgen.models.sample import decode
+    from flashgen.processes import rank, wait_for_all
+    from flashgen.progress import say, track
+    from flashgen.shapes.scene import parse
+    from flashgen.shapes.verify import judge
+    from flashgen.training.loop import save_state
+    from flashgen.training.prompts import training_captions
+
+    path = work / "verified.pt"
+    if rank() == 0 and not path.exists():
+        captions, ends = training_captions(len(replay.pool), seed), replay.states[:, -1]
+        starts = range(0, len(ends), 64)
+        images = [image for i in track(starts, "judge trajectories", total=len(starts)) for image in decode(pipe, ends[i : i + 64].float())]
+        passed = torch.tensor([judge(image, parse(caption)).passed for image, caption in zip(images, captions, strict=True)])
+        if not passed.any():
+            raise NumericsError("no trajectory shows its prompt: the teacher is too weak for distill.trajectory.verified=true")
+        say(f"{passed.float().mean():.1%} of {len(passed)} trajectories show their prompt")
+        save_state({"passed": passed}, path)
+    wait_for_all()
+    kept: Tensor = torch.load(path, weights_only=True)["passed"]
+    return kept
 
 
 def replay_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,10 @@ class Replay:
 
     states: Tensor
     pool: PromptPool
+
+    def only(self, rows: Tensor) -> Replay:
+        """The trajectories that bool `rows` [N] names."""
+        return Replay(self.states[rows], replace(self.pool, cond=self.pool.cond[rows]))
 
 
 def teacher_velocities(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning) -> tuple[Tensor, Tensor]:
