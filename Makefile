@@ -7,6 +7,7 @@ FLASHGEN := $(BIN)/flashgen
 INSTALLED := $(VENV)/.installed
 DEMO := artifacts/demo
 SHAPES := artifacts/shapes
+PEERS := .venv-peers
 RECIPE := --recipe shapes-demo
 PROMPT := two red circles on a white background
 
@@ -41,6 +42,9 @@ shapes: install
 	$(FLASHGEN) finetune $(SHAPES)/student --recipe shapes --out $(SHAPES)/finetuned
 	$(FLASHGEN) distill shapes --recipe shapes-2 --out $(SHAPES)/student-2
 	$(FLASHGEN) distill shapes --recipe shapes-8 --out $(SHAPES)/student-8
+	$(FLASHGEN) restructure-encoder $(SHAPES)/finetuned --mode prune --recipe shapes --out $(SHAPES)/slim
+	$(FLASHGEN) quantize $(SHAPES)/slim --recipe shapes --out $(SHAPES)/int4
+	$(FLASHGEN) export $(SHAPES)/int4 --recipe shapes --out $(SHAPES)/device
 	$(BIN)/python -m benchmarks.shapes $(SHAPES)
 
 # docs/ablation.md, .json and .png; every finished run is kept, so the same command goes on. Three hours at most.
@@ -48,9 +52,15 @@ ablation: install
 	$(BIN)/python -m benchmarks.ablation artifacts/ablation --page docs/ablation.md
 
 # docs/compression.md, .json and .png: encoders and weights of `make shapes`' student beside other people's quantizers. Resumes.
-compression: shapes
-	$(BIN)/pip install --no-build-isolation -e ".[peers]"
-	$(BIN)/python -m benchmarks.compression $(SHAPES) --page docs/compression.md
+compression: shapes $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks.compression $(SHAPES) --page docs/compression.md
+
+# Other people's quantizers, on top of what $(VENV) has: with bitsandbytes installed every start of diffusers says something about it.
+$(PEERS)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/flashgen.pth"
+	$(PEERS)/bin/pip install "bitsandbytes>=0.46" "nncf>=2.17"
+	touch $@
 
 # The curves of docs/healthy-run.md, from the student of `make shapes`.
 healthy-run: install
@@ -78,4 +88,4 @@ clean:
 	find flashgen tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

@@ -1,4 +1,4 @@
-"""Other people's weight quantizers, run through their own packages on a student's transformer (`pip install flashgen[peers]`).
+"""Other people's weight quantizers, run through their own packages on a student's transformer.
 
 Each returns (network, bytes): something that takes a transformer's place when sampling, and what the weights of its Linears occupy with
 scales and zero points. Linears that a peer leaves alone count 2 bytes a weight (our choice: nobody would ship them in fp32).

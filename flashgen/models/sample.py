@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -51,21 +52,10 @@ def latent_shape(pipe: StableDiffusion3Pipeline, size_px: int) -> tuple[int, int
     return pipe.transformer.config.in_channels, side, side
 
 
-@torch.no_grad()
 def sample(
-    pipe: StableDiffusion3Pipeline,
-    sampler: Sampler,
-    prompts: list[str],
-    seeds: list[int],
-    guidance: float | None = None,
-    sigmas: Sequence[float] | None = None,
-    batch: int = 32,
-    *,
-    size_px: int | None = None,
-    negative: str = "",
-    laps: Laps | None = None,
+    pipe: StableDiffusion3Pipeline, sampler: Sampler, prompts: list[str], seeds: list[int], batch: int = 32, **options: Any
 ) -> NDArray[np.uint8]:
-    """Pictures [B, H, W, 3] of `prompts`; picture i starts from the noise of seeds[i]. Defaults are the sampler's.
+    """Pictures [B, H, W, 3] of `prompts`; `options` are those of `sample_latents`.
 
     The same picture in diffusers, whose scheduler shifts the sigmas that it is given (docs/artifacts.md), hence `unshift`:
 
@@ -78,22 +68,44 @@ def sample(
     zeros or prune) from_pretrained wants text_encoder_3=None, tokenizer_3=None said aloud; with prune, t5_tokens and thus
     max_sequence_length is 0: the T5 part of the sequence is empty, not zeros.
     """
+    laps = options["laps"] = options.get("laps") or Laps()
+    z = sample_latents(pipe, sampler, prompts, seeds, batch, **options)
+    pictures = []
+    for rows in slices(len(z), batch):
+        with laps.lap("decode"):
+            pictures.append(decode(pipe, z[rows]))
+    return np.concatenate(pictures)
+
+
+@torch.no_grad()
+def sample_latents(
+    pipe: StableDiffusion3Pipeline,
+    sampler: Sampler,
+    prompts: list[str],
+    seeds: list[int],
+    batch: int = 32,
+    *,
+    guidance: float | None = None,
+    sigmas: Sequence[float] | None = None,
+    size_px: int | None = None,
+    negative: str = "",
+    laps: Laps | None = None,
+) -> Tensor:
+    """Final latents [B, C, h, w] of `prompts`; latents i start from the noise of seeds[i]. Defaults are the sampler's."""
     laps = laps or Laps()
     sigmas = sampler.sigmas if sigmas is None else sigmas
     weight = sampler.guidance if guidance is None else guidance
     noise = torch.from_numpy(latents(latent_shape(pipe, size_px or sampler.size_px), seeds))
     uncond = encode_prompts(pipe, [negative], sampler.t5_tokens) if weight != 1 else None
-    pictures, parts = [], slices(len(prompts), batch)
+    found, parts = [], slices(len(prompts), batch)
     count = len(parts) * (len(sigmas) - 1)
     tick = iter(track(range(count), "draw", total=count))
     for rows in parts:
         with laps.lap("encode"):
             cond = encode_prompts(pipe, prompts[rows], sampler.t5_tokens)
-        z = _denoise(pipe, noise[rows], cond, uncond, weight, sigmas, sampler.scales_on(sigmas), tick, laps)
-        with laps.lap("decode"):
-            pictures.append(decode(pipe, z))
+        found.append(_denoise(pipe, noise[rows], cond, uncond, weight, sigmas, sampler.scales_on(sigmas), tick, laps))
     next(tick, None)
-    return np.concatenate(pictures)
+    return torch.cat(found)
 
 
 @torch.no_grad()

@@ -169,6 +169,7 @@ class RestructureRecipe(Model):
     batch: int = Field(64, ge=1)
     lr: float = Field(5e-4, gt=0)
     loss: Literal["vision", "embedding"] = Field("vision", description="what compact is trained on: velocities, or T5's own tokens")
+    adapter: bool = Field(False, description="prune trains the embedder of CLIP's tokens alone, the backbone stays as it is")
     layers: int = Field(0, ge=0, description="of the compact encoder; 0: a quarter of T5's")
     heads: int = Field(0, ge=0, description="of the compact encoder; 0: half of T5's")
     d_ff: int = Field(0, ge=0, description="inner width of the compact encoder; 0: half of T5's")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
+from flashgen.artifact.store import Artifact, Draft, begin, open_artifact, versions
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import QuantizeRecipe, Recipe
@@ -282,9 +282,10 @@ def _allocate(
             f"quantize.group={config.group} the smallest is {smallest:.0f} bytes, {8 * smallest / weights:.3f} mean bits"
         )
     plain = config.model_copy(update={"method": "rtn"})  # data-free: GPTQ's own gain is much the same everywhere (our choice)
-    damage = calibration.sensitivity(
-        groups, choices, lambda _, layer, bits: _quantize(layer.weight, bits, plain, None), draft.work / "sensitivity.json"
-    )
+    path = draft.work / "sensitivity.json"
+    if not path.exists() and (known := _known_damage(draft)):
+        path.write_text(json.dumps(known))
+    damage = calibration.sensitivity(groups, choices, lambda _, layer, bits: _quantize(layer.weight, bits, plain, None), path)
     chosen = allocate(damage, cost, budget - spare)
     table = {group: {"layers": groups[group], "bits": chosen[group], "damage": damage[group], "bytes": cost[group]} for group in groups}
     (draft.path / "quantized" / "allocation.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -293,6 +294,18 @@ def _allocate(
     count = {bits: list(chosen.values()).count(bits) for bits in choices}
     say(f"{spent:.0f} of {budget:.0f} bytes, {8 * spent / weights:.3f} mean bits; groups of layers by bits: {count}")
     return {name: chosen[group] for group, names in groups.items() for name in names}
+
+
+def _known_damage(draft: Draft) -> dict[str, dict[str, float]]:
+    """What another version of the same folder measured on the same student, prompts and groups: another budget costs no new table."""
+    keys = ("group", "symmetric", "basis_tolerance", "prompts")
+    for version in reversed(versions(draft.out)):
+        made, table = open_artifact(version).manifest, version / "quantized" / "allocation.json"
+        same = made.seed == draft.fields["seed"] and made.parents == draft.fields["parents"]
+        if table.exists() and same and all(made.recipe[key] == draft.fields["recipe"][key] for key in keys):
+            say(f"damage of groups of layers: as measured for {version}")
+            return {group: row["damage"] for group, row in json.loads(table.read_text()).items()}
+    return {}
 
 
 def _bytes(weight: Tensor, bits: int, config: QuantizeRecipe) -> int:

@@ -68,7 +68,8 @@ def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work
     full = pipe.transformer
     shape = latent_shape(pipe, sampler.size_px)
     if mode == "prune":
-        slim = copy.deepcopy(full).requires_grad_(True)
+        slim = copy.deepcopy(full)
+        (slim.context_embedder if config.adapter else slim).requires_grad_(True)
         recover(slim, pruned_loss(slim, full, pool, nodes, shape), config, seed, work)
         return {"transformer": slim}
     ids = tokenize(pipe, training_captions(config.prompts, seed + 3), sampler.t5_tokens).t5

@@ -102,8 +102,8 @@ def _following(full: nn.Module, cond: Conditioning, predict: Predict, nodes: lis
 
 
 def recover(trained: nn.Module, loss: Loss, config: RestructureRecipe, seed: int, work: Path) -> None:
-    """Minimise `loss` over the parameters of `trained` (gradient: these only), which ends with its EMA weights."""
-    parameters = list(trained.parameters())
+    """Minimise `loss` over the parameters of `trained` that want a gradient (it goes to these only); it ends with its EMA weights."""
+    parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     ema = Ema(trained, 0.99)
 

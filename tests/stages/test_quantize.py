@@ -43,6 +43,27 @@ def test_a_budget_is_kept_and_the_whole_table_is_in_the_artifact(tiny_student: A
     assert 4.4 < made.manifest.metrics["mean_bits"] <= 4.9 and 0 < made.manifest.metrics["latent_error"] < 1
 
 
+def test_another_budget_measures_no_damage_again(
+    tiny_student: Artifact, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def table(version: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / f"q/v{version:04d}/quantized/allocation.json").read_text())
+        return {group: row["damage"] for group, row in found.items()}
+
+    quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, budget=4.9), 0, False)
+    whole, asked = calibration.Calibration.damage, list[str]()
+
+    def counted(self: calibration.Calibration, rows: slice = slice(None)) -> float:
+        asked.append("")
+        return whole(self, rows)
+
+    monkeypatch.setattr(calibration.Calibration, "damage", counted)
+    quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, budget=4.5), 0, False)
+    assert len(asked) == 1 and table(2) == table(1)  # of the finished student
+    quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, budget=4.9, prompts=4), 0, False)
+    assert len(asked) > len(table(1)) and table(3) != table(1)  # other prompts, another table
+
+
 @pytest.mark.parametrize(
     "changes", [{"bits": 3}, {"bits": 2, "symmetric": True}, {"method": "hqq"}, {"method": "gptq", "bits": 3, "symmetric": True}]
 )

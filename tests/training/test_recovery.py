@@ -63,6 +63,15 @@ def test_recovery_shows_the_student_clip_tokens_only(transformer: Build, pool: P
     assert isinstance(kept, Conditioning) and torch.equal(kept.embeds, pool.cond.embeds[:, :16])
 
 
+def test_what_wants_no_gradient_stays(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    full = transformer(0)
+    slim = copy.deepcopy(full)
+    slim.context_embedder.requires_grad_(True)
+    recover(slim, pruned_loss(slim, full, pool, NODES, SHAPE), RestructureRecipe(iterations=2, batch=4), 0, tmp_path)
+    changed = {name for (name, a), b in zip(slim.named_parameters(), full.parameters(), strict=True) if not torch.equal(a, b)}
+    assert changed == {"context_embedder.weight", "context_embedder.bias"}
+
+
 def test_a_compact_encoder_is_a_smaller_t5_of_the_same_width(large: T5EncoderModel) -> None:
     small = compact_t5(large, RestructureRecipe(), 0)
     ids = torch.arange(12).reshape(2, 6)
