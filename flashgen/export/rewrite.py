@@ -1,4 +1,7 @@
-"""Quantized layers become single MatMulNBits nodes, written from the artifact's own codes: what was measured is what ships."""
+"""Quantized layers become single nodes, written from the artifact's own codes: what was measured is what ships.
+
+MatMulNBits for groups, and DynamicQuantizeMatMul where each output has one scale: onnxruntime's fastest product, of integers.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def _only_user(value: ir.Value) -> ir.Node | None:
     return nodes[0] if len(nodes) == 1 and not value.is_graph_output() else None
 
 
-def to_matmul_nbits(model: ir.Model, layers: Mapping[str, QuantizedLinear], accuracy_level: int, prefix: str = "net.") -> None:
+def quantize_linears(model: ir.Model, layers: Mapping[str, QuantizedLinear], accuracy_level: int, prefix: str = "net.") -> None:
     """Rewrite every layer of `layers` in place; 3 bits get the room of 4, the least that the node knows.
 
     Raises ArtifactError when one is not in the graph with the same shape, or when an adaLN Linear would stay in fp32.
@@ -107,13 +110,13 @@ def _fits(linear: Linear, q: QuantizedLinear) -> bool:
     return tuple(q.codes.shape) == (linear.n, blocks, q.group * q.bits // 8) and tuple(q.scales.shape) == (linear.n, blocks)
 
 
+def whole_rows(q: QuantizedLinear) -> bool:
+    """Whether each output has a single scale and nothing else, so that its product is one of integers."""
+    return q.bits == 8 and q.zeros is None and q.group == q.k
+
+
 def _replace(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> None:
-    parts = {"codes": q.codes, "scales": q.scales, "zeros": q.zeros}
-    inputs: list[ir.Value | None] = [linear.x]
-    inputs += [None if value is None else _constant(graph, f"{name}.{part}", value.numpy()) for part, value in parts.items()]
-    inputs += [None, linear.bias] if linear.bias is not None else []  # input 4 is g_idx, unused
-    attributes = {"K": linear.k, "N": linear.n, "bits": q.bits, "block_size": q.group, "accuracy_level": accuracy_level}
-    node = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=name)
+    node = _integer_node(graph, name, linear, q) if whole_rows(q) else _nbits_node(graph, name, linear, q, accuracy_level)
     result = node.outputs[0]
     result.shape, result.type, result.name = linear.out.shape, linear.out.type, linear.out.name  # it may be the graph's output
     graph.insert_before(linear.nodes[0], node)
@@ -122,6 +125,24 @@ def _replace(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, acc
     graph.remove(linear.nodes, safe=True)
     assert weight is not None and weight.name is not None
     del graph.initializers[weight.name]
+
+
+def _nbits_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> ir.Node:
+    parts = {"codes": q.codes, "scales": q.scales, "zeros": q.zeros}
+    inputs: list[ir.Value | None] = [linear.x]
+    inputs += [None if value is None else _constant(graph, f"{name}.{part}", value.numpy()) for part, value in parts.items()]
+    inputs += [None, linear.bias] if linear.bias is not None else []  # input 4 is g_idx, unused
+    attributes = {"K": linear.k, "N": linear.n, "bits": q.bits, "block_size": q.group, "accuracy_level": accuracy_level}
+    return ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=name)
+
+
+def _integer_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear) -> ir.Node:
+    """Activations get one scale and zero point a call, weights are signed: unsigned ones take twice as long (docs/device.md)."""
+    signed = np.ascontiguousarray((q.codes[:, 0].numpy().astype(np.int16) - 128).astype(np.int8).T)
+    parts = {"codes": signed, "scales": q.scales[:, 0].numpy(), "zeros": np.zeros(linear.n, np.int8)}
+    inputs: list[ir.Value | None] = [linear.x, *(_constant(graph, f"{name}.{part}", value) for part, value in parts.items())]
+    inputs += [linear.bias] if linear.bias is not None else []
+    return ir.node("DynamicQuantizeMatMul", inputs, domain=DOMAIN, name=name)
 
 
 def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flashgen.errors import ArtifactError
+from flashgen.export.attention import fuse_attention
 from flashgen.export.components import Component, crop_positions, trace
 from flashgen.export.parity import check
-from flashgen.export.rewrite import halve_scales, to_matmul_nbits
+from flashgen.export.rewrite import halve_scales, quantize_linears
 from flashgen.models.factored import factor
 from flashgen.quant.pack import QuantizedLinear, dequantize
 
@@ -29,14 +30,15 @@ EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GB; above this, weights go into m
 def write_component(part: Component, layers: Mapping[str, QuantizedLinear], folder: Path, accuracy_level: int, floor_db: float) -> float:
     """Trace, quantize `layers`, optimize, save and check one component; returns its worst output's PSNR in dB.
 
-    The transformer's position table is cropped in place. Raises NumericsError below `floor_db`.
+    The transformer's position table is cropped and its attention fused in place. Raises NumericsError below `floor_db`.
     """
     reference = [value.numpy() for value in part.reference()]  # before the crop, so that parity covers it
     if part.name == "transformer":
         crop_positions(part.module.net, part.inputs["hidden_states"].shape[-1])
+        fuse_attention(part.module.net)
     model = trace(part)
     if layers:
-        to_matmul_nbits(model, layers, accuracy_level)
+        quantize_linears(model, layers, accuracy_level)
         RemoveUnusedNodesPass()(model)
     with np.errstate(all="ignore"):  # folding T5's bucket table takes the log of 0, as torch does
         onnxscript.optimizer.optimize_ir(model)

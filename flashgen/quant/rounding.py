@@ -37,8 +37,8 @@ def quantize_groups(weight: Tensor, bits: int, group: int, symmetric: bool, meth
 
 def grouped(weight: Tensor, bits: int, group: int) -> Tensor:
     """[N, K] to fp32 groups [N, ceil(K / group), group], padded with zeros."""
-    if bits not in (2, 3, 4, 8) or group < 16 or group & (group - 1):
-        raise ValueError(f"bits must be 2, 3, 4 or 8 and group a power of two >= 16, not {bits} and {group}")
+    if bits not in (2, 3, 4, 8) or group < 16 or (group & (group - 1) and group != weight.shape[1]):
+        raise ValueError(f"bits must be 2, 3, 4 or 8 and group a power of two >= 16 or a whole row, not {bits} and {group}")
     weight = weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise NumericsError("a weight to be quantized is not finite; check the student with `flashgen generate` and train it again")

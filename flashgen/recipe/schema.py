@@ -179,7 +179,9 @@ class RestructureRecipe(Model):
 class QuantizeRecipe(Model):
     method: Literal["rtn", "hqq", "gptq"] = Field("rtn", description="how weights become codes; gptq runs the student on prompts")
     bits: Literal[2, 3, 4, 8] = Field(4, description="of every Linear that is not protected")
-    group: Literal[16, 32, 64, 128, 256] = Field(64, description="weights that share a scale")
+    group: Literal["channel", 16, 32, 64, 128, 256] = Field(
+        64, description="weights that share a scale; channel: all of an output, for the device's int8 products (8 bits, symmetric)"
+    )
     symmetric: bool = False
     protect: list[str] = Field(
         ["proj_out", "pos_embed", "norm_out", "context_embedder", "time_text_embed"], description="layers kept at 8 bits, by name prefix"
@@ -205,6 +207,14 @@ class QuantizeRecipe(Model):
     def _zero_points(self) -> QuantizeRecipe:
         if self.method == "hqq" and self.symmetric:
             raise ValueError("method hqq moves zero points, which symmetric groups have not; set symmetric to false")
+        if self.group == "channel" and (self.bits, self.symmetric, self.method, self.budget, self.basis_tolerance) != (
+            8,
+            True,
+            "rtn",
+            None,
+            0,
+        ):
+            raise ValueError("group channel is for bits 8, symmetric true and method rtn, without budget and basis_tolerance")
         return self
 
 

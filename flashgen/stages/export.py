@@ -36,6 +36,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     if isinstance(draft, Artifact):
         return draft
     from flashgen.export.components import components
+    from flashgen.export.rewrite import whole_rows
     from flashgen.export.write import put_factors, read_codes, write_component
     from flashgen.models.sample import load_pipeline
 
@@ -47,7 +48,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     parts = list(components(pipe, sampler))
     for part in track(parts, "export", total=len(parts)):
         codes = layers if part.name == "transformer" else {}
-        floor = config.psnr_floor_int8_db if codes and config.accuracy_level == 4 else config.psnr_floor_db
+        rounded = config.accuracy_level == 4 or any(map(whole_rows, codes.values()))  # activations too
+        floor = config.psnr_floor_int8_db if codes and rounded else config.psnr_floor_db
         psnr[part.name] = write_component(part, codes, draft.path, config.accuracy_level, floor)
         _write_config(part, draft.path)
         gc.collect()

@@ -92,7 +92,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     for layer in list(found.factored.values())[:1]:
         tensors["basis"] = layer.basis.T.half().contiguous()
     write(draft.path / "quantized" / "transformer.safetensors", {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, tensors.items())
-    specs = {name: {"bits": codes[name].bits, "group": config.group, "symmetric": codes[name].zeros is None} for name in names}
+    specs = {name: {"bits": codes[name].bits, "group": codes[name].group, "symmetric": codes[name].zeros is None} for name in names}
     (draft.path / "quantized" / "layers.json").write_text(json.dumps(specs, indent=1) + "\n")
     save_changed(draft, parent.path, {}, kept=("transformer",))
     packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in whole.values())
@@ -196,6 +196,7 @@ def _factor(calibration: Calibration, config: QuantizeRecipe, work: Path) -> dic
     down, columns, mean = shared_basis([layer.weight for layer in layers.values()], calibration.inputs(next(iter(layers)), fit))
     found: dict[str, Any] = {"metrics": {"basis_rank": 0}}
     tried: list[str] = []
+    assert config.group != "channel"
     for rank in range(config.group, len(down) // 2 + 1, config.group):
         basis = down[:, :rank].half().float()
         ups = {name: (layer.weight.double() @ columns[:, :rank]).float() for name, layer in layers.items()}
@@ -227,8 +228,12 @@ def _quantize(weight: Tensor, bits: int, config: QuantizeRecipe, moments: Tensor
     from flashgen.quant.rounding import quantize_groups
 
     if config.method == "gptq" and moments is not None:
-        return gptq(weight, moments, bits, config.group, config.symmetric)
-    return quantize_groups(weight, bits, config.group, config.symmetric, "hqq" if _unpacked(bits, config) else "mse")
+        return gptq(weight, moments, bits, _group(weight, config), config.symmetric)
+    return quantize_groups(weight, bits, _group(weight, config), config.symmetric, "hqq" if _unpacked(bits, config) else "mse")
+
+
+def _group(weight: Tensor, config: QuantizeRecipe) -> int:
+    return weight.shape[1] if config.group == "channel" else config.group
 
 
 def _unpacked(bits: int, config: QuantizeRecipe) -> bool:
@@ -311,9 +316,10 @@ def _known_damage(draft: Draft) -> dict[str, dict[str, float]]:
 def _bytes(weight: Tensor, bits: int, config: QuantizeRecipe) -> int:
     """Of the stored codes, scales and zero points."""
     n, k = weight.shape
-    blocks = -(-k // config.group)
+    group = _group(weight, config)
+    blocks = -(-k // group)
     zeros = 0 if config.symmetric else 2 * blocks if _unpacked(bits, config) else -(-blocks * bits // 8)
-    return int(n * (blocks * config.group * bits // 8 + 2 * blocks + zeros))
+    return int(n * (blocks * group * bits // 8 + 2 * blocks + zeros))
 
 
 def budget_bytes(text: str, weights: int) -> float:

@@ -14,7 +14,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.export.components import Call, Component, trace
 from flashgen.export.parity import psnr_db
-from flashgen.export.rewrite import linears, to_matmul_nbits
+from flashgen.export.rewrite import linears, quantize_linears
 from flashgen.export.write import read_codes, write_component
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.quant.rounding import quantize_groups
@@ -154,13 +154,13 @@ def test_export_fails_when_a_quantized_layer_is_not_in_the_graph() -> None:
     model = trace(component)
     assert "net.modulation" in linears(model.graph)
     with pytest.raises(ArtifactError, match=r"does not have: \['elsewhere'\]"):
-        to_matmul_nbits(model, {**layers, "elsewhere": layers["down"]}, 0)
+        quantize_linears(model, {**layers, "elsewhere": layers["down"]}, 0)
 
 
 def test_export_fails_when_codes_have_another_shape() -> None:
     component, layers = block_component()
     with pytest.raises(ArtifactError, match="modulation"):
-        to_matmul_nbits(trace(component), {"modulation": layers["up"]}, 0)
+        quantize_linears(trace(component), {"modulation": layers["up"]}, 0)
 
 
 def test_export_fails_when_an_adaln_layer_would_stay_in_fp32() -> None:
@@ -171,7 +171,7 @@ def test_export_fails_when_an_adaln_layer_would_stay_in_fp32() -> None:
     call = Call(net, lambda n, x: n.transformer_blocks[0].norm1.linear(x))
     model = trace(Component("net", call, {"x": torch.randn(3, 32)}, ("y",)))
     with pytest.raises(ArtifactError, match=r"adaLN layers left in fp32: \['transformer_blocks.0.norm1.linear'\]"):
-        to_matmul_nbits(model, {}, 0)
+        quantize_linears(model, {}, 0)
 
 
 def test_broken_codes_are_an_artifact_error(tmp_path: Path) -> None:

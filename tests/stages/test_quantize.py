@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import pytest
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import RMSNorm
 from safetensors.torch import load_file, save_file
 
 from flashgen.artifact.store import Artifact, versions
@@ -73,6 +76,26 @@ def test_every_kind_of_codes_reaches_the_exported_graph(
     made = quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, **changes), 0, False)
     device = export.run(str(made.path), tmp_path / "device", recipe, 0, False)  # its own parity check is the assertion
     assert device.manifest.metrics["psnr_db"]["transformer"] >= 60
+
+
+def test_one_scale_an_output_becomes_products_of_integers(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    whole = {"group": "channel", "bits": 8, "symmetric": True}
+    made = quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, **whole), 0, False)
+    device = export.run(str(made.path), tmp_path / "device", recipe, 0, False)
+    kinds = Counter(node.op_type for node in onnx_ir.load(device.path / "transformer" / "model.onnx").graph)
+    assert kinds["DynamicQuantizeMatMul"] == device.manifest.metrics["quantized_layers"] and not kinds["MatMulNBits"] + kinds["Gemm"]
+    assert 40 < device.manifest.metrics["psnr_db"]["transformer"] < 100  # activations are rounded too
+    for change in ({"bits": 4}, {"symmetric": False}, {"method": "gptq"}, {"budget": 8}, {"basis_tolerance": 0.1}):
+        with pytest.raises(ValueError, match="group channel is for bits 8, symmetric true and method rtn"):
+            having(recipe, **(whole | change))
+
+
+def test_attention_is_one_operator_a_layer(tiny_student: Artifact, tiny_device: Artifact) -> None:
+    kinds = Counter(node.op_type for node in onnx_ir.load(tiny_device.path / "transformer" / "model.onnx").graph)
+    blocks = load_pipeline(tiny_student.path).transformer.transformer_blocks
+    norms = sum(isinstance(module, RMSNorm) for module in blocks.modules())
+    layers = sum(isinstance(module, Attention) for module in blocks.modules())
+    assert (kinds["MultiHeadAttention"], kinds["SimplifiedLayerNormalization"], kinds["Softmax"]) == (layers, norms, 0)
 
 
 def test_the_smallest_budget_there_is_is_named(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
