@@ -11,7 +11,7 @@ PEERS := .venv-peers
 RECIPE := --recipe shapes-demo
 PROMPT := two red circles on a white background
 
-.PHONY: install demo shapes ablation compression healthy-run test check teacher clean distclean
+.PHONY: install demo shapes ablation compression bench-device healthy-run test check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -59,8 +59,12 @@ compression: shapes $(PEERS)/.installed
 $(PEERS)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(PEERS)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/flashgen.pth"
-	$(PEERS)/bin/pip install "bitsandbytes>=0.46" "nncf>=2.17"
+	$(PEERS)/bin/pip install "bitsandbytes>=0.46" "nncf>=2.17" "openvino>=2025.4"
 	touch $@
+
+# docs/device.md and .json: one step of SD3.5-Medium's width on every engine. Half an hour on a machine that does nothing else.
+bench-device: $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks.device artifacts/device-bench --page docs/device.md
 
 # The curves of docs/healthy-run.md, from the student of `make shapes`.
 healthy-run: install

@@ -137,7 +137,8 @@ def encoders(student: Artifact, work: Path, kept: dict[str, Any], save: Callable
     made = {"full": student}
     for name, (mode, settings) in ENCODERS.items():
         recipe: Recipe = load("shapes", ["restructure.floor=0", "bench.per_task=0", *settings])
-        made[name] = restructure.run(str(student.path), work / name.replace(", ", "-").replace(" ", "-"), recipe, 0, False, mode)
+        folder = work.parent / "slim" if name == "prune" else work / name.replace(", ", "-").replace(" ", "-")  # slim is of `make shapes`
+        made[name] = restructure.run(str(student.path), folder, recipe, 0, False, mode)
     steps: dict[str, list[float]] = {name: [] for name in made}
     calls: dict[str, Callable[[], object]] = {}
     for name, artifact in made.items():

@@ -27,14 +27,14 @@ CHAIN = ("nearest, 4.25 bits by damage", "+ GPTQ", "+ adaLN on a shared basis") 
 
 def page(kept: dict[str, Any], plot: str) -> str:
     heads = ["encoder", "composition", "over full", *TASKS, "T5 MB", "tokens", "step"]
-    lines = ["# Compression", ABOUT, "", "## A. Encoders", "", *_table(heads)]
+    lines = ["# Compression", ABOUT, "", "## A. Encoders", "", *table(heads)]
     full = np.array(kept["encoders"]["full"]["passed"], float)
     for name, row in kept["encoders"].items():
         passed = np.array(row["passed"], float)
         ratio, low, high = ratio_interval(passed, full)
         tasks = (f"{t:.2f}" for t in passed.reshape(len(TASKS), -1).mean(1))
-        cells = f"{row['t5_bytes'] / 1e6:.2f}", str(row["tokens"]), f"{row['step_ratio']:.2f} x"
-        lines.append(_cells(name, f"{passed.mean():.3f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]", *tasks, *cells))
+        rest = f"{row['t5_bytes'] / 1e6:.2f}", str(row["tokens"]), f"{row['step_ratio']:.2f} x"
+        lines.append(cells(name, f"{passed.mean():.3f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]", *tasks, *rest))
     lines += ["", STEP, ""]
     rows = kept["weights"]
     peers = [name for name in rows if name not in CHAIN]
@@ -46,7 +46,7 @@ def page(kept: dict[str, Any], plot: str) -> str:
 
 def _weights(rows: dict[str, Any], names: list[str]) -> list[str]:
     heads = ["weights", "mean bits", "latent error", "PSNR dB", "distance", "FD", "composition", "over the student"]
-    lines, student = _table(heads), np.array(rows["student, fp32"]["passed"], float)
+    lines, student = table(heads), np.array(rows["student, fp32"]["passed"], float)
     for name in names:
         row = rows[name]
         error, low, high = _mean(row["latent_error"])
@@ -54,8 +54,8 @@ def _weights(rows: dict[str, Any], names: list[str]) -> list[str]:
         passed = np.array(row["passed"], float)
         ratio, least, most = ratio_interval(passed, student)
         over = f"{ratio:.3f} [{least:.3f}, {most:.3f}]"
-        cells = (f"{np.mean(row['apart']):.2f}", f"{row['fd']:.3f}", f"{passed.mean():.3f}", over)
-        lines.append(_cells(name, f"{row['mean_bits']:.2f}", *near, *cells))
+        rest = (f"{np.mean(row['apart']):.2f}", f"{row['fd']:.3f}", f"{passed.mean():.3f}", over)
+        lines.append(cells(name, f"{row['mean_bits']:.2f}", *near, *rest))
     return lines
 
 
@@ -63,11 +63,11 @@ def _mean(values: list[float]) -> tuple[float, float, float]:
     return interval(np.array([values], float))
 
 
-def _table(heads: list[str]) -> list[str]:
-    return [_cells(*heads), "|---" * len(heads) + "|"]
+def table(heads: list[str]) -> list[str]:
+    return [cells(*heads), "|---" * len(heads) + "|"]
 
 
-def _cells(*cells: str) -> str:
+def cells(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -82,12 +82,13 @@ class _Plain(nn.Module):
 
 
 def nncf_int4(transformer: nn.Module, example: tuple[Tensor, ...]) -> tuple[nn.Module, float]:
-    """NNCF's compress_weights, INT4_ASYM, every layer."""
+    """NNCF's compress_weights, INT4_ASYM, every layer; one whose inputs do not divide into groups gets smaller ones."""
     import nncf
 
+    adjust = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
     net = nncf.compress_weights(
         _Plain(copy.deepcopy(transformer)), mode=nncf.CompressWeightsMode.INT4_ASYM, ratio=1.0, group_size=GROUP, all_layers=True,
-        dataset=nncf.Dataset([example]),
+        dataset=nncf.Dataset([example]), advanced_parameters=adjust,
     )  # fmt: skip
     names = {f"net.{name}.weight" for name in linears_of(transformer)}
     state = net.state_dict()

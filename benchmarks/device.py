@@ -1,0 +1,277 @@
+"""One step of an SD3.5-Medium-shaped transformer on every engine: flashgen's exports beside what others run.
+
+    python -m benchmarks.device artifacts/device-bench --page docs/device.md      # `make bench-device`
+
+Four blocks of the real width, two of them with dual attention, random weights, 512 px, one picture, two threads. Every time is of a
+process of its own, the rows of a round one after another, so that a slow minute of the machine meets all of them; medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.device_page import page
+from flashgen.progress import say
+
+THREADS, ROUNDS, TOKENS, BLOCKS, CALLS = 2, 5, (77, 333), 4, 2
+Feeds = dict[str, NDArray[np.float32]]
+Step = Callable[[Feeds], NDArray[np.float32]]
+# name: who, engine, profile, file
+ROWS: dict[str, tuple[str, str, str, str]] = {
+    "diffusers, torch fp32": ("peer", "torch", "fp32", "net"),
+    "diffusers, torch bf16": ("peer", "torch", "bf16", "net"),
+    "diffusers, torch.compile fp32": ("peer", "torch", "compile", "net"),
+    "ONNX Runtime fp32": ("peer", "onnxruntime", "fp32", "stock/transformer/model.onnx"),
+    "ONNX Runtime, MatMulNBits int4 g128": ("peer", "onnxruntime", "int4", "nbits.onnx"),
+    "ONNX Runtime, quantize_dynamic int8": ("peer", "onnxruntime", "int8", "dynamic.onnx"),
+    "OpenVINO fp32": ("peer", "openvino", "f32", "stock/transformer/model.onnx"),
+    "OpenVINO bf16": ("peer", "openvino", "bf16", "stock/transformer/model.onnx"),
+    "OpenVINO, NNCF int8": ("peer", "openvino", "bf16", "nncf8.xml"),
+    "OpenVINO, NNCF int4 g128": ("peer", "openvino", "bf16", "nncf4.xml"),
+    "flashgen size, onnxruntime": ("flashgen", "onnxruntime", "size", "size/transformer/model.onnx"),
+    "flashgen size int8 activations, onnxruntime": ("flashgen", "onnxruntime", "size4", "size4/transformer/model.onnx"),
+    "flashgen speed, onnxruntime": ("flashgen", "onnxruntime", "speed", "speed/transformer/model.onnx"),
+    "flashgen size, openvino": ("flashgen", "openvino", "bf16", "size/transformer/model.onnx"),
+    "flashgen speed, openvino": ("flashgen", "openvino", "bf16", "speed/transformer/model.onnx"),
+}  # fmt: skip
+
+
+def network() -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    from flashgen.models.specs import spec
+
+    config = spec("sd35-medium").transformer | {"num_layers": BLOCKS, "dual_attention_layers": (0, 1)}
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(**config).eval().requires_grad_(False)
+
+
+def feeds(tokens: int) -> Feeds:
+    rng = np.random.default_rng(0)
+    shapes = {"hidden_states": (1, 16, 64, 64), "encoder_hidden_states": (1, tokens, 4096), "pooled_projections": (1, 2048)}
+    return {k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()} | {"timestep": np.full(1, 750, np.float32)}
+
+
+def prepare(work: Path) -> None:
+    """Every model of `ROWS` that is not there yet."""
+    from flashgen.export.components import Call, Component, _velocity
+    from flashgen.export.write import write_component
+    from flashgen.quant.pack import QuantizedLinear
+    from flashgen.quant.rounding import quantize_groups
+    from flashgen.training.calibration import linears_of
+
+    def once(name: str, make: Callable[[], object]) -> None:
+        if not (work / f"{name}.done").exists():
+            say(f"making {name}")
+            make()
+            (work / f"{name}.done").touch()
+
+    def component() -> Component:
+        inputs = {name: torch.from_numpy(value) for name, value in feeds(TOKENS[-1]).items()}
+        return Component("transformer", Call(network(), _velocity), inputs, ("out_hidden_states",), ("encoder_hidden_states",))
+
+    def codes(bits: int, group: int | None) -> dict[str, QuantizedLinear]:
+        """4 bits, asymmetric, with the last layer at 8; or 8 bits a row."""
+        layers = linears_of(network())
+        if group is None:
+            return {name: quantize_groups(layer.weight, bits, layer.in_features, True) for name, layer in layers.items()}
+        return {name: quantize_groups(layer.weight, 8 if name == "proj_out" else bits, group, False) for name, layer in layers.items()}
+
+    def reference() -> None:
+        net = network()
+        net.save_pretrained(work / "net")
+        with torch.no_grad():
+            np.save(work / "reference.npy", torch_step(net)(feeds(TOKENS[-1])))
+
+    work.mkdir(parents=True, exist_ok=True)
+    once("reference", reference)
+    once("stock", lambda: plain_export(component(), work / "stock"))
+    once("size", lambda: write_component(component(), codes(4, 128), work / "size", 0, 1.0))
+    once("size4", lambda: write_component(component(), codes(4, 128), work / "size4", 4, 1.0))
+    once("speed", lambda: write_component(component(), codes(8, None), work / "speed", 0, 1.0))
+    once("nbits", lambda: onnxruntime_nbits(work))
+    once("dynamic", lambda: onnxruntime_dynamic(work))
+    once("nncf", lambda: nncf_weights(work))
+
+
+def plain_export(part: Any, folder: Path) -> None:
+    """What torch.onnx.export and onnxscript's optimizer make of the network; the crop of the position table is ours."""
+    import onnx_ir as ir
+    import onnxscript.optimizer
+
+    from flashgen.export.components import crop_positions, trace
+
+    crop_positions(part.module.net, 64)
+    model = trace(part)
+    onnxscript.optimizer.optimize_ir(model)
+    (folder / "transformer").mkdir(parents=True, exist_ok=True)
+    ir.save(model, folder / "transformer" / "model.onnx", external_data="model.onnx_data")
+
+
+def onnxruntime_nbits(work: Path) -> None:
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    model = onnx.load(work / "stock" / "transformer" / "model.onnx")
+    quantizer = MatMulNBitsQuantizer(model, block_size=128, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(work / "nbits.onnx"), True)
+
+
+def onnxruntime_dynamic(work: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    options = {"MatMulConstBOnly": True, "DefaultTensorType": 1}
+    stock, kinds = work / "stock" / "transformer" / "model.onnx", ["MatMul", "Gemm"]
+    quantize_dynamic(
+        stock, work / "dynamic.onnx", op_types_to_quantize=kinds, per_channel=True, weight_type=QuantType.QInt8,
+        use_external_data_format=True, extra_options=options,
+    )  # fmt: skip
+
+
+def nncf_weights(work: Path) -> None:
+    import nncf
+    import openvino as ov
+
+    kinds = {"nncf8": {"mode": nncf.CompressWeightsMode.INT8_SYM}, "nncf4": {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 128}}
+    for name, options in kinds.items():
+        model = ov.Core().read_model(work / "stock" / "transformer" / "model.onnx")
+        ov.save_model(nncf.compress_weights(model, **options), work / f"{name}.xml", compress_to_fp16=False)
+
+
+def torch_step(net: Any, dtype: torch.dtype = torch.float32) -> Step:
+    def step(given: Feeds) -> NDArray[np.float32]:
+        x, embeds, pooled, timestep = (torch.from_numpy(value).to(dtype) for value in given.values())
+        with torch.no_grad():
+            found: NDArray[np.float32] = net(x, embeds, pooled, timestep, return_dict=False)[0].float().numpy()
+        return found
+
+    return step
+
+
+def opened(engine: str, profile: str, path: Path) -> Step:
+    if engine == "torch":
+        from diffusers import SD3Transformer2DModel
+
+        dtype = torch.bfloat16 if profile == "bf16" else torch.float32
+        net = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype).eval()
+        return torch_step(torch.compile(net, dynamic=False) if profile == "compile" else net, dtype)
+    if engine == "openvino":
+        import openvino as ov
+
+        hints = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": profile, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}
+        model = ov.Core().compile_model(path, "CPU", hints)
+        return lambda given: np.asarray(model(given)[0])
+    from flashgen.device.engine import open_session
+
+    session = open_session(path, THREADS)
+    return lambda given: np.asarray(session.run(None, given)[0])
+
+
+def measure(work: Path, name: str) -> dict[str, Any]:
+    """Seconds of a step, the best of `CALLS` after a warm one, by text tokens; in this process."""
+    from flashgen.metrics.latency import peak_rss_mib
+
+    torch.set_num_threads(THREADS)
+    _, engine, profile, file = ROWS[name]
+    step, seconds, out = opened(engine, profile, work / file), {}, np.zeros(0, np.float32)
+    for tokens in TOKENS:
+        given, laps = feeds(tokens), []
+        for _ in range(1 + CALLS):
+            start = time.perf_counter()
+            out = step(given)
+            laps.append(time.perf_counter() - start)
+        seconds[str(tokens)] = min(laps[1:])
+    reference = np.load(work / "reference.npy")
+    error = float(np.linalg.norm(out - reference) / np.linalg.norm(reference))
+    return {"seconds": seconds, "peak_rss_mib": peak_rss_mib(), "error": error}
+
+
+def peak(work: Path) -> float:
+    """Operations a second of one int8 product of the feed-forward's size, on onnxruntime: what a step is held against."""
+    import onnx_ir as ir
+
+    from flashgen.device.engine import open_session
+
+    m, k, n = 1357, 1536, 6144
+    rng = np.random.default_rng(0)
+    x = ir.Value(name="x", shape=ir.Shape([m, k]), type=ir.TensorType(ir.DataType.FLOAT))
+    values = {"w": rng.integers(-127, 128, (k, n), np.int8), "s": np.full(n, 0.01, np.float32), "z": np.zeros(n, np.int8)}
+    inputs = [ir.Value(name=name, const_value=ir.tensor(value, name=name)) for name, value in values.items()]
+    node = ir.node("DynamicQuantizeMatMul", [x, *inputs], domain="com.microsoft")
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=inputs, opset_imports={"": 20, "com.microsoft": 1}, name="peak")
+    ir.save(ir.Model(graph, ir_version=10), work / "peak.onnx")
+    session, feed, laps = open_session(work / "peak.onnx", THREADS), {"x": rng.standard_normal((m, k)).astype(np.float32)}, []
+    for _ in range(12):
+        start = time.perf_counter()
+        session.run(None, feed)
+        laps.append(time.perf_counter() - start)
+    return 2 * m * k * n / min(laps[2:])
+
+
+def operations(tokens: int) -> float:
+    """Of the products of one step, attention's too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net = network()
+    given = [torch.empty(value.shape, device="meta") for value in feeds(tokens).values()]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(*given, return_dict=False)
+    return float(counter.get_total_flops())
+
+
+def size(path: Path) -> int:
+    files = path.glob("*.safetensors") if path.is_dir() else [p for p in path.parent.glob(f"{path.stem}*") if p.suffix != ".done"]
+    return sum(file.stat().st_size for file in files)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("work", type=Path, help="where the models go")
+    parser.add_argument("--page", type=Path, help="Markdown; raw numbers beside it as .json")
+    parser.add_argument("--row", help="measure this one here and print it as JSON")
+    given = parser.parse_args()
+    if given.row:
+        print(json.dumps(peak(given.work) if given.row == "peak" else measure(given.work, given.row)))
+        return
+    prepare(given.work)
+    found: dict[str, list[Any]] = {name: [] for name in (*ROWS, "peak")}
+    for number in range(ROUNDS):
+        for name, laps in found.items():
+            command = [sys.executable, "-m", "benchmarks.device", str(given.work), "--row", name]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
+            if done.returncode:
+                raise SystemExit(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
+            laps.append(json.loads(done.stdout.splitlines()[-1]))
+            say(f"round {number + 1} of {ROUNDS}, {name}: {laps[-1] if name == 'peak' else laps[-1]['seconds']}")
+    top, rows = float(np.max(found.pop("peak"))), []
+    for name, laps in found.items():
+        who, engine, profile, file = ROWS[name]
+        for tokens in TOKENS:
+            seconds = [lap["seconds"][str(tokens)] for lap in laps]
+            middle = float(np.median(seconds))
+            rows.append({
+                "name": name, "who": who, "engine": engine, "profile": profile, "text_tokens": tokens, "step_s": middle,
+                "step_s_all": seconds, "peak_rss_mib": float(np.median([lap["peak_rss_mib"] for lap in laps])),
+                "bytes": size(given.work / file), "error": laps[0]["error"], "share_of_peak": operations(tokens) / top / middle,
+            })  # fmt: skip
+    given.page.with_suffix(".json").write_text(json.dumps({"peak_ops": top, "blocks": BLOCKS, "rows": rows}, indent=1) + "\n")
+    given.page.write_text(page(rows, top) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The page of `benchmarks.device`: one table a text length, rows by time."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import numpy as np
+
+from benchmarks.compression_page import cells, table
+
+ABOUT = """
+`make bench-device` writes this page and [its raw numbers](device.json). One denoising step of four blocks of SD3.5-Medium's width (two of
+them with dual attention), random weights, 512 px, one picture, two threads, every row a process of its own, the rows of a round one
+after another, medians of rounds; spread is (greatest - least) / median. Error is |out - fp32| / |fp32| against torch at 333 text
+tokens; of random weights, so it ranks arithmetic, not pictures. Peak is {peak:.0f} G operations a second: the best that one int8
+product of the feed-forward's size reached on onnxruntime here; the share counts all products of a step, attention's too."""
+HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on ORT", "of peak", "RSS MiB", "MB", "error"]
+
+
+def page(rows: list[dict[str, Any]], peak: float) -> str:
+    lines = ["# One step, engine by engine", ABOUT.format(peak=peak / 1e9), "", f"Machine: {machine()}."]
+    for tokens in sorted({row["text_tokens"] for row in rows}):
+        own = sorted((row for row in rows if row["text_tokens"] == tokens), key=lambda row: row["step_s"])
+        peers = [row for row in own if row["who"] == "peer"]
+        fastest, on_ort = peers[0]["step_s"], min(row["step_s"] for row in peers if row["engine"] == "onnxruntime")
+        lines += ["", f"## {tokens} text tokens", ""]
+        lines += table(
+            ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "peak", "RSS MiB", "MB", "error"]
+        )
+        for row in own:
+            spread = np.ptp(row["step_s_all"]) / row["step_s"]
+            ratios = f"{row['step_s'] / fastest:.2f} x", f"{row['step_s'] / on_ort:.2f} x" if row["engine"] == "onnxruntime" else ""
+            name = f"**{row['name']}**" if row["who"] == "flashgen" else row["name"]
+            rest = f"{row['share_of_peak']:.2f}", f"{row['peak_rss_mib']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['error']:.4f}"
+            lines.append(cells(name, f"{row['step_s']:.2f}", f"{spread:.0%}", *ratios, *rest))
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}"
