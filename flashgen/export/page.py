@@ -77,8 +77,9 @@ def fetch(package: Package, offline: bool) -> Path:
         return path
     if offline:
         what = f"is not the pinned file of {label}" if path.exists() else f"is missing ({label})"
-        raise MachineError(f"--offline: {path} {what}; run the same command once without --offline, or copy the file from a machine that has it")
-    url = f"{os.environ.get('npm_config_registry', REGISTRY).rstrip('/')}/{package.name}/-/{package.tarball}"
+        raise MachineError(f"--offline: {path} {what}; run the same command once without --offline, or copy the file there")
+    url = f"{os.environ.get('NPM_CONFIG_REGISTRY', REGISTRY).rstrip('/')}/{package.name}/-/{package.tarball}"
+    mend = f"name another registry with NPM_CONFIG_REGISTRY=URL, or copy the file to {path}"
     say(f"downloading {url}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{package.tarball}.", delete=False) as file:
@@ -89,10 +90,10 @@ def fetch(package: Package, offline: bool) -> Path:
             file.close()
             found = integrity(temporary)
             if found != package.integrity:
-                raise MachineError(f"{url} is not the pinned {label}: {found} instead of {package.integrity}; nothing was kept. Ask another registry: npm_config_registry=URL")
+                raise MachineError(f"{url} is not the pinned {label}: {found} instead of {package.integrity}; nothing was kept; {mend}")
             os.replace(temporary, path)
         except (OSError, HTTPException) as error:
-            raise MachineError(f"{url} cannot be had ({error}); check the network, name a mirror with npm_config_registry=URL, or copy the file to {path}") from error
+            raise MachineError(f"{url} cannot be had ({error}); check the network, {mend}") from error
         finally:
             temporary.unlink(missing_ok=True)
     return path

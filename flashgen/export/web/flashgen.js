@@ -122,7 +122,6 @@ class Pipeline {
     settings.wasmBinary = await this.bytes(binary);
     settings.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
     this.threads = settings.numThreads;
-    this.ort.env.logLevel = "error";
   }
 
   warnAboutMemory() {
@@ -185,7 +184,7 @@ class Pipeline {
     const start = performance.now();
     const model = await this.bytes(`${name}/model.onnx`);
     const data = this.files.has(`${name}/model.onnx_data`) ? await this.bytes(`${name}/model.onnx_data`) : null;
-    const options = { executionProviders: [this.engine], externalData: data ? [{ path: "model.onnx_data", data }] : [] };
+    const options = { executionProviders: [this.engine], externalData: data ? [{ path: "model.onnx_data", data }] : [], logSeverityLevel: 3 };
     this.report({ progress: `Preparing ${name}` });
     const session = await this.ort.InferenceSession.create(model, options);
     this.laps.load += performance.now() - start;
