@@ -1,4 +1,4 @@
-"""The static page of `export --target web`: our two files, and its libraries out of npm packages pinned by version and hash."""
+"""The static page of `export --target web`: our own files, and its libraries out of npm packages pinned by version and hash."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def integrity(file: Path) -> str:
         return f"sha512-{base64.b64encode(hashlib.file_digest(stream, 'sha512').digest()).decode()}"
 
 
-def write_page(folder: Path, offline: bool) -> None:
-    """index.html, flashgen.js and vendor/ into `folder`. Raises MachineError when a package cannot be had."""
+def write_page(folder: Path, offline: bool) -> dict[str, str]:
+    """The page and vendor/ into `folder`; returns the packages' versions. Raises MachineError when one cannot be had."""
     tarballs = [fetch(package, offline) for package in PACKAGES]
     for file in PAGE.iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -119,3 +119,4 @@ def write_page(folder: Path, offline: bool) -> None:
                 assert source is not None, f"{tarball} has no {member}"
                 with (vendor / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
+    return {package.name: package.version for package in PACKAGES}

@@ -42,8 +42,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     from flashgen.models.sample import load_pipeline
 
     config = recipe.export
-    if target == "web":
-        write_page(draft.path, offline)
+    page = {"page": write_page(draft.path, offline)} if target == "web" else {}
     pipe = load_pipeline(source.path)
     layers = read_codes(source.path) if source.manifest.kind == "quantized" else {}
     put_factors(pipe.transformer, layers, source.path)
@@ -58,7 +57,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     extra = _runtime_files(pipe, sampler, source.path, draft.path)
     sizes = {part.name: sum(f.stat().st_size for f in (draft.path / part.name).glob("model.onnx*")) for part in parts}
     metrics = {"psnr_db": {k: round(v, 2) for k, v in psnr.items()}, "bytes": sizes, "quantized_layers": len(layers)}
-    artifact = draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": config.accuracy_level})
+    artifact = draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": config.accuracy_level} | page)
     if target == "web":
         say(f"to look at it: python3 -m http.server -d {artifact.path}   and open http://localhost:8000")
     return artifact

@@ -89,14 +89,14 @@ def test_offline_without_cache_publishes_nothing(
 def test_page_is_our_files_and_the_packages_members(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "PACKAGES", (publish(registry, "@a/one", ["dist/x.js", "LICENSE"]), publish(registry, "two", ["y.wasm"])))
     (tmp_path / "site").mkdir()
-    write_page(tmp_path / "site", offline=False)
+    assert write_page(tmp_path / "site", offline=False) == {"@a/one": "1.2.3", "two": "1.2.3"}
     found = {p.relative_to(tmp_path / "site").as_posix(): p.read_text() for p in (tmp_path / "site").rglob("*") if p.is_file()}
     assert {k: v for k, v in found.items() if k.startswith("vendor/")} == {
         "vendor/x.js": "dist/x.js",
         "vendor/LICENSE": "LICENSE",
         "vendor/y.wasm": "y.wasm",
     }
-    assert {k for k in found if "/" not in k} == {"index.html", "flashgen.js"}
+    assert {k for k in found if "/" not in k} == {"index.html", "page.js", "flashgen.js"}
 
 
 def test_page_names_nothing_outside_its_folder() -> None:
@@ -108,8 +108,8 @@ def test_page_names_nothing_outside_its_folder() -> None:
 
 
 def test_script_finds_what_it_names() -> None:
-    script, html = (PAGE / "flashgen.js").read_text(), (PAGE / "index.html").read_text()
-    ids = set(re.findall(r'(?:at|show)\("(\w+)"', script))
+    page_script, script, html = ((PAGE / name).read_text() for name in ("page.js", "flashgen.js", "index.html"))
+    ids = set(re.findall(r'(?:at|show)\("(\w+)"', page_script))
     assert len(ids) > 10 and ids <= set(re.findall(r'id="(\w+)"', html))
     vendored = {f"vendor/{name}" for package in PACKAGES for name in package.files.values()}
     named = set(re.findall(r'"(vendor/[^"]+)"', script))

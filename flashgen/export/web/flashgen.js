@@ -1,6 +1,5 @@
-// Draws pictures from an artifact of `flashgen export --target web`, in the browser alone. This module runs twice: as the
-// page's script (the form, the PNG) and as a worker (the networks), so that the page answers while a network computes.
-// The worker does what flashgen/device does in Python, in the same order and the same float32 arithmetic.
+// The worker of the page: draws pictures from an artifact of `flashgen export --target web`, in the browser alone. It does what
+// flashgen/device does in Python, in the same order and the same float32 arithmetic.
 
 const BASE = new URL("./", import.meta.url);
 const RUNTIME = {
@@ -52,11 +51,11 @@ export function randn(count, seed) {
 
 // ---- Prompts: as in flashgen/device/tokens.py ----
 
-/** Ids as BigInt64Array [length], and the text that did not fit, if any. `tokenizer` is one of @huggingface/tokenizers. */
+/** {ids: BigInt64Array [length], cut: null or {text that did not fit, tokens found}}. `tokenizer` is one of @huggingface/tokenizers. */
 export function tokenize(tokenizer, prompt, length, padId) {
   let ids = tokenizer.encode(prompt).ids, cut = null;
   if (ids.length > length) {
-    cut = { text: tokenizer.decode(ids.slice(length - 1, -1)).trim(), found: ids.length, length };
+    cut = { text: tokenizer.decode(ids.slice(length - 1, -1)).trim(), tokens: ids.length };
     ids = [...ids.slice(0, length - 1), ids.at(-1)]; // the last one is the end token
   }
   const padded = new BigInt64Array(length).fill(BigInt(padId));
@@ -121,11 +120,28 @@ class Pipeline {
     settings.wasmPaths = { mjs: new URL(glue, BASE).href, wasm: new URL(binary, BASE).href };
     settings.wasmBinary = await this.bytes(binary);
     settings.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
-    this.threads = settings.numThreads;
+  }
+
+  /** What the page says about the artifact and how it runs. */
+  facts() {
+    const { sampler, digest, version } = this.manifest;
+    const threads = this.ort.env.wasm.numThreads;
+    return [
+      `${sampler.size_px} × ${sampler.size_px} px`,
+      `${sampler.sigmas.length - 1} steps`,
+      `${megabytes(this.weights().reduce((sum, size) => sum + size, 0))} of weights`,
+      this.engine === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} ${threads === 1 ? "thread" : "threads"}`,
+      `artifact ${digest.slice(0, 8)} ${version}`,
+    ];
+  }
+
+  /** Bytes of each file of the networks. */
+  weights() {
+    return this.manifest.files.filter((file) => file.path.includes("/model.onnx")).map((file) => file.size);
   }
 
   warnAboutMemory() {
-    const largest = Math.max(...this.manifest.files.filter((f) => f.path.includes("model.onnx")).map((f) => f.size));
+    const largest = Math.max(...this.weights());
     const needed = 3 * largest; // the file, the runtime's copy, weights laid out for the kernels
     const limit = Math.min(4, navigator.deviceMemory ?? 4) * 2 ** 30; // WebAssembly addresses 4 GiB
     if (needed > limit) {
@@ -207,28 +223,29 @@ class Pipeline {
     return arrays;
   }
 
-  async tokens(name, prompts) {
+  /** Ids [rows, length] of `prompts`; what is cut off a prompt is noted in `cuts` {text: [tokenizers]}. */
+  async tokens(name, prompts, cuts) {
     const { length, pad_id } = this.manifest.extra.tokenizers[name];
     if (!this.tokenizers.has(name)) this.tokenizers.set(name, new this.Tokenizer(await this.json(`${name}/tokenizer.json`), {}));
     const ids = new BigInt64Array(prompts.length * length);
     prompts.forEach((prompt, row) => {
       const found = tokenize(this.tokenizers.get(name), prompt, length, pad_id);
       ids.set(found.ids, row * length);
-      const cut = found.cut;
-      if (cut) this.report({ warning: `The prompt is too long: ${name} keeps ${cut.length} of ${cut.found} tokens and does not see “${cut.text}”.` });
+      if (found.cut) (cuts[found.cut.text] ??= []).push(`${name} (${length} of ${found.cut.tokens} tokens)`);
     });
     return [ids, [prompts.length, length]];
   }
 
   /** Embeddings [rows, tokens, width] and pooled [rows, P] of `prompts`, kept for the next picture of the same prompt. */
   async encode(prompts) {
-    if (this.encoded?.key === JSON.stringify(prompts)) return this.encoded;
+    const key = JSON.stringify(prompts);
+    if (this.encoded?.key === key) return this.encoded;
     const { sampler, extra } = this.manifest;
     const rows = prompts.length, width = extra.joint_dim, length = sampler.clip_tokens + sampler.t5_tokens;
-    const embeds = new Float32Array(rows * length * width), pooled = [];
+    const embeds = new Float32Array(rows * length * width), pooled = [], cuts = {};
     let column = 0;
     for (const [encoder, tokenizer] of CLIPS) {
-      const ids = await this.tokens(tokenizer, prompts);
+      const ids = await this.tokens(tokenizer, prompts, cuts);
       const [hidden, text] = await this.withNetwork(encoder, (session) => {
         const layers = session.outputNames.flatMap((name) => /^hidden_states\.(\d+)$/.exec(name)?.[1] ?? []).map(Number);
         return this.run(session, encoder, { input_ids: ids }, [`hidden_states.${Math.max(...layers)}`, "text_embeds"]);
@@ -244,7 +261,7 @@ class Pipeline {
       pooled.push(text);
     }
     if (this.files.has("text_encoder_3/model.onnx")) {
-      const ids = await this.tokens("tokenizer_3", prompts);
+      const ids = await this.tokens("tokenizer_3", prompts, cuts);
       const [t5] = await this.withNetwork("text_encoder_3", (session) => {
         return this.run(session, "text_encoder_3", { input_ids: ids }, ["last_hidden_state"]);
       });
@@ -253,8 +270,12 @@ class Pipeline {
         embeds.set(t5.subarray(row * size, (row + 1) * size), (row * length + sampler.clip_tokens) * width);
       }
     } // without T5 its tokens, if any, stay zeros
-    const pooledRows = prompts.flatMap((_, row) => pooled.flatMap((p) => [...p.subarray((row * p.length) / rows, ((row + 1) * p.length) / rows)]));
-    this.encoded = { key: JSON.stringify(prompts), embeds: [embeds, [rows, length, width]], pooled: [Float32Array.from(pooledRows), [rows, pooledRows.length / rows]] };
+    const size = pooled.reduce((sum, p) => sum + p.length, 0) / rows, joined = [];
+    for (let row = 0; row < rows; row++) {
+      for (const p of pooled) joined.push(...p.subarray((row * p.length) / rows, ((row + 1) * p.length) / rows));
+    }
+    const warnings = Object.entries(cuts).map(([text, names]) => `The prompt is too long; “${text}” has no effect on ${names.join(", ")}.`);
+    this.encoded = { key, warnings, embeds: [embeds, [rows, length, width]], pooled: [Float32Array.from(joined), [rows, size]] };
     return this.encoded;
   }
 
@@ -264,7 +285,8 @@ class Pipeline {
     const start = performance.now();
     const { sampler, extra } = this.manifest;
     const guided = sampler.guidance !== 1;
-    const { embeds, pooled } = await this.encode(guided ? ["", prompt] : [prompt]);
+    const { embeds, pooled, warnings } = await this.encode(guided ? ["", prompt] : [prompt]);
+    for (const warning of warnings) this.report({ warning });
     const shape = extra.latent_shape, x = randn(shape.reduce((a, b) => a * b), seed);
     const steps = sampler.sigmas.length - 1;
     await this.withNetwork("transformer", async (session) => {
@@ -321,7 +343,7 @@ function startWorker() {
   let pipeline = new Pipeline(report);
   const restart = async (engine) => {
     await pipeline.start(engine);
-    report({ ready: { manifest: pipeline.manifest, engine: pipeline.engine, threads: pipeline.threads } });
+    report({ ready: { manifest: pipeline.manifest, facts: pipeline.facts() } });
   };
   let started = restart(wanted);
   started.catch((error) => report({ error: explain(error) }));
@@ -345,151 +367,4 @@ function startWorker() {
   };
 }
 
-// ---- The PNG: pixels by the browser, text chunks as `flashgen generate` writes them ----
-
-function crc32(bytes) {
-  let crc = ~0;
-  for (const byte of bytes) {
-    crc ^= byte;
-    for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (0xedb88320 & -(crc & 1));
-  }
-  return ~crc >>> 0;
-}
-
-/** An iTXt chunk, which holds any Unicode text. */
-function textChunk(keyword, text) {
-  const body = new TextEncoder().encode(`iTXt${keyword}\0\0\0\0\0${text}`);
-  const chunk = new DataView(new ArrayBuffer(body.length + 8));
-  chunk.setUint32(0, body.length - 4);
-  new Uint8Array(chunk.buffer).set(body, 4);
-  chunk.setUint32(body.length + 4, crc32(body));
-  return chunk.buffer;
-}
-
-async function toPng({ rgba, width, height }, texts) {
-  const canvas = Object.assign(document.createElement("canvas"), { width, height });
-  canvas.getContext("2d").putImageData(new ImageData(rgba, width, height), 0, 0);
-  const plain = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
-  const chunks = Object.entries(texts).map(([keyword, text]) => textChunk(keyword, String(text)));
-  return new Blob([plain.slice(0, 33), ...chunks, plain.slice(33)], { type: "image/png" }); // 33: signature and IHDR
-}
-
-// ---- The page ----
-
-function startPage() {
-  const at = (id) => document.getElementById(id);
-  const form = at("form"), bar = at("bar");
-  let worker = null, manifest = null, busy = false;
-
-  const show = (id, text) => {
-    at(id).textContent = text;
-    at(id).hidden = !text;
-  };
-  const setBusy = (value) => {
-    busy = value;
-    at("draw").textContent = value ? "Stop" : "Draw";
-    at("draw").classList.toggle("quiet", value);
-    at("frame").classList.toggle("busy", value);
-    bar.hidden = !value;
-  };
-  const fail = (text) => {
-    show("error", text);
-    show("status", "");
-    setBusy(false);
-    worker?.terminate(); // what it holds may be broken; the next picture starts afresh
-    worker = null;
-  };
-  const warn = (text) => {
-    const lines = new Set([...at("warning").textContent.split("\n"), text].filter(Boolean));
-    show("warning", [...lines].join("\n"));
-  };
-
-  function listen({ data }) {
-    if (data.progress) {
-      show("status", data.progress);
-      if (data.value === undefined) bar.removeAttribute("value");
-      else bar.value = data.value;
-    }
-    if (data.warning) warn(data.warning);
-    if (data.error) fail(data.error);
-    if (data.ready) describe(data.ready);
-    if (data.picture) finish(data.picture);
-  }
-
-  function start() {
-    worker = new Worker(new URL(`flashgen.js${location.search}`, BASE), { type: "module" });
-    worker.onmessage = listen;
-    worker.onerror = (event) => {
-      event.preventDefault();
-      fail(`The page's worker did not start (${event.message ?? "no module workers"}). Use Chrome or Edge 91, Firefox 114, Safari 16.4 or newer.`);
-    };
-  }
-
-  function describe(ready) {
-    manifest = ready.manifest;
-    const { sampler, digest, version, files } = manifest;
-    const weights = files.filter((f) => f.path.includes("model.onnx")).reduce((sum, f) => sum + f.size, 0);
-    const threads = ready.threads === 1 ? "1 thread" : `${ready.threads} threads`;
-    const facts = [`${sampler.size_px} × ${sampler.size_px} px`, `${sampler.sigmas.length - 1} steps`, `${megabytes(weights)} of weights`];
-    facts.push(ready.engine === "webgpu" ? "WebGPU" : `WebAssembly, ${threads}`, `artifact ${digest.slice(0, 8)} ${version}`);
-    at("facts").textContent = facts.join(" · ");
-    at("picture").width = at("picture").height = sampler.size_px;
-    if (!busy) show("status", "Ready.");
-  }
-
-  async function finish(picture) {
-    const { prompt, seed, laps } = picture;
-    const { sampler, digest, flashgen_version } = manifest;
-    const texts = { prompt, seed, sigmas: JSON.stringify(sampler.sigmas), artifact: digest, flashgen: flashgen_version };
-    if (sampler.guidance !== 1) Object.assign(texts, { guidance: sampler.guidance, negative: "" });
-    const url = URL.createObjectURL(await toPng(picture, texts));
-    const entry = { url, prompt, seed, laps, name: `flashgen-${seed}.png` };
-    setBusy(false);
-    show("status", `Drawn in ${(laps.total / 1000).toFixed(2)} s, of which ${(laps.load / 1000).toFixed(2)} s loading networks.`);
-    present(entry);
-    const thumbnail = Object.assign(document.createElement("button"), { type: "button", title: `${prompt}, seed ${seed}` });
-    thumbnail.append(Object.assign(document.createElement("img"), { src: url, alt: prompt }));
-    thumbnail.onclick = () => present(entry);
-    at("earlier").prepend(thumbnail);
-    at("earlier").hidden = at("earlier").children.length < 2;
-  }
-
-  function present({ url, prompt, seed, laps, name }) {
-    Object.assign(at("picture"), { src: url, alt: prompt, hidden: false });
-    at("picture").dataset.laps = JSON.stringify(laps);
-    at("empty").hidden = true;
-    at("caption").textContent = `${prompt}, seed ${seed}`;
-    Object.assign(at("download"), { href: url, download: name, hidden: false });
-  }
-
-  form.onsubmit = (event) => {
-    event.preventDefault();
-    if (busy) {
-      worker?.terminate();
-      worker = null;
-      show("status", "Stopped.");
-      setBusy(false);
-      return;
-    }
-    const prompt = at("prompt").value.trim(), seed = at("seed").value.trim();
-    show("error", "");
-    show("warning", "");
-    if (!prompt) return show("error", "The prompt is empty; write what to draw.");
-    if (!/^\d{1,20}$/.test(seed) || BigInt(seed) >= 2n ** 64n) return show("error", "The seed is a whole number from 0 to 18446744073709551615.");
-    if (!worker) start();
-    setBusy(true);
-    worker.postMessage({ prompt, seed: BigInt(seed) });
-  };
-  at("random").onclick = () => (at("seed").value = crypto.getRandomValues(new Uint32Array(1))[0]);
-  at("prompt").onkeydown = (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-    event.preventDefault();
-    if (!busy) form.requestSubmit();
-  };
-  at("draw").disabled = false;
-  show("status", "Loading");
-  start();
-}
-
-if (typeof document !== "undefined") startPage();
-else if (typeof WorkerGlobalScope !== "undefined") startWorker();
+if (typeof WorkerGlobalScope !== "undefined") startWorker();
