@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -143,6 +144,9 @@ def test_browser_draws_what_python_draws_and_asks_nobody_else(web: Artifact, ser
     assert psnr_db(np.asarray(image.convert("RGB")), expected) >= BAR_DB
     texts = {"prompt": PROMPT, "seed": str(seed), "artifact": web.manifest.digest}
     assert {k: image.text[k] for k in texts} == texts  # type: ignore[attr-defined]
+    assert web.manifest.sampler is not None
+    sigmas = [round(sigma, 9) for sigma in web.manifest.sampler.sigmas]
+    assert json.loads(image.text["sigmas"]) == sigmas  # type: ignore[attr-defined]
     assert len(asked) > 15 and all(url.startswith((site.url, "blob:", "data:")) for url in asked)
 
 

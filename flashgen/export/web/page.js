@@ -93,7 +93,8 @@ function describe(ready) {
 async function finish(picture) {
   const { prompt, seed, laps } = picture;
   const { sampler, digest, flashgen_version } = manifest;
-  const texts = { prompt, seed, sigmas: JSON.stringify(sampler.sigmas), artifact: digest, flashgen: flashgen_version };
+  const sigmas = JSON.stringify(sampler.sigmas.map((sigma) => Number(sigma.toFixed(9))));
+  const texts = { prompt, seed, sigmas, artifact: digest, flashgen: flashgen_version };
   if (sampler.guidance !== 1) Object.assign(texts, { guidance: sampler.guidance, negative: "" });
   const url = URL.createObjectURL(await toPng(picture, texts));
   const entry = { url, prompt, seed, laps, name: `flashgen-${seed}.png` };
