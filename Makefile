@@ -11,7 +11,7 @@ PEERS := .venv-peers
 RECIPE := --recipe shapes-demo
 PROMPT := two red circles on a white background
 
-.PHONY: install demo shapes ablation compression bench-device healthy-run test check teacher clean distclean
+.PHONY: install demo shapes ablation compression bench-device browser healthy-run test check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -72,6 +72,15 @@ healthy-run: install
 	for run in healthy-run failure-saturation failure-proxy-lag failure-discriminator; do \
 		$(FLASHGEN) finetune $(SHAPES)/student --recipe $$run --out artifacts/healthy/$$run || exit; done
 	$(BIN)/python -m benchmarks.healthy artifacts/healthy docs/healthy-run.png
+
+# The web page in headless Chromium (Debian: apt-get install chromium): its tests, then speed and pictures beside Python's.
+browser: install
+	$(BIN)/pip install --no-build-isolation -e ".[web]"
+	$(FLASHGEN) distill shapes $(RECIPE) --out $(DEMO)/student
+	$(FLASHGEN) quantize $(DEMO)/student --recipe device-web --out $(DEMO)/int4-web
+	$(FLASHGEN) export $(DEMO)/int4-web --target web --recipe device-web --out $(DEMO)/web
+	$(BIN)/pytest -m browser -rs
+	$(BIN)/python -m benchmarks.browser $(DEMO)/web
 
 test: install
 	$(BIN)/pytest

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin, check_disk, open_artifact
 from flashgen.errors import ArtifactError, UsageError
-from flashgen.progress import track
+from flashgen.progress import say, track
 from flashgen.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from flashgen.export.components import Component
 
 
-def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target: str = "onnx") -> Artifact:
-    """Export a teacher, student or quantized artifact for the device.
+def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target: str = "onnx", offline: bool = False) -> Artifact:
+    """Export a teacher, student or quantized artifact for the device; `target` web adds a page that draws in the browser.
 
-    Raises NumericsError when a component's PSNR against torch is below the recipe's floor; nothing is published then.
+    Raises NumericsError when a component's PSNR against torch is below the recipe's floor, and MachineError when the page's
+    libraries cannot be had; nothing is published then.
     """
-    if target != "onnx":
-        raise UsageError(f"--target {target} is not there yet; use --target onnx")
+    if offline and target != "web":
+        raise UsageError(f"--offline has no effect on --target {target}, which downloads nothing; leave it out")
     source = open_artifact(student, kinds=("student", "quantized", "teacher"))
     sampler = source.manifest.sampler
     if sampler is None:
@@ -36,11 +37,13 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     if isinstance(draft, Artifact):
         return draft
     from flashgen.export.components import components
+    from flashgen.export.page import write_page
     from flashgen.export.rewrite import whole_rows
     from flashgen.export.write import put_factors, read_codes, write_component
     from flashgen.models.sample import load_pipeline
 
     config = recipe.export
+    page = {"page": write_page(draft.path, offline)} if target == "web" else {}
     pipe = load_pipeline(source.path)
     layers = read_codes(source.path) if source.manifest.kind == "quantized" else {}
     put_factors(pipe.transformer, layers, source.path)
@@ -56,7 +59,10 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     extra = _runtime_files(pipe, sampler, source.path, draft.path)
     sizes = {part.name: sum(f.stat().st_size for f in (draft.path / part.name).glob("model.onnx*")) for part in parts}
     metrics = {"psnr_db": {k: round(v, 2) for k, v in psnr.items()}, "bytes": sizes, "quantized_layers": len(layers)}
-    return draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": config.accuracy_level})
+    artifact = draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": config.accuracy_level} | page)
+    if target == "web":
+        say(f"to look at it: python3 -m http.server -d {artifact.path}   and open http://localhost:8000")
+    return artifact
 
 
 def _write_config(part: Component, folder: Path) -> None:

@@ -106,8 +106,8 @@ COMMON = {"out": Path("x"), "force": False}
     ("command", "target", "inputs", "given"),
     [
         ("restructure-encoder s --mode prune", "restructure.run", ("s",), {"seed": 0, "mode": "prune"}),
-        ("export s --seed 4", "export.run", ("s",), {"seed": 4, "target": "onnx"}),
-        ("export s --target web", "export.run", ("s",), {"seed": 0, "target": "web"}),
+        ("export s --seed 4", "export.run", ("s",), {"seed": 4, "target": "onnx", "offline": False}),
+        ("export s --target web --offline", "export.run", ("s",), {"seed": 0, "target": "web", "offline": True}),
         ("distill s", "distill.run", ("s",), {"seed": 0}),
         ("finetune s", "finetune.run", ("s",), {"seed": 0}),
         ("teacher train", "teacher.train", (), {"seed": 0}),

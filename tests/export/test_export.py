@@ -99,9 +99,9 @@ def test_nothing_is_published_below_the_floor(tiny_student: Artifact, recipe: Re
     assert not (tmp_path / "device" / "latest").exists()
 
 
-def test_unknown_target_is_a_usage_error(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--target web is not there yet"):
-        export.run(str(tiny_student.path), tmp_path / "device", recipe, 0, False, target="web")
+def test_offline_is_a_usage_error_where_nothing_is_downloaded(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--offline has no effect on --target onnx"):
+        export.run(str(tiny_student.path), tmp_path / "device", recipe, 0, False, offline=True)
 
 
 def test_device_artifact_is_no_input(tiny_device: Artifact, recipe: Recipe, tmp_path: Path) -> None:
