@@ -6,17 +6,39 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import flashgen
+from flashgen.errors import UsageError
 
 
 def texts(prompt: str, seed: int, sigmas: Sequence[float], digest: str, **more: object) -> dict[str, str]:
     """The text chunks of a generated picture; `more` holds what differs from the artifact's own sampler."""
     values = {"prompt": prompt, "seed": seed, "sigmas": json.dumps([round(s, 9) for s in sigmas]), "artifact": digest}
     return {k: str(v) for k, v in (values | {"flashgen": flashgen.__version__} | more).items()}
+
+
+def read_texts(path: Path) -> dict[str, Any]:
+    """How a picture of `generate` was made: prompt, seed, sigmas, artifact (a digest), guidance and negative where they were given.
+
+    Raises UsageError for a file that is no such picture.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = dict(image.text)  # type: ignore[attr-defined]
+        sigmas = [float(sigma) for sigma in json.loads(found["sigmas"])]
+        made = {"prompt": found["prompt"], "seed": int(found["seed"]), "sigmas": sigmas, "artifact": found["artifact"]}
+        start = {"init_image": found["init_image"]} if "init_image" in found else {}
+        return made | {"guidance": float(found.get("guidance", 1)), "negative": found.get("negative", "")} | start
+    except OSError as error:
+        raise UsageError(f"--from-png {path} is no PNG that can be read ({error})") from error
+    except (KeyError, ValueError, TypeError, SyntaxError) as error:
+        raise UsageError(f"--from-png {path} does not say how it was made ({error!r}); give a picture of flashgen generate") from error
 
 
 def write_png(path: Path, image: NDArray[np.uint8], chunks: dict[str, str]) -> None:

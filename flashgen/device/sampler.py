@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact
-from flashgen.device.engine import Engine
+from flashgen.device.engine import Engine, choose
 from flashgen.device.noise import latents
 from flashgen.device.tokens import PromptTokenizer
 from flashgen.errors import ArtifactError
@@ -25,12 +27,21 @@ CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 class DevicePipeline:
     """All prompts pass one component before the next is loaded, so that one network at a time is in memory."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None, laps: Laps | None = None) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None = None, laps: Laps | None = None, engine: str = "onnxruntime") -> None:
         if artifact.manifest.sampler is None:
             raise ArtifactError(f"{artifact.path}: the manifest has no sampler; export the student again with: flashgen export")
-        self.engine = Engine(artifact.path, threads, laps)
         self.sampler: Sampler = artifact.manifest.sampler
         self.extra = artifact.manifest.extra
+        if engine == "auto":
+            engine = choose(artifact.path, artifact.manifest.digest, self._one_step(artifact.path), threads)
+        self.engine = Engine(artifact.path, threads, laps, engine)
+
+    def _one_step(self, path: Path) -> dict[str, Floats]:
+        """Inputs of the transformer for one picture, all zeros."""
+        width = json.loads((path / "transformer" / "config.json").read_text())["pooled_projection_dim"]
+        tokens = self.sampler.clip_tokens + self.sampler.t5_tokens
+        shapes = {"hidden_states": (1, *self.extra["latent_shape"]), "encoder_hidden_states": (1, tokens, int(self.extra["joint_dim"]))}
+        return {k: np.zeros(v, np.float32) for k, v in (shapes | {"pooled_projections": (1, width), "timestep": (1,)}).items()}
 
     def sample(
         self,
@@ -75,7 +86,7 @@ class DevicePipeline:
 
     def _clip(self, encoder: str, tokenizer: str, prompts: list[str], batch: int) -> tuple[Floats, Floats]:
         ids = self._ids(tokenizer, prompts)
-        hidden = [m for o in self.engine.session(encoder).get_outputs() if (m := re.fullmatch(r"hidden_states\.(\d+)", o.name))]
+        hidden = [m for name in self.engine.network(encoder).outputs if (m := re.fullmatch(r"hidden_states\.(\d+)", name))]
         names = [max(hidden, key=lambda m: int(m.group(1))).group(), "text_embeds"]
         parts = [self.engine.run(encoder, names, {"input_ids": ids[s]}) for s in slices(len(prompts), batch)]
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])

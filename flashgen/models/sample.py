@@ -89,13 +89,18 @@ def sample_latents(
     sigmas: Sequence[float] | None = None,
     size_px: int | None = None,
     negative: str = "",
+    init: NDArray[np.uint8] | None = None,
     laps: Laps | None = None,
 ) -> Tensor:
-    """Final latents [B, C, h, w] of `prompts`; latents i start from the noise of seeds[i]. Defaults are the sampler's."""
+    """Final latents [B, C, h, w] of `prompts`; latents i start from the noise of seeds[i], or from a mixture at sigmas[0] of that and the
+    picture `init` [H, W, 3]. Defaults are the sampler's.
+    """
     laps = laps or Laps()
     sigmas = sampler.sigmas if sigmas is None else sigmas
     weight = sampler.guidance if guidance is None else guidance
     noise = torch.from_numpy(latents(latent_shape(pipe, size_px or sampler.size_px), seeds))
+    if init is not None:
+        noise = (1 - sigmas[0]) * encode_image(pipe, init) + sigmas[0] * noise
     uncond = encode_prompts(pipe, [negative], sampler.t5_tokens) if weight != 1 else None
     found, parts = [], slices(len(prompts), batch)
     count = len(parts) * (len(sigmas) - 1)
@@ -106,6 +111,14 @@ def sample_latents(
         found.append(_denoise(pipe, noise[rows], cond, uncond, weight, sigmas, sampler.scales_on(sigmas), tick, laps))
     next(tick, None)
     return torch.cat(found)
+
+
+def encode_image(pipe: StableDiffusion3Pipeline, image: NDArray[np.uint8]) -> Tensor:
+    """Latents [1, C, h, w] of a picture [H, W, 3] on the transformer's scale: the mode of what the VAE says."""
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    z: Tensor = pipe.vae.encode(pixels).latent_dist.mode()
+    scaled: Tensor = (z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return scaled
 
 
 @torch.no_grad()

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.device.png import texts, write_png
+from flashgen.device.png import read_texts, texts, write_png
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.flow.grid import few_step_grid
 from flashgen.progress import say, warn
+
+MOST_SEEDS = 10_000
 
 
 def run(
@@ -21,39 +29,125 @@ def run(
     out: Path,
     *,
     seed: int = 0,
+    seeds: list[int] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     size_px: int | None = None,
     negative: str | None = None,
+    batch: int = 8,
+    init_image: Path | None = None,
+    strength: float = 0.8,
+    contact_sheet: bool = False,
+    engine: str = "auto",
 ) -> list[Path]:
-    """Draw `prompts` and return the PNG files: `out` for one prompt, out-1.png, out-2.png, ... beside it for several.
+    """Draw `prompts` and return the PNG files: `out` for one picture, out-1.png, out-2.png, ... beside it for several.
 
-    Prompt i is drawn from seed + i; every file's text chunks say how to draw it again. Raises UsageError, before any
+    Prompt i is drawn from seed + i, or every prompt from each of `seeds`. `init_image` is noised to the first sigma that is not above
+    `strength` and goes on from there (SDEdit). Every file's text chunks say how to draw it again. Raises UsageError, before any
     network is loaded, for what the artifact cannot do.
     """
     source = open_artifact(artifact)
-    sampler = check_request(source, prompts, seed, steps, guidance, size_px, negative)
-    files = _outputs(out, len(prompts))
+    pairs = [(p, s) for p in prompts for s in seeds] if seeds else [(p, seed + i) for i, p in enumerate(prompts)]
+    prompts, drawn = [p for p, _ in pairs], [s for _, s in pairs]
+    sampler = check_request(source, prompts, drawn, steps, guidance, size_px, negative)
     weight = sampler.guidance if guidance is None else guidance
     sigmas = sampler.sigmas if steps is None or steps == len(sampler.sigmas) - 1 else few_step_grid(steps, sampler.shift)
-    seeds = [seed + i for i in range(len(prompts))]
-    options: dict[str, Any] = {"guidance": weight, "sigmas": sigmas, "negative": negative or ""}
+    options: dict[str, Any] = {"guidance": weight, "sigmas": sigmas, "negative": negative or "", "batch": batch}
+    if init_image:
+        options |= _start(source, init_image, strength, sigmas, size_px or sampler.size_px)
+        sigmas = options["sigmas"]
+    files = _outputs(out, len(prompts))
     if source.manifest.kind == "device":
         from flashgen.device.sampler import DevicePipeline
 
-        images = DevicePipeline(source).sample(prompts, seeds, **options)
+        images = DevicePipeline(source, engine=engine).sample(prompts, drawn, **options)
     else:
         from flashgen.models.sample import load_pipeline, sample
 
-        images = sample(load_pipeline(source.path), sampler, prompts, seeds, size_px=size_px, **options)
+        if engine != "auto":
+            raise UsageError(f"--engine {engine} runs exported artifacts; {source.path} is drawn by torch, leave --engine out")
+        images = sample(load_pipeline(source.path), sampler, prompts, drawn, size_px=size_px, **options)
     more = {"guidance": weight, "negative": negative or ""} if weight != 1 else {}
-    for path, image, prompt, own_seed in zip(files, images, prompts, seeds, strict=True):
+    if init_image:
+        more |= {"init_image": init_image.name, "strength": strength}
+    for path, image, prompt, own_seed in zip(files, images, prompts, drawn, strict=True):
         write_png(path, image, texts(prompt, own_seed, sigmas, source.manifest.digest, **more))
+    if contact_sheet:
+        write_png(out.with_stem(f"{out.stem}-grid"), sheet(images, columns=len(seeds or [])), {})
     return files
 
 
+def _start(source: Artifact, path: Path, strength: float, sigmas: list[float], size_px: int) -> dict[str, Any]:
+    """`init` [H, W, 3] and the sigmas that are left, for `sample`."""
+    if source.manifest.kind == "device":
+        raise UsageError("--init-image needs the VAE's encoder, which exported artifacts leave out; generate from the student instead")
+    left = [sigma for sigma in sigmas if sigma <= strength]
+    if len(left) < 2:
+        least = min(sigma for sigma in sigmas if sigma > 0)
+        raise UsageError(f"--strength {strength:g} leaves no step of {', '.join(f'{s:.3g}' for s in sigmas)}; use {least:.3g} or more")
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB").resize((size_px, size_px), Image.Resampling.LANCZOS))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--init-image {path} is no picture that can be read ({error})") from error
+    return {"init": pixels, "sigmas": left}
+
+
+def sheet(images: NDArray[np.uint8], columns: int = 0) -> NDArray[np.uint8]:
+    """Pictures [N, H, W, 3] side by side on white, row after row, about as many rows as columns where no number is given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
+    _, height, width, _ = images.shape
+    found = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = height * (i // columns), width * (i % columns)
+        found[top : top + height, left : left + width] = image
+    return found
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line; empty lines do not count. Raises UsageError when there is none."""
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompt-file {path} cannot be read as text ({error})") from error
+    if not found:
+        raise UsageError(f"--prompt-file {path} has no prompts; write one a line")
+    return found
+
+
+def read_seeds(text: str) -> list[int]:
+    """`1,5-9` is 1, 5, 6, 7, 8, 9. Raises UsageError for anything else, and for more than `MOST_SEEDS`."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last - first >= MOST_SEEDS - len(found):
+            raise UsageError(f"--seeds {text}: numbers and rising ranges, as in 1,5-9, {MOST_SEEDS} at most")
+        found += range(first, last + 1)
+    return found
+
+
+def again(png: Path, artifact: str, prompts: list[str], asked: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Prompt and options of the picture that `png` says it is; raises UsageError when something else is asked for as well."""
+    if prompts or any(asked.values()):
+        raise UsageError("--from-png brings prompt, seed, steps, guidance and negative with it; leave those out")
+    made = read_texts(png)
+    if "init_image" in made:
+        raise UsageError(f"--from-png {png} began with --init-image {made['init_image']}, which it does not hold; give both again by hand")
+    if made["artifact"] != open_artifact(artifact).manifest.digest:
+        warn(f"{png} was drawn by another artifact ({made['artifact'][:19]}...), so expect another picture")
+    return [made["prompt"]], {"seed": made["seed"], "steps": len(made["sigmas"]) - 1} | {k: made[k] for k in ("guidance", "negative")}
+
+
 def check_request(
-    source: Artifact, prompts: list[str], seed: int, steps: int | None, guidance: float | None, size_px: int | None, negative: str | None
+    source: Artifact,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int | None,
+    guidance: float | None,
+    size_px: int | None,
+    negative: str | None,
 ) -> Sampler:
     """The artifact's sampler, once everything asked for is known to be possible. Warns about what will have no effect."""
     sampler = source.manifest.sampler
@@ -61,8 +155,8 @@ def check_request(
         raise ArtifactError(f"{source.path}: the manifest has no sampler, so nothing says how to draw; make it again with --force")
     if not prompts or not all(p.strip() for p in prompts):
         raise UsageError('the prompt is empty; write what to draw, as in: flashgen generate ARTIFACT "a red circle" -o a.png')
-    if not 0 <= seed < 2**64 - len(prompts):
-        raise UsageError(f"--seed {seed} is out of range; use 0 to 2^64-1")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
+        raise UsageError(f"--seed {wrong[0]} is out of range; use 0 to 2^64-1")
     teacher = source.manifest.kind == "teacher" or not sampler.trained_steps
     if steps is not None and (steps < 1 or not (teacher or steps in sampler.trained_steps)):
         can = "1 or more" if teacher else ", ".join(map(str, sampler.trained_steps))
@@ -107,5 +201,5 @@ def _outputs(out: Path, count: int) -> list[Path]:
     if blocked:
         raise UsageError(f"--out {blocked} cannot be written; name another file, or mend its permissions")
     if count > 1:
-        say(f"{count} prompts, so the files are {files[0].name} to {files[-1].name}")
+        say(f"{count} pictures, so the files are {files[0].name} to {files[-1].name}")
     return files

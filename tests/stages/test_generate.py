@@ -13,7 +13,7 @@ from flashgen.device.noise import latents
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.flow.grid import few_step_grid, unshift
-from flashgen.models.sample import load_pipeline, sample
+from flashgen.models.sample import encode_image, load_pipeline, sample, sample_latents
 from flashgen.stages import generate
 
 PROMPTS = ["two red circles on a white background", "a blue square left of a green cross", "something else entirely"]
@@ -100,6 +100,81 @@ def test_several_prompts_give_numbered_files_that_single_runs_repeat(tiny_device
     assert image_psnr(*pictures) >= 60
 
 
+def test_every_prompt_is_drawn_from_each_of_the_seeds_and_shown_on_one_sheet(tiny_device: Artifact, tmp_path: Path) -> None:
+    files = generate.run(str(tiny_device.path), PROMPTS[:2], tmp_path / "a.png", seeds=[4, 9, 2], batch=4, contact_sheet=True)
+    with Image.open(files[4]) as image:
+        assert (image.info["prompt"], image.info["seed"]) == (PROMPTS[1], "9")
+    single = generate.run(str(tiny_device.path), [PROMPTS[1]], tmp_path / "c.png", seed=9)[0]
+    assert image_psnr(*(np.asarray(Image.open(file)) for file in (files[4], single))) >= 60
+    whole = np.asarray(Image.open(tmp_path / "a-grid.png"))
+    assert whole.shape == (128, 192, 3)
+    assert np.array_equal(whole[64:, 64:128], np.asarray(Image.open(files[4])))
+    assert np.array_equal(generate.sheet(np.zeros((5, 2, 2, 3), np.uint8))[2:, 4:], np.full((2, 2, 3), 255))
+
+
+@pytest.mark.parametrize("which", ["tiny_device", "tiny_teacher"])
+def test_a_picture_says_how_to_draw_it_again(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    artifact: Artifact = request.getfixturevalue(which)
+    steps: dict[str, Any] = {"guidance": 3.0, "steps": 2, "negative": "a cat"} if which == "tiny_teacher" else {}
+    first = generate.run(str(artifact.path), [PROMPTS[0]], tmp_path / "a.png", seed=2**63, **steps)[0]
+    prompts, options = generate.again(first, str(artifact.path), [], {"seed": 0, "steps": None})
+    second = generate.run(str(artifact.path), prompts, tmp_path / "b.png", **options)[0]
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_pictures_that_cannot_be_drawn_again_are_usage_errors(
+    tiny_device: Artifact, tiny_student: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, text, made = tmp_path / "plain.png", tmp_path / "text.png", tmp_path / "made.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    text.write_text("no picture")
+    generate.run(str(tiny_device.path), [PROMPTS[0]], made)
+    for path, message in ((plain, "does not say how it was made"), (text, "is no PNG that can be read"), (tmp_path / "none", "is no PNG")):
+        with pytest.raises(UsageError, match=message):
+            generate.again(path, str(tiny_device.path), [], {})
+    with pytest.raises(UsageError, match="leave those out"):
+        generate.again(made, str(tiny_device.path), ["a cat"], {})
+    generate.again(made, str(tiny_student.path), [], {})
+    assert "was drawn by another artifact" in capsys.readouterr().err
+
+
+def test_a_start_picture_is_kept_the_more_the_less_noise_there_is_on_it(tiny_student: Artifact, tmp_path: Path) -> None:
+    pipe, path = load_pipeline(tiny_student.path), tmp_path / "start.png"
+    pixels = np.tile(np.arange(0, 256, 4, dtype=np.uint8)[:, None, None], (1, 64, 3))
+    Image.fromarray(pixels).save(path)
+    z = encode_image(pipe, pixels)
+    away = []
+    for strength in (0.5, 0.9, 1.0):
+        options = generate._start(tiny_student, path, strength, tiny_student.manifest.sampler.sigmas, 64)  # type: ignore[union-attr]
+        away.append(float((sample_latents(pipe, tiny_student.manifest.sampler, PROMPTS[:1], [3], **options) - z).norm()))  # type: ignore[arg-type]
+    assert away[0] < 0.8 * away[2] and away[0] < away[1]
+    noise = sample_latents(pipe, tiny_student.manifest.sampler, PROMPTS[:1], [3])  # type: ignore[arg-type]
+    assert torch.allclose(sample_latents(pipe, tiny_student.manifest.sampler, PROMPTS[:1], [3], **options), noise)  # type: ignore[arg-type]
+    file = generate.run(str(tiny_student.path), PROMPTS[:1], tmp_path / "a.png", init_image=path, strength=0.8)[0]
+    with pytest.raises(UsageError, match=r"began with --init-image start\.png"):
+        generate.again(file, str(tiny_student.path), [], {})
+    for strength, message in ((0.2, r"leaves no step .* use 0\.5 or more"), (0.9, "is no picture that can be read")):
+        with pytest.raises(UsageError, match=message):
+            generate.run(str(tiny_student.path), PROMPTS[:1], tmp_path / "b.png", init_image=tmp_path, strength=strength)
+
+
+def test_seeds_are_numbers_and_rising_ranges() -> None:
+    assert generate.read_seeds("1, 5-7,18446744073709551615") == [1, 5, 6, 7, 2**64 - 1]
+    for text in ("", "a", "3-1", "1,,2", "-1", "0-10000", "0-9999,1"):
+        with pytest.raises(UsageError, match="numbers and rising ranges"):
+            generate.read_seeds(text)
+
+
+def test_a_prompt_file_has_a_prompt_a_line(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n\n  a dog \n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert generate.read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
+    for name, message in (("empty.txt", "has no prompts"), ("binary", "cannot be read as text"), ("none", "cannot be read as text")):
+        with pytest.raises(UsageError, match=message):
+            generate.read_prompts(tmp_path / name)
+
+
 def test_teacher_draws_in_any_number_of_steps(tiny_teacher: Artifact, tmp_path: Path) -> None:
     generate.run(str(tiny_teacher.path), [PROMPTS[0]], tmp_path / "a.png", seed=1, steps=2)
     with Image.open(tmp_path / "a.png") as image:
@@ -117,6 +192,8 @@ def test_teacher_draws_in_any_number_of_steps(tiny_teacher: Artifact, tmp_path: 
         ({"seed": -1}, "--seed -1"),
         ({"guidance": 0.5}, "--guidance 0.5"),
         ({"size_px": 128}, "--size 128: this export draws 64 px only"),
+        ({"init_image": Path("file")}, "--init-image needs the VAE's encoder"),
+        ({"seeds": [1, 2**64]}, "--seed 18446744073709551616 is out of range"),
         ({"out": "a.jpg"}, "a.jpg is not a .png"),
         ({"out": "."}, "is not a .png"),
         ({"out": "file/a.png"}, "--out"),
