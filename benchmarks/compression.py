@@ -133,7 +133,6 @@ def weights(student: Artifact, work: Path, kept: dict[str, Any], save: Callable[
 
 def encoders(student: Artifact, work: Path, kept: dict[str, Any], save: Callable[[], None]) -> None:
     """Table A. Step latency: one picture, 2 threads, rows interleaved, medians."""
-    torch.set_num_threads(2)
     made = {"full": student}
     for name, (mode, settings) in ENCODERS.items():
         recipe: Recipe = load("shapes", ["restructure.floor=0", "bench.per_task=0", *settings])
@@ -153,6 +152,7 @@ def encoders(student: Artifact, work: Path, kept: dict[str, Any], save: Callable
             kept["encoders"][name] = {"passed": passed, "bytes": size, "t5_bytes": t5, "tokens": sampler.clip_tokens + sampler.t5_tokens}
             save()
             say(f"{name}: composition {np.mean(passed):.3f}")
+    torch.set_num_threads(2)
     with torch.no_grad():
         for _ in range(ROUNDS + 1):
             for name, call in calls.items():
