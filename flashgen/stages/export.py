@@ -24,6 +24,10 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
 
     Raises NumericsError when a component's PSNR against torch is below the recipe's floor; nothing is published then.
     """
+    if target == "gguf":
+        from flashgen.stages import gguf
+
+        return gguf.run(student, out, recipe, seed, force)
     if target != "onnx":
         raise UsageError(f"--target {target} is not there yet; use --target onnx")
     source = open_artifact(student, kinds=("student", "quantized", "teacher"))
