@@ -11,7 +11,16 @@ PEERS := .venv-peers
 RECIPE := --recipe shapes-demo
 PROMPT := two red circles on a white background
 
-.PHONY: install demo shapes ablation compression bench-device browser healthy-run test check teacher clean distclean
+# A student of a minute: what other loaders and another processor make of it is to be measured, not how well it paints.
+INTERCHANGE := artifacts/interchange
+QUICK := $(RECIPE) --set bench.per_task=1 --set distill.trajectory.prompts=128 --set distill.trajectory.iterations=60 \
+	--set distill.matching.iterations=0 --set restructure.prompts=64 --set restructure.iterations=10 --set restructure.floor=0
+ARM64 := artifacts/arm64
+WHEELS := --target $(ARM64)/site --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 \
+	--python-version 3.11 --only-binary=:all:
+
+.PHONY: install demo shapes ablation compression bench-device browser healthy-run interchange test-interchange test-arm64 test-mobile
+.PHONY: test check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -81,6 +90,47 @@ browser: install
 	$(FLASHGEN) export $(DEMO)/int4-web --target web --recipe device-web --out $(DEMO)/web
 	$(BIN)/pytest -m browser -rs
 	$(BIN)/python -m benchmarks.browser $(DEMO)/web
+
+interchange: install
+	$(FLASHGEN) distill shapes $(QUICK) --out $(INTERCHANGE)/student
+	$(FLASHGEN) restructure-encoder $(INTERCHANGE)/student --mode prune $(QUICK) --out $(INTERCHANGE)/slim
+	$(FLASHGEN) quantize $(INTERCHANGE)/student $(QUICK) --out $(INTERCHANGE)/int4
+	$(FLASHGEN) quantize $(INTERCHANGE)/slim $(QUICK) --out $(INTERCHANGE)/slim-int4
+	$(FLASHGEN) export $(INTERCHANGE)/student $(QUICK) --out $(INTERCHANGE)/device-fp32
+	$(FLASHGEN) export $(INTERCHANGE)/int4 $(QUICK) --out $(INTERCHANGE)/device
+	$(FLASHGEN) export $(INTERCHANGE)/int4 $(QUICK) --set export.accuracy_level=4 --out $(INTERCHANGE)/device-int8
+	$(FLASHGEN) export $(INTERCHANGE)/slim-int4 $(QUICK) --out $(INTERCHANGE)/slim-device
+
+# optimum (in an environment of its own) and diffusers draw the same pictures from the folders and from the GGUF.
+test-interchange: interchange $(INTERCHANGE)/venv/.installed
+	$(BIN)/pip install --no-build-isolation -e ".[gguf]"
+	$(FLASHGEN) export $(INTERCHANGE)/student $(QUICK) --target gguf --out $(INTERCHANGE)/student-gguf
+	$(FLASHGEN) export $(INTERCHANGE)/int4 $(QUICK) --target gguf --out $(INTERCHANGE)/int4-gguf
+	$(BIN)/python -m benchmarks.interchange loaders $(INTERCHANGE) $(INTERCHANGE)/venv/bin/python
+
+$(INTERCHANGE)/venv/.installed: requirements/interchange.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -r $<
+	touch $@
+
+# The base install's aarch64 wheels in Debian's arm64 Python, unpacked only: qemu runs it, no chroot, no binfmt, no root needed.
+test-arm64: interchange $(ARM64)/.made
+	$(BIN)/python -m benchmarks.interchange arm64 $(INTERCHANGE) $(ARM64)
+
+$(ARM64)/.made: pyproject.toml requirements/ci.txt
+	@for tool in mmdebstrap qemu-aarch64-static; do command -v $$tool > /dev/null || \
+		{ echo "$$tool is not installed: apt-get install mmdebstrap qemu-user-static"; exit 5; }; done
+	rm -rf $(ARM64)
+	mkdir -p $(ARM64)
+	mmdebstrap --variant=extract --architectures=arm64 --include=python3,libstdc++6 bookworm $(ARM64)/root
+	grep -oE '^[A-Za-z0-9_.-]+==[^ ]+' requirements/ci.txt > $(ARM64)/constraints.txt
+	$(BIN)/pip install --no-build-isolation $(WHEELS) -c $(ARM64)/constraints.txt .
+	rm -rf $(ARM64)/site/flashgen
+	touch $@
+
+# What onnxruntime's own tools say of the components on phones, and pictures from its .ort format.
+test-mobile: interchange
+	$(BIN)/python -m benchmarks.interchange mobile $(INTERCHANGE)
 
 test: install
 	$(BIN)/pytest

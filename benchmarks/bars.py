@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +44,13 @@ def seconds(*arguments: str, repeats: int = 5) -> float:
     return float(np.median(times))
 
 
-def in_diffusers(path: Path, prompts: list[str]) -> float:
-    """Lowest PSNR between flashgen's pictures of a student and diffusers' with the documented call."""
+def in_diffusers(path: Path, prompts: list[str], **parts: Any) -> float:
+    """Lowest PSNR between flashgen's pictures of a student and diffusers' with the documented call, `parts` replacing components."""
     source = open_artifact(path)
     sampler = source.manifest.sampler
     assert sampler is not None
     ours = sample(load_pipeline(source.path), sampler, prompts, list(range(len(prompts))))
-    pipe = StableDiffusion3Pipeline.from_pretrained(source.path, torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(source.path, torch_dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
     worst = 99.0
     for seed, prompt in enumerate(prompts):

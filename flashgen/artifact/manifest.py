@@ -18,7 +18,7 @@ MAX_BYTES = 8 << 20  # of a manifest; a hostile one must not fill the memory
 NAME = "manifest.json"
 PICKLED = re.compile(r"(?i)\.(pt|pth|ckpt|pkl|pickle|joblib)$|pytorch_model.*\.bin$")  # formats that run code when loaded
 
-Kind = Literal["teacher", "student", "quantized", "device"]
+Kind = Literal["teacher", "student", "quantized", "device", "gguf"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flashgen.cli.options import Options
     from flashgen.recipe.schema import Recipe
 
-EXTRA = 'pip install "flashgen[train]"'
+EXTRAS = {"gguf": "gguf"}  # by what cannot be imported; everything else is in `train`
 
 
 @contextmanager
@@ -53,7 +53,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 5, f"not enough memory ({text}); lower the batch (--set ...batch=), then the same command resumes"
     if isinstance(error, ImportError) and not (error.name or "").startswith("flashgen"):
-        return 5, f"this command needs {error.name or text}, which is not installed: {EXTRA}"
+        extra = EXTRAS.get(error.name or "", "train")
+        return 5, f'this command needs {error.name or text}, which is not installed: pip install "flashgen[{extra}]"'
     if isinstance(error, OSError):
         return 5, f"{text}; check the path, its rights and the disk, then run the same command again"
     return 1, f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"

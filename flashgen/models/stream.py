@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,42 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     entries, start = header(path)
     with path.open("rb") as file:
         for name, entry in entries.items():
-            low, high = entry["data_offsets"]
-            file.seek(start + low)
-            data = bytearray(high - low)
-            file.readinto(data)
-            dtype = DTYPES[entry["dtype"]]
-            yield name, torch.frombuffer(data, dtype=dtype).reshape(entry["shape"]) if data else torch.empty(entry["shape"], dtype=dtype)
+            yield name, _tensor(file, start, entry)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, read when called."""
+
+    path: Path
+    start: int
+    entry: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.entry["shape"])
+
+    def __call__(self) -> Tensor:
+        with self.path.open("rb") as file:
+            return _tensor(file, self.start, self.entry)
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the safetensors files in `folder` by name, none of them read."""
+    found: dict[str, Stored] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        entries, start = header(path)
+        found |= {name: Stored(path, start, entry) for name, entry in entries.items()}
+    return found
+
+
+def _tensor(file: BufferedReader, start: int, entry: dict[str, Any]) -> Tensor:
+    low, high = entry["data_offsets"]
+    file.seek(start + low)
+    data = bytearray(high - low)
+    file.readinto(data)
+    dtype = DTYPES[entry["dtype"]]
+    return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"]) if data else torch.empty(entry["shape"], dtype=dtype)
 
 
 def write(path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]) -> None:

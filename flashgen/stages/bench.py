@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from flashgen.artifact.store import open_artifact
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.errors import UsageError
 from flashgen.metrics.latency import Job, measure_apart
 from flashgen.metrics.report import contact_sheet, print_table
 from flashgen.progress import say, track
 from flashgen.recipe.schema import Recipe
 from flashgen.shapes.scene import prompt_set
 from flashgen.shapes.verify import composition
+from flashgen.stages.generate import sampler_of
 
 SHEET_COLUMNS = 8
 
@@ -31,8 +32,7 @@ def run(artifacts: list[str], out: Path | None, recipe: Recipe, seed: int, per_t
         raise UsageError("nothing to measure; name one or more artifacts, as in: flashgen bench artifacts/student artifacts/device")
     opened = [open_artifact(ref) for ref in artifacts]
     for source in opened:
-        if source.manifest.sampler is None:
-            raise ArtifactError(f"{source.path}: the manifest has no sampler, so nothing says how to draw; make it again with --force")
+        sampler_of(source)
     if out is not None:
         _make(out)
     count = recipe.bench.per_task if per_task is None else per_task

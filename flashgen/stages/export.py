@@ -27,6 +27,10 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     """
     if offline and target != "web":
         raise UsageError(f"--offline has no effect on --target {target}, which downloads nothing; leave it out")
+    if target == "gguf":
+        from flashgen.stages import gguf
+
+        return gguf.run(student, out, recipe, seed, force)
     source = open_artifact(student, kinds=("student", "quantized", "teacher"))
     sampler = source.manifest.sampler
     if sampler is None:
@@ -86,6 +90,7 @@ def _runtime_files(pipe: StableDiffusion3Pipeline, sampler: Sampler, source: Pat
     for name, length in lengths.items():
         tokenizer = getattr(pipe, name)
         tokenizer.save_pretrained(folder / name)
+        _for_transformers_4(tokenizer, index, folder / name / "tokenizer_config.json")
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -101,3 +106,12 @@ def _runtime_files(pipe: StableDiffusion3Pipeline, sampler: Sampler, source: Pat
         "vae": {"scaling_factor": pipe.vae.config.scaling_factor, "shift_factor": pipe.vae.config.shift_factor},
         "tokenizers": tokenizers,
     }
+
+
+def _for_transformers_4(tokenizer: Any, index: dict[str, Any], config: Path) -> None:
+    """optimum holds transformers below 5, where the plain classes want vocab.json, and [] is no set of extra tokens."""
+    index[config.parent.name] = ["transformers", type(tokenizer).__name__.removesuffix("Fast") + "Fast"]
+    settings = json.loads(config.read_text())
+    if not settings.get("extra_special_tokens"):
+        settings.pop("extra_special_tokens", None)
+    config.write_text(json.dumps(settings, indent=1, sort_keys=True))

@@ -150,9 +150,7 @@ def check_request(
     negative: str | None,
 ) -> Sampler:
     """The artifact's sampler, once everything asked for is known to be possible. Warns about what will have no effect."""
-    sampler = source.manifest.sampler
-    if sampler is None:
-        raise ArtifactError(f"{source.path}: the manifest has no sampler, so nothing says how to draw; make it again with --force")
+    sampler = sampler_of(source)
     if not prompts or not all(p.strip() for p in prompts):
         raise UsageError('the prompt is empty; write what to draw, as in: flashgen generate ARTIFACT "a red circle" -o a.png')
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
@@ -171,6 +169,19 @@ def check_request(
     if negative and weight == 1:
         warn("--negative has NO EFFECT at guidance 1, where nothing is subtracted; add --guidance 2 or more, or leave it out")
     _check_size(source, sampler, size_px)
+    return sampler
+
+
+def sampler_of(source: Artifact) -> Sampler:
+    """How to draw from `source`. Raises ArtifactError when flashgen cannot."""
+    sampler = source.manifest.sampler
+    if source.manifest.kind == "gguf":
+        raise ArtifactError(
+            f"{source.path} is a transformer for stable-diffusion.cpp, ComfyUI-GGUF or diffusers, which read its model.gguf; with flashgen "
+            f"draw from what it was exported from, {source.manifest.parents[0].path}"
+        )
+    if sampler is None:
+        raise ArtifactError(f"{source.path}: the manifest has no sampler, so nothing says how to draw; make it again with --force")
     return sampler
 
 

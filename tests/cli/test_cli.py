@@ -199,7 +199,7 @@ def test_error_is_one_sentence_and_its_exit_code(tmp_path: Path, stage: ModuleTy
         (["quantize", "s", "-o", "q", "--recipe", "none"], "no recipe named 'none'"),
         (["quantize", "s", "-o", "q", "--device", "cuda"], "computes on the CPU only"),
         (["restructure-encoder", "s", "-o", "q", "--mode", "melt"], "'zeros', 'prune', 'compact'"),
-        (["export", "s", "-o", "q", "--target", "toaster"], "'onnx', 'web'"),
+        (["export", "s", "-o", "q", "--target", "toaster"], "'onnx', 'gguf', 'web'"),
         (["generate", "a", "a red circle", "-o", "x", "--steps", "0"], "--steps"),
         (["generate", "a", "a red circle", "-o", "x", "--guidance", "0.5"], "--guidance"),
         (["generate", "a", "-o", "x"], "PROMPT"),

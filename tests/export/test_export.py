@@ -87,6 +87,13 @@ def test_zeroed_encoder_is_left_out(tiny_student: Artifact, tmp_path: Path, reci
     assert json.loads((device.path / "model_index.json").read_text())["text_encoder_3"] == [None, None]
 
 
+def test_tokenizers_load_in_transformers_4_which_optimum_needs(tiny_device: Artifact) -> None:
+    index = json.loads((tiny_device.path / "model_index.json").read_text())
+    for name, fast in {"tokenizer": "CLIPTokenizerFast", "tokenizer_2": "CLIPTokenizerFast", "tokenizer_3": "T5TokenizerFast"}.items():
+        assert index[name] == ["transformers", fast]
+        assert "extra_special_tokens" not in json.loads((tiny_device.path / name / "tokenizer_config.json").read_text())
+
+
 def test_second_run_is_up_to_date(tiny_student: Artifact, tiny_device: Artifact, recipe: Recipe) -> None:
     again = export.run(str(tiny_student.path), tiny_device.path.parent, recipe, 0, False)
     assert again.path == tiny_device.path

@@ -1,0 +1,44 @@
+"""An exported artifact's pictures in optimum's ORTDiffusionPipeline; run by the Python of optimum's own environment, without flashgen's
+dependencies.
+
+python -m benchmarks.in_optimum ARTIFACT PICTURES.npy PROMPT...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from optimum.onnxruntime import ORTDiffusionPipeline
+
+from flashgen.device.noise import latents
+from flashgen.flow.grid import unshift
+
+
+def main(folder: Path, out: Path, prompts: list[str]) -> None:
+    """Writes uint8 [B, H, W, 3]; picture i is drawn from seed i."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sampler = manifest["sampler"]
+    pipe = ORTDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = [
+        pipe(
+            prompt,
+            latents=torch.from_numpy(latents(tuple(manifest["extra"]["latent_shape"]), [seed])),
+            sigmas=[unshift(s, sampler["shift"]) for s in sampler["sigmas"][:-1]],
+            guidance_scale=sampler["guidance"],
+            max_sequence_length=sampler["t5_tokens"],
+            height=sampler["size_px"],
+            width=sampler["size_px"],
+            output_type="np",
+        ).images[0]
+        for seed, prompt in enumerate(prompts)
+    ]
+    np.save(out, np.round(np.stack(pictures) * 255).astype(np.uint8))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
