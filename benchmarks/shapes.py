@@ -64,7 +64,7 @@ def main(out: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ruler = Ruler(load_pipeline(teacher.path), teacher.manifest.sampler, folder, PER_TASK, FEW)
     found = {"teacher": scores(teacher, ruler, folder)}
-    there = [name for name in STUDENTS if (out / name).exists()]
+    there = [name for name in STUDENTS if (out / name / "latest").exists()]
     if missing := sorted(set(STUDENTS) - set(there)):
         warn(f"{', '.join(missing)} not made yet, so their bars are missing; `make shapes` makes them")
     for name in there:
