@@ -46,7 +46,7 @@ NONE = ["quantize.method=rtn", "quantize.basis_tolerance=0", "quantize.repair=fa
 STEPS: dict[str, list[str]] = {"nearest, 4.25 bits by damage": NONE, "+ GPTQ": NONE[1:], "+ adaLN on a shared basis": NONE[2:]}
 ENCODERS: dict[str, tuple[str, list[str]]] = {
     "zeros": ("zeros", []), "prune": ("prune", []), "adapter": ("prune", ["restructure.adapter=true"]), "compact": ("compact", []),
-    "compact, embedding loss": ("compact", ["restructure.loss=embedding"]),
+    "compact, embedding loss": ("compact", ["restructure.iterations=0"]),
 }  # fmt: skip
 
 

@@ -60,21 +60,23 @@ def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work
     from flashgen.models.sample import latent_shape, load_pipeline
     from flashgen.models.text import tokenize
     from flashgen.training.prompts import prompt_pool, training_captions
-    from flashgen.training.recovery import compact_t5, embedding_loss, pruned_loss, recover, vision_loss
+    from flashgen.training.recovery import compact_t5, embedding_loss, own_trajectories, pruned_loss, recover, vision_loss
 
     config, nodes = recipe.restructure, sampler.sigmas
     pipe = load_pipeline(parent.path)
     pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens)
     full = pipe.transformer
-    shape = latent_shape(pipe, sampler.size_px)
+    replay = own_trajectories(full, pool, nodes, latent_shape(pipe, sampler.size_px), seed) if config.iterations else None
     if mode == "prune":
         slim = copy.deepcopy(full)
         (slim.context_embedder if config.adapter else slim).requires_grad_(True)
-        recover(slim, pruned_loss(slim, full, pool, nodes, shape), config, seed, work)
+        if replay:
+            recover(slim, pruned_loss(slim, replay, nodes), config, config.iterations, seed, work)
         return {"transformer": slim}
     ids = tokenize(pipe, training_captions(config.prompts, seed + 3), sampler.t5_tokens).t5
     assert ids is not None
     small = compact_t5(pipe.text_encoder_3, config, seed)
-    loss = vision_loss(small, full, pool, ids, nodes, shape) if config.loss == "vision" else embedding_loss(small, pool, ids)
-    recover(small, loss, config, seed, work)
+    recover(small, embedding_loss(small, pool, ids), config, config.embedding, seed, work, "embedding")
+    if replay:
+        recover(small, vision_loss(small, full, replay, ids, nodes), config, config.iterations, seed, work)
     return {"text_encoder_3": small}

@@ -1,4 +1,4 @@
-"""Teaching a student to paint without its T5 encoder what it painted with it: losses at its own nodes, and the loop around them."""
+"""Teaching a student to paint without its T5 encoder what it painted with it: losses on its own trajectories, and the loop around them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import T5EncoderModel
 
 from flashgen.models.text import Conditioning
 from flashgen.objectives.trajectory import trajectory_loss
+from flashgen.progress import track
+from flashgen.randomness import generator
 from flashgen.recipe.schema import RestructureRecipe
 from flashgen.training.loop import Ema, descend, fit
 from flashgen.training.matching import roll_out
+from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
 from flashgen.training.schedule import cosine
-from flashgen.training.trajectories import velocity
+from flashgen.training.trajectories import Replay, velocity
 
-RECOVERY_STREAM = 13
+RECOVERY_STREAM, ROLLOUT_STREAM = 13, 17
+ROLLOUT_BATCH = 64
 Loss = Callable[[Draws], Tensor]
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) to a velocity
 
@@ -48,42 +53,46 @@ def compact_t5(large: T5EncoderModel, config: RestructureRecipe, seed: int) -> T
     return made
 
 
-def pruned_loss(student: nn.Module, full: nn.Module, pool: PromptPool, nodes: list[float], shape: tuple[int, ...]) -> Loss:
-    """`student`, which sees CLIP tokens only, against the frozen `full` student.
+@torch.no_grad()
+def own_trajectories(full: nn.Module, pool: PromptPool, nodes: list[float], shape: tuple[int, ...], seed: int) -> Replay:
+    """The states of the student's own rollouts, one noise a prompt: what it is to paint again without its T5 (our choice of states)."""
+    found, starts = [], range(0, len(pool), ROLLOUT_BATCH)
+    for start in track(starts, "own trajectories", total=len(starts)):
+        cond = pool.cond[slice(start, start + ROLLOUT_BATCH)]
+        noise = torch.randn((len(cond.pooled), *shape), generator=generator(seed, ROLLOUT_STREAM, start))
+        found.append(torch.stack(roll_out(lambda _: full, noise, cond, nodes).states, 1).half())
+    return Replay(torch.cat(found), pool)
 
-    `full` sees T5 tokens that are zeros, which its training knows (`t5_drop`): with the T5 text it would ask for what CLIP
-    tokens cannot tell, and the mean of that is a blur.
-    """
+
+def pruned_loss(student: nn.Module, replay: Replay, nodes: list[float]) -> Loss:
+    """`student`, which sees CLIP tokens only, on the trajectories of the whole one."""
 
     def loss(g: Draws) -> Tensor:
-        cond = pool.draw(1.0, g)
-        return _following(
-            full, cond, lambda x, sigma: velocity(student, x, sigma, without_t5_tokens(cond, pool.clip_tokens)), nodes, shape, g
-        )
+        rows = g.randint(len(replay.pool))
+        cond = without_t5_tokens(replay.pool.cond[rows], replay.pool.clip_tokens)
+        return _following(replay, rows, lambda x, sigma: velocity(student, x, sigma, cond), nodes, g)
 
     return loss
 
 
-def vision_loss(
-    encoder: T5EncoderModel, full: nn.Module, pool: PromptPool, ids: Tensor, nodes: list[float], shape: tuple[int, ...]
-) -> Loss:
-    """The frozen `full` student with the tokens of `encoder`, against itself with those of its own T5; `ids` [N, L] are the pool's.
+def vision_loss(encoder: T5EncoderModel, full: nn.Module, replay: Replay, ids: Tensor, nodes: list[float]) -> Loss:
+    """The frozen `full` student with the tokens of `encoder`, on its trajectories with those of its own T5; `ids` [N, L] are the pool's.
 
     Gradient: through `full` to `encoder`. Source: DistillT5 (2503.19897), which follows a 50-step model; at the nodes of a few-step
     student instead (our choice).
     """
 
     def loss(g: Draws) -> Tensor:
-        rows = g.randint(len(pool))
-        cond = pool.cond[rows]
-        said = Conditioning(torch.cat([cond.embeds[:, : pool.clip_tokens], encoder(ids[rows])[0]], 1), cond.pooled)
-        return _following(full, cond, lambda x, sigma: velocity(full, x, sigma, said), nodes, shape, g)
+        rows, clip_tokens = g.randint(len(replay.pool)), replay.pool.clip_tokens
+        cond = replay.pool.cond[rows]
+        said = Conditioning(torch.cat([cond.embeds[:, :clip_tokens], encoder(ids[rows])[0]], 1), cond.pooled)
+        return _following(replay, rows, lambda x, sigma: velocity(full, x, sigma, said), nodes, g)
 
     return loss
 
 
 def embedding_loss(encoder: T5EncoderModel, pool: PromptPool, ids: Tensor) -> Loss:
-    """Plain regression onto the large encoder's tokens: the weak baseline (DistillT5)."""
+    """Plain regression onto the large encoder's tokens (DistillT5's baseline): cheap, so `vision_loss` begins where it ends."""
 
     def loss(g: Draws) -> Tensor:
         rows = g.randint(len(pool))
@@ -92,30 +101,37 @@ def embedding_loss(encoder: T5EncoderModel, pool: PromptPool, ids: Tensor) -> Lo
     return loss
 
 
-def _following(full: nn.Module, cond: Conditioning, predict: Predict, nodes: list[float], shape: tuple[int, ...], g: Draws) -> Tensor:
-    """Velocity error of `predict` at one node each of rollouts of `full` (our choice of states)."""
-    sigmas = torch.tensor(nodes)
-    states = torch.stack(roll_out(lambda _: full, g.randn(*shape), cond, nodes).states, 1)
-    node = g.randint(len(nodes) - 1)
-    x, x_next = (states[torch.arange(len(node)), node + k] for k in (0, 1))
+def _following(replay: Replay, rows: Tensor, predict: Predict, nodes: list[float], g: Draws) -> Tensor:
+    """Velocity error of `predict` at one node each of those trajectories."""
+    sigmas, node = torch.tensor(nodes), g.randint(len(nodes) - 1)
+    x, x_next = (replay.states[rows, node + k].float() for k in (0, 1))
     return trajectory_loss(predict(x, sigmas[node]), x, x_next, sigmas[node], sigmas[node + 1])
 
 
-def recover(trained: nn.Module, loss: Loss, config: RestructureRecipe, seed: int, work: Path) -> None:
-    """Minimise `loss` over the parameters of `trained` that want a gradient (it goes to these only); it ends with its EMA weights."""
+def recover(
+    trained: nn.Module, loss: Loss, config: RestructureRecipe, iterations: int, seed: int, work: Path, name: str = "recovery"
+) -> None:
+    """Minimise `loss` over the parameters of `trained` that want a gradient (it goes to these only); it ends with its EMA weights.
+
+    Muon takes the matrices of a transformer's blocks where `restructure.muon_lr` says so; an encoder is AdamW's alone.
+    """
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    whole = isinstance(trained, SD3Transformer2DModel) and len(parameters) == len(list(trained.parameters()))
+    adamw: list[torch.optim.Optimizer] = [torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = muon_and_adamw(trained, config.muon_lr, config.lr) if whole else adamw
+    rates = [config.muon_lr, config.lr][-len(optimizers) :]
     ema = Ema(trained, 0.99)
 
     def step_fn(step: int) -> dict[str, float]:
         g = Draws(config.batch, seed, RECOVERY_STREAM, step)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(config.lr, step, config.iterations, warmup=20)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(rate, step, iterations, warmup=20)
         value = loss(g)
-        norm = descend(value, parameters, [optimizer], clip=1.0, where=f"recovery step {step}")
+        norm = descend(value, parameters, optimizers, clip=1.0, where=f"{name} step {step}")
         ema.update(trained, step)
         return {"loss": value.item(), "grad_norm": norm}
 
-    fit("recovery", config.iterations, step_fn, {"student": trained, "optimizer": optimizer, "ema": ema}, work)
-    if config.iterations:
+    fit(name, iterations, step_fn, {"student": trained, "ema": ema, **named("", optimizers)}, work)
+    if iterations:
         ema.copy_to(trained)

@@ -19,7 +19,16 @@ from flashgen.models.text import Conditioning
 from flashgen.recipe.schema import RestructureRecipe
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
-from flashgen.training.recovery import compact_t5, embedding_loss, pruned_loss, recover, vision_loss, without_t5_tokens
+from flashgen.training.recovery import (
+    compact_t5,
+    embedding_loss,
+    own_trajectories,
+    pruned_loss,
+    recover,
+    vision_loss,
+    without_t5_tokens,
+)
+from flashgen.training.trajectories import velocity
 
 SHAPE, NODES = (16, 4, 4), few_step_grid(2, 3.0)
 Build = Callable[[int], nn.Module]
@@ -49,25 +58,38 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def test_recovery_shows_the_student_clip_tokens_only(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     full = transformer(0)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
     slim = copy.deepcopy(full).requires_grad_(True)
-    lengths: dict[str, set[int]] = {"full": set(), "slim": set()}
-    zeros: list[bool] = []
-    for name, net in (("full", full), ("slim", slim)):
-        net.register_forward_hook(lambda module, inputs, output, name=name: lengths[name].add(inputs[1].shape[1]))
-    full.register_forward_hook(lambda module, inputs, output: zeros.append(not inputs[1][:, 16:].any()))
+    lengths: set[int] = set()
+    slim.register_forward_hook(lambda module, inputs, output: lengths.add(inputs[1].shape[1]))
     before = weights(full), weights(slim)
-    recover(slim, pruned_loss(slim, full, pool, NODES, SHAPE), RestructureRecipe(iterations=2, batch=4), 0, tmp_path)
-    assert lengths == {"full": {32}, "slim": {16}} and all(zeros)
-    assert same(weights(full), before[0]) and not same(weights(slim), before[1])
+    for muon_lr in (0.0, 1e-3):
+        config = RestructureRecipe(batch=4, muon_lr=muon_lr)
+        recover(slim, pruned_loss(slim, replay, NODES), config, 2, 0, tmp_path / str(muon_lr))
+        assert lengths == {16} and same(weights(full), before[0]) and not same(weights(slim), before[1])
+        before = before[0], weights(slim)
     kept = without_t5_tokens(pool.cond, 16)
     assert isinstance(kept, Conditioning) and torch.equal(kept.embeds, pool.cond.embeds[:, :16])
+
+
+def test_own_trajectories_are_the_students_own_steps(transformer: Build, pool: PromptPool) -> None:
+    full = transformer(0)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    assert replay.states.shape == (len(pool), len(NODES), *SHAPE) and replay.states.dtype == torch.float16
+    with torch.no_grad():
+        v = velocity(full, replay.states[:, 1].float(), torch.full((len(pool),), NODES[1]), pool.cond)
+    assert torch.allclose(replay.states[:, 2].float(), replay.states[:, 1].float() + (NODES[2] - NODES[1]) * v, atol=1e-2)
+    assert not torch.equal(replay.states, own_trajectories(full, pool, NODES, SHAPE, 1).states)
+    loss = pruned_loss(full, replay, NODES)(Draws(8, 3))  # it lacks what it was painted from
+    assert loss.item() > 1e-6
 
 
 def test_what_wants_no_gradient_stays(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     full = transformer(0)
     slim = copy.deepcopy(full)
     slim.context_embedder.requires_grad_(True)
-    recover(slim, pruned_loss(slim, full, pool, NODES, SHAPE), RestructureRecipe(iterations=2, batch=4), 0, tmp_path)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    recover(slim, pruned_loss(slim, replay, NODES), RestructureRecipe(batch=4, muon_lr=1e-3), 2, 0, tmp_path)
     changed = {name for (name, a), b in zip(slim.named_parameters(), full.parameters(), strict=True) if not torch.equal(a, b)}
     assert changed == {"context_embedder.weight", "context_embedder.bias"}
 
@@ -83,12 +105,15 @@ def test_a_compact_encoder_is_a_smaller_t5_of_the_same_width(large: T5EncoderMod
     assert (wide.num_layers, wide.num_heads, wide.d_ff) == (3, 2, 8)
 
 
-def test_the_vision_loss_is_zero_for_the_large_encoder_itself(
+def test_the_losses_are_zero_for_the_large_encoder_itself(
     transformer: Build, said: tuple[PromptPool, Tensor], large: T5EncoderModel
 ) -> None:
     pool, ids = said
-    loss = vision_loss(large, transformer(0), pool, ids, NODES, SHAPE)
-    assert loss(Draws(8, 3)).item() < 1e-10
+    full = transformer(0)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    small = compact_t5(large, RestructureRecipe(), 0)
+    zero, other = (vision_loss(encoder, full, replay, ids, NODES)(Draws(8, 3)).item() for encoder in (large, small))
+    assert zero < 1e-5 and other > 10 * zero  # states are kept in fp16
     assert embedding_loss(large, pool, ids)(Draws(8, 3)).item() < 1e-10
 
 
@@ -98,8 +123,9 @@ def test_only_the_compact_encoder_learns(
 ) -> None:
     pool, ids = said
     full, small = transformer(0), compact_t5(large, RestructureRecipe(), 0)
-    loss = vision_loss(small, full, pool, ids, NODES, SHAPE) if kind == "vision" else embedding_loss(small, pool, ids)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    loss = vision_loss(small, full, replay, ids, NODES) if kind == "vision" else embedding_loss(small, pool, ids)
     before = weights(full), weights(large), weights(small), loss(Draws(64, 3)).item()
-    recover(small, loss, RestructureRecipe(iterations=40, batch=8, lr=3e-3), 0, tmp_path)
+    recover(small, loss, RestructureRecipe(batch=8, lr=3e-3), 40, 0, tmp_path)
     assert same(weights(full), before[0]) and same(weights(large), before[1]) and not same(weights(small), before[2])
     assert loss(Draws(64, 3)).item() < 0.8 * before[3]
