@@ -129,10 +129,12 @@ class LoraTraining(Model):
         description="modules that get an adapter, as a regular expression",
     )
     checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    base: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen weights; adapters stay in float32")
 
 
 class DistillRecipe(Model):
     steps: int = Field(4, ge=1, le=16, description="student steps")
+    size_px: int | None = Field(None, ge=16, description="of the pictures to train on; none: the teacher's")
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
     lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three whole networks")
     trajectory: TrajectoryTraining = TrajectoryTraining()

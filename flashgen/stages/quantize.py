@@ -128,7 +128,6 @@ def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor
         for name, tensor in read(path):
             next(tick)
             yield name, changed(name, tensor).to(torch.float16) if tensor.is_floating_point() else tensor
-        next(tick, None)
 
     for path in files:
         kinds = {
@@ -136,6 +135,7 @@ def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor
             for name, e in entries[path].items()
         }
         write(target / path.name, kinds, halved(path))
+    next(tick, None)
     for path in source.iterdir():
         if path not in files and path.is_file():
             draft.link(path, f"transformer/{path.name}")

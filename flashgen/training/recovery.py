@@ -75,7 +75,7 @@ def vision_loss(
 
     def loss(g: Draws) -> Tensor:
         rows = g.randint(len(pool))
-        cond = pool.cond[rows]
+        cond = pool[rows]
         said = Conditioning(torch.cat([cond.embeds[:, : pool.clip_tokens], encoder(ids[rows])[0]], 1), cond.pooled)
         return _following(full, cond, lambda x, sigma: velocity(full, x, sigma, said), nodes, shape, g)
 
