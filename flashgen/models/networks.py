@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
+from accelerate.hooks import attach_align_device_hook
+from accelerate.utils import OffloadedWeightsLoader
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from flashgen.errors import ArtifactError
-from flashgen.models.stream import header, weight_files
+from flashgen.models.stream import header, tensor, tensor_files, weight_files
 
 KINDS: dict[str, Any] = {
     "transformer": SD3Transformer2DModel,
@@ -28,10 +31,11 @@ def empty_network(folder: Path, name: str) -> nn.Module:
     """Component `name` of the pipeline in `folder` from its config; weights on `meta`. Raises ArtifactError for a broken config."""
     kind = KINDS[name]
     try:
-        with init_empty_weights():
-            if issubclass(kind, SD3Transformer2DModel | AutoencoderKL):
+        if issubclass(kind, SD3Transformer2DModel | AutoencoderKL):
+            with torch.device("meta"):  # its position table too, 900 MB of SD3.5-Medium
                 network: nn.Module = kind.from_config(kind.load_config(folder / name))
-            else:
+        else:
+            with init_empty_weights():  # buffers are there: no file has them
                 network = kind(kind.config_class.from_pretrained(folder / name))
                 network.set_input_embeddings(network.get_input_embeddings())  # T5 has two names for them
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -45,6 +49,23 @@ def parameter_names(network: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), (parameter, []))[1].append(name)
     return list(names.values())
+
+
+def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`network`, which has no weights, as one that reads those of a layer from `folder` when it runs, and drops them behind it."""
+    files = tensor_files(folder)
+    index: dict[str, dict[str, str]] = {}
+    for _, names in parameter_names(network):
+        own = next(name for name in names if name in files)
+        entry = {"safetensors_file": str(files[own]), "weight_name": own, "dtype": str(dtype).removeprefix("torch.")}
+        index |= dict.fromkeys(names, entry)
+    network = network.to(dtype).eval()
+    for name, buffer in list(network.named_buffers()):
+        if buffer.is_meta:  # the transformer's position table
+            module, _, own = name.rpartition(".")
+            setattr(network.get_submodule(module), own, tensor(files[name], name).to(dtype))
+    attach_align_device_hook(network, execution_device="cpu", offload=True, weights_map=OffloadedWeightsLoader(index=index))
+    return network
 
 
 def check_networks(folder: Path) -> dict[str, nn.Module]:

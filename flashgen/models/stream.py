@@ -37,6 +37,12 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])), 8 + size
 
 
+def tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a file."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a network, sorted: those that its index names, or all. Raises ArtifactError for one that is missing."""
     indices = sorted(folder.glob("*.safetensors.index.json"))

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.hooks import attach_align_device_hook
-from accelerate.utils import OffloadedWeightsLoader
 from diffusers import StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashgen.models.networks import parameter_names
-from flashgen.models.stream import tensor_files, weight_files
-
+from flashgen.models.stream import weight_files
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 LARGE = 1 << 30  # bytes of weights above which a text encoder stays on disk
-BATCH = 64  # prompts encoded together; one pass over the weights on disk
+BATCH = 32  # prompts encoded together; one pass over the weights on disk
 
 
 @dataclass(frozen=True)
@@ -52,21 +47,6 @@ class Tokens:
 
 def is_large(folder: Path) -> bool:
     return sum(path.stat().st_size for path in weight_files(folder)) > LARGE
-
-
-def on_disk(folder: Path, network: nn.Module) -> nn.Module:
-    """`network`, which has no weights, as one that reads those of a layer from `folder` when it runs, and drops them behind it.
-
-    In bf16, in which T5-XXL was trained; fp16 overflows in its feed-forward layers.
-    """
-    files = tensor_files(folder)
-    index: dict[str, Any] = {}
-    for _, names in parameter_names(network):
-        own = next(name for name in names if name in files)
-        index |= {name: {"safetensors_file": str(files[own]), "weight_name": own, "dtype": "bfloat16"} for name in names}
-    network = network.to(torch.bfloat16).eval()
-    attach_align_device_hook(network, execution_device="cpu", offload=True, weights_map=OffloadedWeightsLoader(index=index))
-    return network
 
 
 def stays_on_disk(pipe: StableDiffusion3Pipeline) -> bool:

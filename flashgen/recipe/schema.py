@@ -180,6 +180,7 @@ class RestructureRecipe(Model):
 class QuantizeRecipe(Model):
     method: Literal["rtn", "hqq", "gptq"] = Field("rtn", description="how weights become codes; gptq runs the student on prompts")
     bits: Literal[2, 3, 4, 8] = Field(4, description="of every Linear that is not protected")
+    encoder_bits: Literal[0, 4, 8] = Field(0, description="of every Linear of the text encoders; 0 leaves them whole")
     group: Literal[16, 32, 64, 128, 256] = Field(64, description="weights that share a scale")
     symmetric: bool = False
     protect: list[str] = Field(

@@ -11,6 +11,7 @@ from flashgen.artifact.store import Artifact, begin
 from flashgen.errors import NumericsError, UsageError
 from flashgen.processes import sharded
 from flashgen.recipe.schema import MatchingTraining, Recipe
+from flashgen.stages.plan import check
 from flashgen.stages.teacher import open_teacher
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if sharded():
         _check_sharded(recipe)
     parent = open_teacher(teacher, out)
+    check("distill", parent, recipe, out)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
     draft = begin(
         out, kind="student", stage="distill", recipe=config.model_dump() | looks, seed=seed,
@@ -55,7 +57,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
     nodes = few_step_grid(config.steps, taught.shift)
     needs_replay = config.trajectory.iterations > 0 or wants_replay(config.matching, config.steps)
-    text = load_pipeline(parent.path, text_only=True)  # first, and alone: no transformer is in memory while prompts are embedded
+    text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
     for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + needs_replay]:
         prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work)
     del text
