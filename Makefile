@@ -10,7 +10,7 @@ SHAPES := artifacts/shapes
 RECIPE := --recipe shapes-demo
 PROMPT := two red circles on a white background
 
-.PHONY: install demo shapes ablation compression healthy-run test check teacher clean distclean
+.PHONY: install demo shapes ablation compression fullsize healthy-run test check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -51,6 +51,10 @@ ablation: install
 compression: shapes
 	$(BIN)/pip install --no-build-isolation -e ".[peers]"
 	$(BIN)/python -m benchmarks.compression $(SHAPES) --page docs/compression.md
+
+# docs/fullsize.md and .json: SD3.5-Medium's shapes through every stage, 40 GB of disk. Resumes row by row.
+fullsize: install
+	$(BIN)/python -m benchmarks.fullsize artifacts/fullsize --page docs/fullsize.md
 
 # The curves of docs/healthy-run.md, from the student of `make shapes`.
 healthy-run: install

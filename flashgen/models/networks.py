@@ -72,6 +72,8 @@ def check_networks(folder: Path) -> dict[str, nn.Module]:
     """Every network of the pipeline in `folder`, without weights. Raises ArtifactError, with one clear sentence, when it is no SD3
     pipeline, or when files are missing, of a foreign type, or hold other tensors than the configs ask for.
     """
+    if not (folder / "model_index.json").is_file():
+        raise ArtifactError(f"{folder} has no model_index.json; give a diffusers pipeline folder")
     try:
         index = json.loads((folder / "model_index.json").read_text())
         name = index["_class_name"]

@@ -47,6 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a network, sorted: those that its index names, or all. Raises ArtifactError for one that is missing."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     found = sorted(folder.glob("*.safetensors"))
+    found = [path for path in found if ".fp16" not in path.name] or found  # a variant beside the plain files is a second copy
     if indices:
         try:
             names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))

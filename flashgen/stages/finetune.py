@@ -35,6 +35,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError(f"finetune.matching: {error}") from error
     if not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")
+    if config.lora and config.lora.base != "float32":
+        raise UsageError("finetune merges whole networks in float32; leave finetune.lora.base out")
     if config.lora and config.matching.proxy_coupling < 1:
         raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
     check("finetune", parent, recipe, out)
