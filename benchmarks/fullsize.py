@@ -93,7 +93,7 @@ def planned(row: Row, flashgen: list[str]) -> float | None:
     phase, *command = row.plan
     done = subprocess.run([*flashgen, *command, "--plan", "--json"], capture_output=True, text=True, check=True)
     memory = json.loads(done.stdout)["memory"]
-    wanted = [memory[phase]] if phase else list(memory.values())
+    wanted: list[dict[str, int]] = [memory[phase]] if phase else list(memory.values())
     return max(sum(parts.values()) for parts in wanted) / 2**20
 
 

@@ -133,7 +133,10 @@ def halve_weights(model: ir.Model, names: Collection[str]) -> None:
 
 def _halved(whole: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: ir.tensor(whole.numpy().astype(np.float16), name=name), dtype=ir.DataType.FLOAT16, shape=ir.Shape(whole.shape), name=name
+        lambda: ir.tensor(whole.numpy().astype(np.float16), name=name),
+        dtype=ir.DataType.FLOAT16,
+        shape=ir.Shape(list(whole.shape.numpy())),
+        name=name,
     )
 
 

@@ -33,14 +33,14 @@ def empty_network(folder: Path, name: str) -> nn.Module:
     try:
         if issubclass(kind, SD3Transformer2DModel | AutoencoderKL):
             with torch.device("meta"):  # its position table too, 900 MB of SD3.5-Medium
-                network: nn.Module = kind.from_config(kind.load_config(folder / name))
+                network: Any = kind.from_config(kind.load_config(folder / name))
         else:
             with init_empty_weights():  # buffers are there: no file has them
                 network = kind(kind.config_class.from_pretrained(folder / name))
                 network.set_input_embeddings(network.get_input_embeddings())  # T5 has two names for them
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{folder / name}/config.json makes no {kind.__name__} ({error}); take it from its source again") from error
-    return network.eval()
+    return network.eval()  # type: ignore[no-any-return]
 
 
 def parameter_names(network: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
@@ -59,7 +59,7 @@ def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
         own = next(name for name in names if name in files)
         entry = {"safetensors_file": str(files[own]), "weight_name": own, "dtype": str(dtype).removeprefix("torch.")}
         index |= dict.fromkeys(names, entry)
-    network = network.to(dtype).eval()
+    nn.Module.to(network, dtype)  # diffusers' own warns of modules that it does not have
     for name, buffer in list(network.named_buffers()):
         if buffer.is_meta:  # the transformer's position table
             module, _, own = name.rpartition(".")

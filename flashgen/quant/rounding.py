@@ -30,7 +30,7 @@ def quantize_groups(weight: Tensor, bits: int, group: int, symmetric: bool, meth
     if method == "hqq" and symmetric:
         raise ValueError("hqq moves zero points, so it needs groups that have one; set symmetric to false")
     rows = max(1, CHUNK // max(1, weight.shape[1]))
-    parts = [_rounded(grouped(part, bits, group), bits, symmetric, method) for part in weight.split(rows)]
+    parts = [_rounded(grouped(part, bits, group), bits, symmetric, method) for part in torch.split(weight, rows)]
     codes, scales, zeros = (torch.cat(found) for found in zip(*parts, strict=True))
     return assemble(codes, scales, zeros, bits, symmetric, weight.shape[1])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,8 @@ class Plan(NamedTuple):
         return max(sum(parts.values()) for parts in self.memory.values())
 
 
-class Tensors(NamedTuple):
+@dataclass(frozen=True)
+class Tensors:
     """Of one component, in the order of its files: shape and bytes an element by name."""
 
     found: dict[str, tuple[tuple[int, ...], int]]
@@ -227,8 +229,8 @@ def _streamed(part: Tensors, config: QuantizeRecipe, name: str) -> tuple[Parts, 
         count, layer = prod(shape), tensor.removesuffix(".weight")
         passing = count * (size + 2)  # as it was read and as it is written
         if layer in part.linears:
-            bits = 8 if name == "transformer" and layer.startswith(tuple(config.protect)) else config.bits
-            bits = config.encoder_bits if name != "transformer" else bits
+            own = 8 if layer.startswith(tuple(config.protect)) else config.bits
+            bits = own if name == "transformer" else config.encoder_bits
             blocks = shape[0] * -(-shape[1] // config.group)
             codes += blocks * (config.group * bits / 8 + 4 + (0 if config.symmetric else bits / 8))
             passing = count * (size + 2 + 12) + blocks * config.group  # and in fp32, dequantized and their difference

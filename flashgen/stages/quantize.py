@@ -110,7 +110,7 @@ def _encoders(source: Path, draft: Draft, config: QuantizeRecipe) -> dict[str, o
 
     from flashgen.models.networks import empty_network
     from flashgen.models.stream import write
-    from flashgen.quant.pack import dequantize
+    from flashgen.quant.pack import QuantizedLinear, dequantize
     from flashgen.quant.rounding import quantize_groups
 
     errors: dict[str, object] = {}

@@ -105,10 +105,10 @@ class Role(nn.Module):
         """One tensor of that network: W + (alpha / rank) B A where there is an adapter. In fp32."""
         module, _, part = name.rpartition(".")
         layer: Any = self.backbone.transformer.get_submodule(module)
-        if not isinstance(layer, BaseTunerLayer):
+        if not hasattr(layer, "get_delta_weight"):
             return getattr(layer, part).float()  # type: ignore[no-any-return]
         value: Tensor = getattr(layer.get_base_layer(), part).float()
-        return value + layer.get_delta_weight(self.adapter).float() if part == "weight" and self.adapter else value  # type: ignore[operator]
+        return value + layer.get_delta_weight(self.adapter).float() if part == "weight" and self.adapter else value
 
 
 def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:
