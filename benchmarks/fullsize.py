@@ -3,7 +3,7 @@
 python -m benchmarks.fullsize artifacts/fullsize --page docs/fullsize.md
 
 Peak memory is ru_maxrss of the stage's process, as the kernel counted it (mapped files that were read count too). Finished rows are kept
-in docs/fullsize.json and not measured again: the same command goes on. Pictures are noise; memory, disk, time and numerics are real.
+in the folder and not measured again: the same command goes on. Pictures are noise; memory, disk, time and numerics are real.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -100,28 +101,30 @@ def planned(row: Row, flashgen: list[str]) -> float | None:
 def measure(folder: Path, page: Path, base: str) -> None:
     flashgen = [sys.executable, "-m", "flashgen"]
     folder.mkdir(parents=True, exist_ok=True)
-    kept = page.with_suffix(".json")
-    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"machine": machine(), "rows": []}
-    found["command"] = f"python -m benchmarks.fullsize {folder} --page {page}"
+    kept = folder / "rows.json"
+    found: dict[str, Any] = {"machine": machine(), "command": f"python -m benchmarks.fullsize {folder} --page {page}", "rows": []}
+    if kept.exists():
+        found["rows"] = json.loads(kept.read_text())
     if not (folder / "random" / "latest").exists():
         run([*flashgen, "teacher", "random", "--like", base, "--out", str(folder / "random")])
     for row in rows(folder, base):
         if any(done["stage"] == row.stage for done in found["rows"]):
             continue
+        shutil.rmtree(row.out, ignore_errors=True)  # what an interrupted measurement left
         plan = planned(row, flashgen)
         own = [sys.executable, "-m", "benchmarks.fullsize"] if row.command[0].startswith("-") else flashgen
         peak, seconds = run([*own, *row.command])
-        done: dict[str, Any] = {"stage": row.stage, "peak_rss_mib": round(peak), "bar_mib": row.bar_mib}
-        done |= {
-            "plan_mib": plan and round(plan),
-            "seconds": round(seconds),
-            "bar_s": row.seconds,
-            "disk_mib": round(written_mib(Path(row.out))),
-        }
-        found["rows"].append(done)
-        print(json.dumps(done), file=sys.stderr, flush=True)
-        write(found, page)
+        facts: dict[str, Any] = {"stage": row.stage, "peak_rss_mib": round(peak), "bar_mib": row.bar_mib, "plan_mib": plan and round(plan)}
+        facts |= {"seconds": round(seconds), "bar_s": row.seconds, "disk_mib": round(written_mib(Path(row.out))), "command": row.command}
+        found["rows"].append(facts)
+        replace(kept, json.dumps(found["rows"], indent=1))
+        print(json.dumps(facts), file=sys.stderr, flush=True)
     write(found, page)
+
+
+def replace(path: Path, text: str) -> None:
+    path.with_suffix(".tmp").write_text(text + "\n")
+    path.with_suffix(".tmp").replace(path)
 
 
 def write(found: dict[str, Any], page: Path) -> None:
@@ -140,10 +143,8 @@ def write(found: dict[str, Any], page: Path) -> None:
         ratio = f"{r['plan_mib'] / r['peak_rss_mib']:.2f}" if r["plan_mib"] else ""
         cells = (r["stage"], r["peak_rss_mib"], r["bar_mib"], r["plan_mib"], ratio, r["seconds"], r.get("bar_s") or "", r["disk_mib"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    for path, text in ((page.with_suffix(".json"), json.dumps(found, indent=1)), (page, "\n".join(lines))):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(path)
+    replace(page.with_suffix(".json"), json.dumps(found, indent=1))
+    replace(page, "\n".join(lines))
 
 
 def machine() -> str:

@@ -241,15 +241,13 @@ def _streamed(part: Tensors, config: QuantizeRecipe, name: str) -> tuple[Parts, 
 def export(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
     """Layers pass torch from disk; then onnxruntime holds a component's weights: mapped, packed anew, or unpacked to fp32."""
     one = forward(source, parts["transformer"])
-    quantized = source.manifest.kind == "quantized"
     memory, disk, adds = dict[str, Parts](), 0.0, one.adds
     sampler = source.manifest.sampler
     assert sampler is not None
     for part in (p for p in ("transformer", "vae", *ENCODERS) if p in parts):
-        bits = recipe.quantize.bits if part == "transformer" else recipe.quantize.encoder_bits
-        packs = quantized and bits and part != "vae"
-        linear = sum(prod(shape) for shape in parts[part].linears.values()) if packs else 0
-        codes = linear * (bits / 8 + 20 / 8 / recipe.quantize.group)
+        packed = source.path / "quantized" / f"{part}.safetensors"
+        codes = float(packed.stat().st_size) if packed.exists() else 0.0
+        linear = sum(prod(shape) for shape in parts[part].linears.values()) if codes else 0
         table = sum(prod(shape) for n, (shape, _) in parts[part].found.items() if n == "pos_embed.pos_embed")
         rest = parts[part].count - linear - table
         stored = codes + 2 * rest

@@ -47,6 +47,12 @@ def unshard(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
     save_file(change(tensors), part / WEIGHTS, metadata={"format": "pt"})
 
 
+def as_gguf(part: Path) -> None:
+    for path in (*part.glob("*.safetensors"), *part.glob("*.index.json")):
+        path.unlink()
+    (part / "q4.gguf").write_bytes(b"GGUF")
+
+
 NAME = "transformer_blocks.0.attn.to_q.weight"
 
 
@@ -57,7 +63,7 @@ NAME = "transformer_blocks.0.attn.to_q.weight"
         (lambda f: unshard(f, lambda t: t | {NAME: torch.zeros(8, 32)}), rf"{NAME} is \[8, 32\], its config asks for \[32, 32\]"),
         (lambda f: unshard(f, lambda t: {n: v for n, v in t.items() if n != NAME}), f"has no tensor {NAME}"),
         (lambda f: unshard(f, lambda t: t | {NAME: t[NAME].to(torch.float8_e4m3fn)}), "F8_E4M3"),
-        (lambda f: (unshard(f, lambda t: t), (f / "transformer" / WEIGHTS).rename(f / "transformer" / "q4.gguf")), "holds q4.gguf"),
+        (lambda f: as_gguf(f / "transformer"), "holds q4.gguf"),
         (lambda f: (f / "vae" / "config.json").unlink(), "vae.*makes no AutoencoderKL"),
         (lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}"), "no index of shards"),
     ],

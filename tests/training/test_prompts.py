@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from flashgen.models.build import build_pipeline
 from flashgen.models.specs import SPECS
+from flashgen.models.text import Conditioning, encode_prompts
 from flashgen.training import prompts
 from flashgen.training.prompts import prompt_pool
 
@@ -31,8 +32,12 @@ def test_a_pool_on_disk_is_the_pool_in_memory_and_resumes(
         assert torch.allclose(ours.embeds, theirs.embeds, atol=1e-5) and torch.allclose(ours.pooled, theirs.pooled, atol=1e-5)
     assert len(kept) == 7 and len(kept.empty.pooled) == 1
     asked: list[int] = []
-    real = prompts.encode_prompts
-    monkeypatch.setattr(prompts, "encode_prompts", lambda p, some, n: asked.append(len(some)) or real(p, some, n))
+
+    def counted(p: StableDiffusion3Pipeline, some: list[str], tokens: int) -> Conditioning:
+        asked.append(len(some))
+        return encode_prompts(p, some, tokens)
+
+    monkeypatch.setattr(prompts, "encode_prompts", counted)
     (tmp_path / "prompts-5" / "000003.done").unlink()
     again = prompt_pool(pipe, 7, 5, 16, tmp_path)
     assert asked == [3] and torch.equal(again.cond.embeds, kept.cond.embeds)
