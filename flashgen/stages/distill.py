@@ -84,6 +84,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     )
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
     kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
+    del matcher  # optimizers and averages: writing needs room of its own
 
     if isinstance(student, Role):
         save_tensors(draft.path / "transformer", parent.path / "transformer", student.merged)

@@ -19,9 +19,10 @@ from flashgen.errors import MachineError
 from flashgen.recipe.schema import DistillRecipe, LoraTraining, QuantizeRecipe, Recipe
 
 Parts = dict[str, float]  # bytes by component
-PROGRAM = 640 << 20  # python with torch, diffusers and transformers
+PROGRAM = 440 << 20  # python with torch, diffusers and transformers
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-KEPT = 30  # tensors the size of a block's hidden states that it keeps for its backward pass
+KEPT = 35  # tensors the size of a block's hidden states that it keeps for its backward pass
+ADAPTED = 2 * KEPT  # and with adapters, which see their inputs in fp32
 WITHOUT_GPU = "run it where more memory is free"
 MEND = {
     "distill": "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
@@ -145,9 +146,9 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     learned = adapter_count(transformer, lora) if lora else transformer.count
     train = Parts(program=PROGRAM, vae=4 * parts["vae"].count)
     train |= {"teacher": size * transformer.count, "student and proxy": 8 * learned, "gradients": 8 * learned, "optimizers": 16 * learned}
-    train |= {"average": 4 * learned}
-    again = lora is not None and lora.checkpointing
-    kept = KEPT + one.blocks if again else KEPT * one.blocks
+    train |= {"average": 4 * learned, "a step's temporaries": 8 * learned}  # of AdamW, over all tensors at once
+    again, own = lora is not None and lora.checkpointing, ADAPTED if lora else KEPT
+    kept = own + one.blocks if again else own * one.blocks
     batch = max(matching.batch, trajectory.batch if trajectory.iterations else 0)
     train["activations"] = batch * one.hidden * kept * size
     rounds = matching.iterations + matching.proxy_warmup

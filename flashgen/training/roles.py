@@ -102,13 +102,13 @@ class Role(nn.Module):
 
     @torch.no_grad()
     def merged(self, name: str) -> Tensor:
-        """One tensor of that network: W + (alpha / rank) B A where there is an adapter. In fp32."""
+        """One tensor of that network: W + (alpha / rank) B A, in fp32, where there is an adapter."""
         module, _, part = name.rpartition(".")
         layer: Any = self.backbone.transformer.get_submodule(module)
         if not hasattr(layer, "get_delta_weight"):
-            return getattr(layer, part).float()  # type: ignore[no-any-return]
-        value: Tensor = getattr(layer.get_base_layer(), part).float()
-        return value + layer.get_delta_weight(self.adapter).float() if part == "weight" and self.adapter else value
+            return getattr(layer, part)  # type: ignore[no-any-return]
+        value: Tensor = getattr(layer.get_base_layer(), part)
+        return value.float() + layer.get_delta_weight(self.adapter).float() if part == "weight" and self.adapter else value
 
 
 def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:
