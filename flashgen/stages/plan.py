@@ -262,7 +262,12 @@ PLANS: dict[str, Any] = {"distill": distill, "finetune": finetune, "restructure"
 
 
 def plan_of(stage: str, source: Artifact, recipe: Recipe, **extra: Any) -> Plan:
-    found: Plan = PLANS[stage](source, tensors(source), recipe, **{k: v for k, v in extra.items() if k == "mode"})
+    parts = tensors(source)
+    found: Plan = PLANS[stage](source, parts, recipe, **{k: v for k, v in extra.items() if k == "mode"})
+    if recipe.bench.per_task and stage != "export":  # the result is drawn from and judged
+        one, batch = forward(source, parts["transformer"]), min(recipe.bench.batch, 6 * recipe.bench.per_task)
+        drawn = embedding(source, parts, batch)[0] | {"transformer": 4 * parts["transformer"].count, "vae": 4 * parts["vae"].count}
+        found.memory["validate"] = drawn | {"pictures": batch * one.hidden * 40 * 4}
     return found
 
 
