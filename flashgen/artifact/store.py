@@ -186,7 +186,12 @@ class Draft:
             wait_for_all()
             return open_artifact(self.out)
         wait_for_all()  # all are done writing
-        files = [File(path=name, size=size, sha256=sha256(self.path / name)) for name, size in walk(self.path) if name != manifests.NAME]
+        known = _digests(self.fields["parents"])
+        files = [
+            File(path=name, size=size, sha256=known.get(_identity(self.path / name)) or sha256(self.path / name))
+            for name, size in walk(self.path)
+            if name != manifests.NAME
+        ]
         found = versions(self.out)
         manifest = Manifest(
             **self.fields,
@@ -268,6 +273,23 @@ def _up_to_date(out: Path, key: str) -> Artifact | None:
         return None
     say(f"{artifact.path} is up to date (--force makes a new version)")
     return artifact
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Of the file itself, whatever its name."""
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_mtime_ns
+
+
+def _digests(parents: Sequence[Parent]) -> dict[tuple[int, int, int], str]:
+    """What the parents' manifests say about files that a child may have linked: gigabytes that need no second reading."""
+    known = {}
+    for parent in parents:
+        folder = Path(parent.path)
+        if (folder / manifests.NAME).is_file():
+            for file in manifests.parse(_read_manifest(folder), str(folder / manifests.NAME)).files:
+                known[_identity(folder / file.path)] = file.sha256
+    return known
 
 
 def _packages() -> dict[str, str]:

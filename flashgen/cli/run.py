@@ -104,7 +104,7 @@ def run_stage(options: Options, stage: str, inputs: Mapping[str, str], function:
         given["recipe"] = recipe_of(options)
     module = importlib.import_module(f"flashgen.stages.{stage}")
     if options.plan:
-        planned = getattr(module, "plan", plan)(dict(inputs), options.out, given.get("recipe"))
+        planned = plan(stage, inputs, options.out, given.get("recipe"), **extra)
         print(json.dumps({"stage": stage, "seed": options.seed, **extra, **planned}, indent=None if options.json else 2))
         return
     call = getattr(module, function)
@@ -124,8 +124,8 @@ def device_for(options: Options, call: Any, parameters: Mapping[str, Any]) -> di
     raise UsageError(f"--device {options.device}: {call.__module__} computes on the CPU only; leave the option out")
 
 
-def plan(inputs: Mapping[str, str], out: Path, recipe: Recipe | None) -> dict[str, Any]:
-    """What a run would read, write and need, for stages without a `plan` of their own."""
+def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None, **extra: Any) -> dict[str, Any]:
+    """What a run would read, write and need. Raises what the run itself would raise for broken files."""
     from flashgen.artifact.store import open_artifact, versions
 
     opened = {role: open_artifact(ref) for role, ref in inputs.items() if role != "source"}  # a source is no artifact yet
@@ -133,13 +133,24 @@ def plan(inputs: Mapping[str, str], out: Path, recipe: Recipe | None) -> dict[st
         {"role": role, "path": str(a.path), "kind": a.manifest.kind, "digest": a.manifest.digest, "bytes": a.size_bytes()}
         for role, a in opened.items()
     ]
-    transformer = sum(f.size for a in opened.values() for f in a.manifest.files if f.path.startswith("transformer/"))
+    needs: dict[str, Any] = dict.fromkeys(("memory", "memory_bytes", "machine_bytes", "disk_bytes", "forwards", "seconds"))
+    source = next(iter(opened.values()), None)
+    if source is not None and recipe is not None and (source.path / "transformer").is_dir():
+        from flashgen.stages import plan as plans
+
+        found = plans.plan_of(stage, source, recipe, **extra)
+        needs |= {
+            "memory": {phase: {name: int(size) for name, size in parts.items()} for phase, parts in found.memory.items()},
+            "memory_bytes": int(found.peak),
+            "machine_bytes": plans.memory_bytes(),
+            "disk_bytes": int(found.disk),
+            "forwards": found.forwards,
+            "seconds": plans.seconds(found),
+        }
     return {
         "inputs": described or [{"role": role, "path": ref} for role, ref in inputs.items()],
         "out": str(out),
         "versions": [path.name for path in versions(out)],
-        "disk_bytes": sum(a.size_bytes() for a in opened.values()) if opened else None,
-        "memory_bytes": 4 * transformer if opened else None,
-        "seconds": None,
+        **needs,
         "recipe": recipe.model_dump(mode="json") if recipe else None,
     }

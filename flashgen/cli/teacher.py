@@ -32,7 +32,7 @@ def import_(
 @app.command("random")
 @command("out", "seed", "plan", "force")
 def random(
-    like: Annotated[str, typer.Option("--like", metavar="sd35-medium|shapes|tiny", help="architecture")],
+    like: Annotated[str, typer.Option("--like", metavar="sd35-medium|sd35-large|sd3-medium|shapes|tiny", help="architecture")],
     options: Options,
 ) -> None:
     """Right shapes, seeded random weights: for tests at scale without a hub."""

@@ -109,11 +109,15 @@ def crop_positions(transformer: nn.Module, size_latent: int) -> None:
 
 
 def trace(component: Component) -> ir.Model:
-    """The component as an unoptimized ONNX graph, in which every Linear still shows its parameters by name (`net.` + name)."""
+    """The component as an unoptimized ONNX graph, in which every Linear still shows its parameters by name (`net.` + name).
+
+    Its module may be on `meta`: shapes are all that is looked at.
+    """
+    device = next(component.module.parameters()).device
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     args, dynamic = [], []
     for name, value in component.inputs.items():
-        args.append(value[:1].expand(TRACE_ROWS, *value.shape[1:]).contiguous())
+        args.append(value[:1].expand(TRACE_ROWS, *value.shape[1:]).contiguous().to(device))
         dynamic.append({0: batch, 1: tokens} if name in component.tokens_axis else {0: batch})
     exporter_log = logging.getLogger("torch.onnx._internal.exporter")
     level = exporter_log.level

@@ -5,7 +5,7 @@ MatMulNBits for groups, and DynamicQuantizeMatMul where each output has one scal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -103,6 +103,44 @@ def halve_scales(model: ir.Model) -> None:
         cast.outputs[0].name = f"{name}.fp32"
         graph.insert_before(next(node for node in graph if node in users), cast)
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+
+
+def halve_weights(model: ir.Model, names: Collection[str]) -> None:
+    """Store constants as fp16 behind a Cast, which onnxruntime folds when it loads; an embedding table's rows are cast behind its Gather.
+    Nothing is lost of what files keep in fp16.
+    """
+    graph = model.graph
+    for name in [name for name in graph.initializers if name in names]:
+        value = graph.initializers[name]
+        whole, users = value.const_value, [use.node for use in value.uses()]
+        if whole is None or whole.dtype != ir.DataType.FLOAT or not users:
+            continue
+        del graph.initializers[name]
+        half = ir.Value(name=name, const_value=_halved(whole, name))
+        graph.register_initializer(half)
+        table = users[0].op_type == "Gather" and len(users) == 1 and users[0].inputs[0] is value
+        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT.value})
+        cast.outputs[0].name = f"{name}.fp32"
+        if table:
+            rows = users[0].outputs[0]
+            cast.outputs[0].shape, cast.outputs[0].type = rows.shape, rows.type
+            rows.type = ir.TensorType(ir.DataType.FLOAT16)
+            graph.insert_after(users[0], cast)
+            ir.convenience.replace_all_uses_with(rows, cast.outputs[0], replace_graph_outputs=True)
+            users[0].replace_input_with(0, half)
+            cast.replace_input_with(0, rows)
+        else:
+            graph.insert_before(next(node for node in graph if node in users), cast)
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+
+
+def _halved(whole: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: ir.tensor(whole.numpy().astype(np.float16), name=name),
+        dtype=ir.DataType.FLOAT16,
+        shape=ir.Shape(list(whole.shape.numpy())),
+        name=name,
+    )
 
 
 def _fits(linear: Linear, q: QuantizedLinear) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from accelerate.hooks import remove_hook_from_module
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,23 +22,34 @@ from flashgen.errors import ArtifactError
 from flashgen.export.attention import fuse_attention
 from flashgen.export.components import Component, crop_positions, trace
 from flashgen.export.parity import check
-from flashgen.export.rewrite import halve_scales, quantize_linears
+from flashgen.export.rewrite import halve_scales, halve_weights, quantize_linears
 from flashgen.models.factored import factor
+from flashgen.models.networks import parameter_names
+from flashgen.models.stream import header, tensor, tensor_files, weight_files
 from flashgen.quant.pack import QuantizedLinear, dequantize
 
-EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GB; above this, weights go into model.onnx_data, which onnxruntime maps
+EXTERNAL_BYTES = 1 << 26  # above this, weights go into model.onnx_data, which onnxruntime maps; a protobuf is parsed whole
+HALF_BYTES = 1 << 20  # of a constant that the artifact keeps in 16 bits, above which the graph does too
 
 
-def write_component(part: Component, layers: Mapping[str, QuantizedLinear], folder: Path, accuracy_level: int, floor_db: float) -> float:
+def write_component(
+    part: Component, layers: Mapping[str, QuantizedLinear], folder: Path, accuracy_level: int, floor_db: float, source: Path | None = None
+) -> float:
     """Trace, quantize `layers`, optimize, save and check one component; returns its worst output's PSNR in dB.
 
-    The transformer's position table is cropped and its attention fused in place. Raises NumericsError below `floor_db`.
+    Weights are read from `source`, the component's folder, one at a time as they are written; those that the module itself has (all,
+    without `source`) come from there. Afterwards it is on `meta`, its position table cropped, its attention
+    fused. Raises NumericsError below `floor_db`.
     """
     reference = [value.numpy() for value in part.reference()]  # before the crop, so that parity covers it
     if part.name == "transformer":
         crop_positions(part.module.net, part.inputs["hidden_states"].shape[-1])
         fuse_attention(part.module.net)
+    values = _weights(part.module, source)
+    part.module.to("meta")
     model = trace(part)
+    for name, value in model.graph.initializers.items():
+        value.const_value = _stored(value, values[name])
     if layers:
         quantize_linears(model, layers, accuracy_level)
         RemoveUnusedNodesPass()(model)
@@ -44,6 +57,8 @@ def write_component(part: Component, layers: Mapping[str, QuantizedLinear], fold
         onnxscript.optimizer.optimize_ir(model)
     if layers:
         halve_scales(model)
+    if source is not None:
+        halve_weights(model, {f"net.{name}" for name, size in _in_16_bits(source).items() if size >= HALF_BYTES})
     model.producer_name, model.graph.name = "flashgen", part.name
     _strip(model)
     path = folder / part.name / "model.onnx"
@@ -52,6 +67,36 @@ def write_component(part: Component, layers: Mapping[str, QuantizedLinear], fold
     ir.save(model, path, external_data="model.onnx_data" if size > EXTERNAL_BYTES else None)
     del model
     return check(part, reference, path, floor_db)
+
+
+def _weights(module: nn.Module, source: Path | None) -> dict[str, Callable[[], Tensor]]:
+    """How to get each tensor of `module`, by name: its own, or, where it has none, that of the files in `source`. Hooks are taken off."""
+    remove_hook_from_module(module, recurse=True)
+    files = tensor_files(source) if source else {}
+    own = [*module.named_buffers(), *module.named_parameters(remove_duplicate=False)]
+    found: dict[str, Callable[[], Tensor]] = {name: partial(torch.clone, value.detach()) for name, value in own if not value.is_meta}
+    for parameter, names in parameter_names(module):
+        stored = next((name for name in (n.removeprefix("net.") for n in names) if name in files), None)
+        if parameter.is_meta and stored is not None:
+            found |= {name: partial(tensor, files[stored], stored) for name in names}
+    return found
+
+
+def _stored(value: ir.Value, read: Callable[[], Tensor]) -> ir.LazyTensor:
+    """A constant as fp32 (or the integers that it holds), read when it is written."""
+    assert value.dtype is not None and isinstance(value.shape, ir.Shape)
+
+    def get() -> ir.TensorProtocol:
+        found = read()
+        return ir.tensor((found.float() if found.is_floating_point() else found).contiguous().numpy(), name=value.name)
+
+    return ir.LazyTensor(get, dtype=value.dtype, shape=value.shape, name=value.name)
+
+
+def _in_16_bits(folder: Path) -> dict[str, int]:
+    """Bytes of the tensors that a network's files keep in fp16 or bf16, by name."""
+    entries = {name: entry for path in weight_files(folder) for name, entry in header(path)[0].items()}
+    return {n: e["data_offsets"][1] - e["data_offsets"][0] for n, e in entries.items() if e["dtype"] in ("F16", "BF16")}
 
 
 def _strip(model: ir.Model) -> None:
@@ -63,11 +108,14 @@ def _strip(model: ir.Model) -> None:
                 value.metadata_props.clear()
 
 
-def read_codes(path: Path) -> dict[str, QuantizedLinear]:
-    """Codes of every layer of a quantized artifact, in the order of quantized/layers.json."""
+def read_codes(path: Path, part: str = "transformer") -> dict[str, QuantizedLinear]:
+    """Codes of every layer of a quantized artifact, in the order of quantized/layers.json (of a text encoder: <its name>.json, if any)."""
+    file = path / "quantized" / ("layers.json" if part == "transformer" else f"{part}.json")
+    if part != "transformer" and not file.exists():
+        return {}
     with _whole(path):
-        layers = json.loads((path / "quantized" / "layers.json").read_text())
-        tensors = load_file(path / "quantized" / "transformer.safetensors")
+        layers = json.loads(file.read_text())
+        tensors = load_file(path / "quantized" / f"{part}.safetensors")
         return {name: _codes(tensors, name, spec) for name, spec in layers.items()}
 
 

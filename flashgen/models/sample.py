@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -20,29 +21,49 @@ from flashgen.device.noise import latents
 from flashgen.device.sampler import slices, to_uint8
 from flashgen.errors import ArtifactError
 from flashgen.flow.ode import euler, guide
-from flashgen.models.text import Conditioning, encode_prompts
+from flashgen.models.networks import check_networks, on_disk
+from flashgen.models.text import ENCODERS, Conditioning, encode_prompts, is_large
 from flashgen.progress import track
 from flashgen.timing import Laps
 
 
-def load_pipeline(path: str | Path) -> StableDiffusion3Pipeline:
-    """An SD3-class pipeline in fp32 and eval mode. Safetensors only, nothing fetched, no code from the artifact."""
+def load_pipeline(
+    path: str | Path, dtype: torch.dtype = torch.float32, weights: Literal["all", "text", "disk"] = "all"
+) -> StableDiffusion3Pipeline:
+    """An SD3-class pipeline in eval mode, the transformer in `dtype` and the rest in fp32.
+
+    Large text encoders stay on disk and compute in bf16, in which T5-XXL was trained (`models.networks.on_disk`). With weights "text"
+    transformer and VAE are shapes without weights, with "disk" every network stays on disk, in fp32. Safetensors only, nothing
+    fetched, no code from the artifact. Raises ArtifactError before anything large is read.
+    """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # a bar for each of nine parts, gone in a blink
+    path = Path(path)
+    networks = check_networks(path)
+    index = json.loads((path / "model_index.json").read_text())
+    given: dict[str, Any] = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+    if weights == "disk":
+        given |= {name: on_disk(path / name, network, torch.float32) for name, network in networks.items()}
+    else:
+        large = [name for name in ENCODERS if name in networks and is_large(path / name)]
+        given |= {name: on_disk(path / name, networks[name], torch.bfloat16) for name in large}
+        given |= {name: networks[name] for name in ("transformer", "vae") if weights == "text"}
     try:
-        index = json.loads((Path(path) / "model_index.json").read_text())
-        if index["_class_name"] != "StableDiffusion3Pipeline":
-            raise ValueError(f"_class_name is {index['_class_name']}, not StableDiffusion3Pipeline")
-        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
-        pipe: StableDiffusion3Pipeline = StableDiffusion3Pipeline.from_pretrained(
-            str(path), local_files_only=True, use_safetensors=True, **absent
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype to dtype; older ones know the old name only
+            pipe: StableDiffusion3Pipeline = StableDiffusion3Pipeline.from_pretrained(
+                str(path),
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype={"transformer": dtype, "default": torch.float32},
+                **given,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ArtifactError(f"{path} does not load as an SD3 pipeline ({error}); check it with: flashgen show {path} --verify") from error
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            part.float().eval().requires_grad_(False)  # transformers 5 loads in the dtype of the file
+            part.eval().requires_grad_(False)
     return pipe
 
 

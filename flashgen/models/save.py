@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from torch import nn
+from torch import Tensor, nn
 
 from flashgen.artifact.store import Draft
+from flashgen.models.stream import header, weight_files, write
 
 COMPONENTS = (
     "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler",
@@ -22,6 +24,14 @@ def save_pipeline(draft: Draft, pipe: StableDiffusion3Pipeline) -> None:
     pipe.to(torch.float16).save_pretrained(draft.path, safe_serialization=True)
 
 
+def save_tensors(folder: Path, source: Path, value: Callable[[str], Tensor]) -> None:
+    """A network with the config and the tensor names and shapes of that in `source`, in fp16, one tensor in memory at a time."""
+    folder.mkdir()
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    kinds = {name: (torch.float16, tuple(e["shape"])) for path in weight_files(source) for name, e in header(path)[0].items()}
+    write(folder / "diffusion_pytorch_model.safetensors", kinds, ((name, value(name).half()) for name in kinds))
+
+
 def save_changed(
     draft: Draft, source: Path, changed: Mapping[str, nn.Module], dropped: Collection[str] = (), kept: Collection[str] = ()
 ) -> None:
@@ -31,7 +41,7 @@ def save_changed(
         if name in dropped:
             index[name] = [None, None]
         elif name in changed:
-            changed[name].to(torch.float16).save_pretrained(draft.path / name, safe_serialization=True)  # type: ignore[operator]
+            changed[name].to(torch.float16).save_pretrained(draft.path / name, safe_serialization=True, max_shard_size="2GB")  # type: ignore[operator]
         elif name not in kept and (source / name).is_dir():
             draft.link_tree(source / name, name)
     (draft.path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

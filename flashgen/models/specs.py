@@ -1,8 +1,8 @@
-"""Architectures by name: `shapes` (the embedded world), `tiny` (tests) and `sd35-medium` (full size)."""
+"""Architectures by name: `shapes` (the embedded world), `tiny` (tests), `sd35-medium` and its relatives (full size)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flashgen.errors import UsageError
@@ -22,7 +22,9 @@ class Spec:
     clip_positions: bool = True
 
 
-def _transformer(layers: int, heads: int, head_dim: int, *, joint: int, pooled: int, sample: int, table: int, dual: int) -> dict[str, Any]:
+def _transformer(
+    layers: int, heads: int, head_dim: int, *, joint: int, pooled: int, sample: int, table: int, dual: int, norm: str | None = "rms_norm"
+) -> dict[str, Any]:
     return {
         "num_layers": layers,
         "num_attention_heads": heads,
@@ -33,7 +35,7 @@ def _transformer(layers: int, heads: int, head_dim: int, *, joint: int, pooled: 
         "sample_size": sample,
         "pos_embed_max_size": table,
         "dual_attention_layers": tuple(range(dual)),
-        "qk_norm": "rms_norm",
+        "qk_norm": norm,
         "patch_size": 2,
         "in_channels": 16,
         "out_channels": 16,
@@ -108,6 +110,13 @@ SPECS = {
         clip_tokens=77,
         t5_tokens=256,
     ),
+}
+
+
+MEDIUM = SPECS["sd35-medium"]
+SPECS |= {
+    "sd3-medium": replace(MEDIUM, transformer=_transformer(24, 24, 64, joint=4096, pooled=2048, sample=128, table=192, dual=0, norm=None)),
+    "sd35-large": replace(MEDIUM, transformer=_transformer(38, 38, 64, joint=4096, pooled=2048, sample=128, table=192, dual=0)),
 }
 
 

@@ -39,6 +39,40 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])), 8 + size
 
 
+def tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a file."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a network, sorted: those that its index names, or all. Raises ArtifactError for one that is missing."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    found = sorted(folder.glob("*.safetensors"))
+    found = [path for path in found if ".fp16" not in path.name] or found  # a variant beside the plain files is a second copy
+    if indices:
+        try:
+            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ArtifactError(f"{indices[0]} is no index of shards ({error!r}); take the artifact from its source again") from error
+        missing = [name for name in names if not (folder / str(name)).is_file()]
+        if missing:
+            raise ArtifactError(
+                f"{folder} lacks {missing[0]}, one of the {len(names)} shards that its index names; take it from its source again"
+            )
+        found = [folder / str(name) for name in names]
+    if not found:
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".gguf", ".bin", ".pt", ".ckpt", ".onnx"))
+        what = f"holds {others[0]}, which flashgen does not read" if others else "has no safetensors weights"
+        raise ArtifactError(f"{folder} {what}; save the pipeline from diffusers with safe_serialization=True")
+    return found
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Where each tensor of a network is."""
+    return {name: path for path in weight_files(folder) for name in header(path)[0]}
+
+
 def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor), one after the other as they lie in the file."""
     entries, start = header(path)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
+
+from flashgen.models.stream import weight_files
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+LARGE = 1 << 30  # bytes of weights above which a text encoder stays on disk
+BATCH = 32  # prompts encoded together; one pass over the weights on disk
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,16 @@ class Tokens:
         return Tokens(self.clip_l[index], self.clip_g[index], None if self.t5 is None else self.t5[index])
 
 
+def is_large(folder: Path) -> bool:
+    return sum(path.stat().st_size for path in weight_files(folder)) > LARGE
+
+
+def stays_on_disk(pipe: StableDiffusion3Pipeline) -> bool:
+    """Whether a text encoder of `pipe` does."""
+    networks = [getattr(pipe, name) for name in ENCODERS]
+    return any(hasattr(module, "_hf_hook") for network in networks if network is not None for module in network.modules())
+
+
 def tokenize(pipe: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int) -> Tokens:
     def ids(tokenizer, length: int) -> Tensor:  # type: ignore[no-untyped-def]
         return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids  # type: ignore[no-any-return]
@@ -58,10 +75,10 @@ def encode(pipe: StableDiffusion3Pipeline, tokens: Tokens, t5_tokens: int) -> Co
     features = torch.cat(clip, -1)
     features = torch.nn.functional.pad(features, (0, width - features.shape[-1]))
     t5 = features.new_zeros(len(features), t5_tokens, width) if tokens.t5 is None else pipe.text_encoder_3(tokens.t5)[0]
-    return Conditioning(torch.cat([features, t5], 1), torch.cat(pooled, -1))
+    return Conditioning(torch.cat([features, t5], 1).float(), torch.cat(pooled, -1).float())
 
 
 @torch.no_grad()
-def encode_prompts(pipe: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int, batch: int = 256) -> Conditioning:
+def encode_prompts(pipe: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int, batch: int = BATCH) -> Conditioning:
     parts = [encode(pipe, tokenize(pipe, prompts[i : i + batch], t5_tokens), t5_tokens) for i in range(0, len(prompts), batch)]
     return Conditioning(torch.cat([p.embeds for p in parts]), torch.cat([p.pooled for p in parts]))

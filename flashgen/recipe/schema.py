@@ -129,10 +129,12 @@ class LoraTraining(Model):
         description="modules that get an adapter, as a regular expression",
     )
     checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    base: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen weights; adapters stay in float32")
 
 
 class DistillRecipe(Model):
     steps: int = Field(4, ge=1, le=16, description="student steps")
+    size_px: int | None = Field(None, ge=16, description="of the pictures to train on; none: the teacher's")
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
     lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three whole networks")
     trajectory: TrajectoryTraining = TrajectoryTraining()
@@ -180,6 +182,7 @@ class RestructureRecipe(Model):
 class QuantizeRecipe(Model):
     method: Literal["rtn", "hqq", "gptq"] = Field("rtn", description="how weights become codes; gptq runs the student on prompts")
     bits: Literal[2, 3, 4, 8] = Field(4, description="of every Linear that is not protected")
+    encoder_bits: Literal[0, 4, 8] = Field(0, description="of every Linear of the text encoders; 0 leaves them whole")
     group: Literal["channel", 16, 32, 64, 128, 256] = Field(
         64, description="weights that share a scale; channel: all of an output, for the device's int8 products (8 bits, symmetric)"
     )
@@ -198,6 +201,10 @@ class QuantizeRecipe(Model):
     )
     repair: bool = Field(False, description="two scalars a step that bring the quantized student's states back to the student's")
     prompts: int = Field(64, ge=2, description="that the student is run on for gptq, a budget, a shared basis and repair")
+
+    def group_of(self, inputs: int) -> int:
+        """Weights that share a scale in a layer of so many inputs."""
+        return inputs if self.group == "channel" else self.group
 
     @field_validator("budget", mode="before")
     @classmethod

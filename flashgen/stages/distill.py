@@ -11,6 +11,7 @@ from flashgen.artifact.store import Artifact, begin
 from flashgen.errors import NumericsError, UsageError
 from flashgen.processes import sharded
 from flashgen.recipe.schema import MatchingTraining, Recipe
+from flashgen.stages.plan import check
 from flashgen.stages.teacher import open_teacher
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if sharded():
         _check_sharded(recipe)
     parent = open_teacher(teacher, out)
+    check("distill", parent, recipe, out)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
     draft = begin(
         out, kind="student", stage="distill", recipe=config.model_dump() | looks, seed=seed,
@@ -39,9 +41,11 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
+    import torch
+
     from flashgen.flow.grid import few_step_grid
     from flashgen.models.sample import latent_shape, load_pipeline
-    from flashgen.models.save import save_changed
+    from flashgen.models.save import save_changed, save_tensors
     from flashgen.stages.report import finish, watcher
     from flashgen.training.matching import Matcher, train_matching
     from flashgen.training.prompts import prompt_pool
@@ -49,10 +53,15 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.training.shards import shard, whole_network
     from flashgen.training.trajectories import train_on_trajectories
 
-    taught = parent.manifest.sampler
-    assert taught is not None
+    assert parent.manifest.sampler is not None
+    taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
     nodes = few_step_grid(config.steps, taught.shift)
-    pipe = load_pipeline(parent.path)
+    needs_replay = config.trajectory.iterations > 0 or wants_replay(config.matching, config.steps)
+    text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
+    for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + needs_replay]:
+        prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work)
+    del text
+    pipe = load_pipeline(parent.path, getattr(torch, config.lora.base) if config.lora else torch.float32)
     teacher_net: nn.Module = pipe.transformer.requires_grad_(False)
     student: nn.Module
     proxy: nn.Module | None
@@ -62,20 +71,26 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         student, proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True)), None
     shape = latent_shape(pipe, taught.size_px)
 
-    replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work)
+    replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work) if needs_replay else None
     if sharded():  # now: the cache wants the whole teacher, with which each process goes its own way, and a sharded one has no copy
         proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
         shard(teacher_net)
-    train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work)
+    if replay and config.trajectory.iterations:
+        train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work)
 
-    pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens)
+    pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work)
     matcher = Matcher(
         "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
     )
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
     kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
+    del matcher  # optimizers and averages: writing needs room of its own
 
-    save_changed(draft, parent.path, {"transformer": student.fused() if isinstance(student, Role) else whole_network(student)})
+    if isinstance(student, Role):
+        save_tensors(draft.path / "transformer", parent.path / "transformer", student.merged)
+        save_changed(draft, parent.path, {}, kept=("transformer",))
+    else:
+        save_changed(draft, parent.path, {"transformer": whole_network(student)})
     return finish(draft, sampler, recipe.bench, metrics={"watched": kept} if kept else {})
 
 
@@ -104,7 +119,9 @@ def cached(
     from flashgen.training.trajectories import cache_trajectories
 
     config = recipe.distill
-    pool = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens).dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
+    pool = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens, work).dropping_t5(
+        config.t5_drop, generator(seed, T5_STREAM)
+    )
     shape = latent_shape(pipe, taught.size_px)
     fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
     replay = cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work)
@@ -151,6 +168,10 @@ def replay_for(
     work: Path,
 ) -> Replay | None:
     """Trajectories when a term of `matching` needs them: the adversary's real pictures, or trajectory guidance."""
-    weights = matching.node_weights(len(sampler.sigmas) - 1)
-    needed = any(weights["adversarial"]) or any(weights["trajectory"])
+    needed = wants_replay(matching, len(sampler.sigmas) - 1)
     return cached(pipe, teacher, sampler.sigmas, sampler, recipe, seed, work) if needed else None
+
+
+def wants_replay(matching: MatchingTraining, steps: int) -> bool:
+    weights = matching.node_weights(steps)
+    return any(weights["adversarial"]) or any(weights["trajectory"])

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, begin, check_disk, open_artifact
+from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import Recipe
+from flashgen.stages.plan import check
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -35,7 +36,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     sampler = source.manifest.sampler
     if sampler is None:
         raise ArtifactError(f"{source.path}: the manifest has no sampler; make the student again with: flashgen distill")
-    check_disk(out, 3 * source.size_bytes())
+    check("export", source, recipe, out)
     settings = recipe.export.model_dump() | {"target": target}
     draft = begin(out, kind="device", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force)
     if isinstance(draft, Artifact):
@@ -48,16 +49,19 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
 
     config = recipe.export
     page = {"page": write_page(draft.path, offline)} if target == "web" else {}
-    pipe = load_pipeline(source.path)
-    layers = read_codes(source.path) if source.manifest.kind == "quantized" else {}
+    pipe = load_pipeline(source.path, weights="disk")  # nothing is ever loaded whole
+    quantized = source.manifest.kind == "quantized"
+    layers = read_codes(source.path) if quantized else {}
     put_factors(pipe.transformer, layers, source.path)
     psnr = {}
     parts = list(components(pipe, sampler))
     for part in track(parts, "export", total=len(parts)):
-        codes = layers if part.name == "transformer" else {}
+        encoder = quantized and part.name.startswith("text_encoder")
+        codes = layers if part.name == "transformer" else read_codes(source.path, part.name) if encoder else {}
         rounded = config.accuracy_level == 4 or any(map(whole_rows, codes.values()))  # activations too
         floor = config.psnr_floor_int8_db if codes and rounded else config.psnr_floor_db
-        psnr[part.name] = write_component(part, codes, draft.path, config.accuracy_level, floor)
+        stored = source.path / part.name.removesuffix("_decoder")
+        psnr[part.name] = write_component(part, codes, draft.path, config.accuracy_level, floor, stored)
         _write_config(part, draft.path)
         gc.collect()
     extra = _runtime_files(pipe, sampler, source.path, draft.path)

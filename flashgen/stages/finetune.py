@@ -12,6 +12,7 @@ from flashgen.processes import sharded
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
 from flashgen.stages.distill import replay_for
+from flashgen.stages.plan import check
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -34,8 +35,11 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError(f"finetune.matching: {error}") from error
     if not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")
+    if config.lora and config.lora.base != "float32":
+        raise UsageError("finetune merges whole networks in float32; leave finetune.lora.base out")
     if config.lora and config.matching.proxy_coupling < 1:
         raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
+    check("finetune", parent, recipe, out)
     draft = begin(
         out, kind="student", stage="finetune", recipe=config.model_dump() | _borrowed(recipe), seed=seed,
         parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,
@@ -82,7 +86,7 @@ def train_branches(
     config, nodes, t5_drop = recipe.finetune, sampler.sigmas, recipe.distill.t5_drop
     teacher.requires_grad_(False)
     shape = latent_shape(pipe, sampler.size_px)
-    pool = prompt_pool(pipe, config.matching.prompts, seed + 2, sampler.t5_tokens)
+    pool = prompt_pool(pipe, config.matching.prompts, seed + 2, sampler.t5_tokens, work)
     replay = replay_for(config.matching, recipe, pipe, teacher, sampler, seed, work)
     high, low, teacher, proxies = _branches(pipe.transformer, config.lora, teacher, seed)
     above = [i for i, s in enumerate(nodes[:-1]) if s > config.split]

@@ -13,6 +13,7 @@ from flashgen.artifact.store import Artifact, Draft, begin, open_artifact, versi
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import QuantizeRecipe, Recipe
+from flashgen.stages.plan import check
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -51,6 +52,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError(
             "quantize.basis_tolerance and quantize.repair learn from rollouts without guidance; a teacher has to do without them"
         )
+    check("quantize", parent, recipe, out)
     draft = begin(
         out, kind="quantized", stage="quantize", recipe=config.model_dump(), seed=seed, parents=[parent.as_parent("student")], force=force
     )
@@ -94,10 +96,46 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     write(draft.path / "quantized" / "transformer.safetensors", {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, tensors.items())
     specs = {name: {"bits": codes[name].bits, "group": codes[name].group, "symmetric": codes[name].zeros is None} for name in names}
     (draft.path / "quantized" / "layers.json").write_text(json.dumps(specs, indent=1) + "\n")
-    save_changed(draft, parent.path, {}, kept=("transformer",))
+    encoders = _encoders(parent.path, draft, config)
+    save_changed(draft, parent.path, {}, kept=("transformer", *encoders))
     packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in whole.values())
-    metrics = found.metrics | {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / weights, "packed_bytes": packed}
+    own = {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / weights, "packed_bytes": packed}
+    metrics = found.metrics | own | ({"encoders": encoders} if encoders else {})
     return finish(draft, sampler.model_copy(update={"scales": found.scales}), recipe.bench, metrics=metrics)
+
+
+def _encoders(source: Path, draft: Draft, config: QuantizeRecipe) -> dict[str, object]:
+    """Text encoders rounded to `encoder_bits`, as the transformer is; their largest relative errors, by name."""
+    from torch import nn
+
+    from flashgen.models.networks import empty_network
+    from flashgen.models.stream import write
+    from flashgen.quant.pack import QuantizedLinear, dequantize
+    from flashgen.quant.rounding import quantize_groups
+
+    errors: dict[str, object] = {}
+    for part in (p for p in ("text_encoder", "text_encoder_2", "text_encoder_3") if config.encoder_bits and (source / p).is_dir()):
+        layers = [name for name, layer in empty_network(source, part).named_modules() if isinstance(layer, nn.Linear)]
+        codes, lost = dict[str, QuantizedLinear](), [0.0]
+
+        def changed(name: str, weight: Tensor, layers=layers, codes=codes, lost=lost) -> Tensor:  # type: ignore[no-untyped-def]
+            layer, _, own = name.rpartition(".")
+            if own != "weight" or layer not in layers:
+                return weight
+            weight = weight.float()
+            codes[layer] = quantize_groups(weight, config.encoder_bits, config.group_of(weight.shape[1]), config.symmetric)
+            made = dequantize(codes[layer])
+            lost.append(float((made - weight).norm() / weight.norm().clamp_min(1e-12)))
+            return made
+
+        _rewrite(source / part, draft, changed, len(layers))
+        tensors = {f"{name}.{key}": t for name, q in codes.items() for key, t in _stored(q).items()}
+        shapes = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+        write(draft.path / "quantized" / f"{part}.safetensors", shapes, tensors.items())
+        specs = {name: {"bits": q.bits, "group": q.group, "symmetric": q.zeros is None} for name, q in codes.items()}
+        (draft.path / "quantized" / f"{part}.json").write_text(json.dumps(specs, indent=1) + "\n")
+        errors[part] = {"weight_error_max": max(lost), "packed_bytes": sum(t.nbytes for t in tensors.values())}
+    return errors
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, int]]:
@@ -113,22 +151,23 @@ def _shapes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor], layers: int) -> None:
-    """The transformer's files with each tensor `changed` and in fp16, in the same shards; one tensor in memory at a time."""
+    """A network's files with each tensor `changed` and in fp16, in the same shards; one tensor in memory at a time."""
     import torch
 
-    from flashgen.models.stream import DTYPES, header, read, write
+    from flashgen.models.stream import DTYPES, header, read, weight_files, write
 
-    files = sorted(source.glob("*.safetensors"))
-    target = draft.path / "transformer"
+    files = weight_files(source)
+    target = draft.path / source.name
     target.mkdir()
     entries = {path: header(path)[0] for path in files}
-    tick = iter(track(range(sum(map(len, entries.values()))), f"quantize {layers} layers", total=sum(map(len, entries.values()))))
+    tick = iter(
+        track(range(sum(map(len, entries.values()))), f"quantize {layers} layers of {source.name}", total=sum(map(len, entries.values())))
+    )
 
     def halved(path: Path) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in read(path):
             next(tick)
             yield name, changed(name, tensor).to(torch.float16) if tensor.is_floating_point() else tensor
-        next(tick, None)
 
     for path in files:
         kinds = {
@@ -136,9 +175,10 @@ def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor
             for name, e in entries[path].items()
         }
         write(target / path.name, kinds, halved(path))
+    next(tick, None)
     for path in source.iterdir():
         if path not in files and path.is_file():
-            draft.link(path, f"transformer/{path.name}")
+            draft.link(path, f"{source.name}/{path.name}")
 
 
 def _calibrated(parent: Artifact, sampler: Sampler, config: QuantizeRecipe, seed: int, draft: Draft) -> Found:
@@ -228,12 +268,8 @@ def _quantize(weight: Tensor, bits: int, config: QuantizeRecipe, moments: Tensor
     from flashgen.quant.rounding import quantize_groups
 
     if config.method == "gptq" and moments is not None:
-        return gptq(weight, moments, bits, _group(weight, config), config.symmetric)
-    return quantize_groups(weight, bits, _group(weight, config), config.symmetric, "hqq" if _unpacked(bits, config) else "mse")
-
-
-def _group(weight: Tensor, config: QuantizeRecipe) -> int:
-    return weight.shape[1] if config.group == "channel" else config.group
+        return gptq(weight, moments, bits, config.group_of(weight.shape[1]), config.symmetric)
+    return quantize_groups(weight, bits, config.group_of(weight.shape[1]), config.symmetric, "hqq" if _unpacked(bits, config) else "mse")
 
 
 def _unpacked(bits: int, config: QuantizeRecipe) -> bool:
@@ -316,7 +352,7 @@ def _known_damage(draft: Draft) -> dict[str, dict[str, float]]:
 def _bytes(weight: Tensor, bits: int, config: QuantizeRecipe) -> int:
     """Of the stored codes, scales and zero points."""
     n, k = weight.shape
-    group = _group(weight, config)
+    group = config.group_of(weight.shape[1])
     blocks = -(-k // group)
     zeros = 0 if config.symmetric else 2 * blocks if _unpacked(bits, config) else -(-blocks * bits // 8)
     return int(n * (blocks * group * bits // 8 + 2 * blocks + zeros))

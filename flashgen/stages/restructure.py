@@ -14,6 +14,7 @@ from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import UsageError
 from flashgen.progress import say
 from flashgen.recipe.schema import Recipe
+from flashgen.stages.plan import check
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +32,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
     if sampler.encoder != "full":
         raise UsageError(f"{parent.path} is restructured already (mode {sampler.encoder}); give a student with its own T5 encoder")
     config = recipe.restructure
+    check("restructure", parent, recipe, out, mode=mode)
     draft = begin(
         out, kind="student", stage="restructure-encoder", recipe=config.model_dump(exclude={"floor"}) | {"mode": mode}, seed=seed,
         parents=[parent.as_parent("student")], force=force,
@@ -40,7 +42,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
     from flashgen.models.save import save_changed
     from flashgen.stages.report import finish
 
-    changed = {} if mode == "zeros" else _trained(parent, sampler, recipe, seed, draft.work, mode)
+    untrained = mode == "zeros" or (mode == "prune" and not config.iterations)  # then nothing is loaded: files are linked or left out
+    changed = {} if untrained else _trained(parent, sampler, recipe, seed, draft.work, mode)
     save_changed(draft, parent.path, changed, dropped=() if mode == "compact" else ("text_encoder_3", "tokenizer_3"))
     left = sampler.model_copy(update={"encoder": mode, "t5_tokens": 0 if mode == "prune" else sampler.t5_tokens})
     before = sum(f.size for f in parent.manifest.files if f.path.startswith("text_encoder_3/"))
@@ -64,7 +67,7 @@ def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work
 
     config, nodes = recipe.restructure, sampler.sigmas
     pipe = load_pipeline(parent.path)
-    pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens)
+    pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens, work)
     full = pipe.transformer
     replay = own_trajectories(full, pool, nodes, latent_shape(pipe, sampler.size_px), seed) if config.iterations else None
     if mode == "prune":

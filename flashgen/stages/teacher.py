@@ -16,6 +16,7 @@ from flashgen.models.specs import SPECS, Spec, spec
 from flashgen.recipe.schema import Recipe
 
 TEACHER_STEPS = 28
+DISK = {"sd35-medium": 17 << 30, "sd3-medium": 16 << 30, "sd35-large": 28 << 30}  # of a random teacher
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
 
@@ -66,7 +67,7 @@ def random(like: str, out: Path, seed: int, force: bool) -> Artifact:
         return draft
     from flashgen.models.random_weights import write_random
 
-    check_disk(out, {"sd35-medium": 17 << 30}.get(like, 64 << 20))
+    check_disk(out, DISK.get(like, 64 << 20))
     write_random(shapes, draft.path, seed)
     size_px = int(shapes.transformer["sample_size"]) * 8
     return draft.publish(sampler=_sampler(shapes.clip_tokens, shapes.t5_tokens, size_px, 4.5, SHIFT))
@@ -74,8 +75,10 @@ def random(like: str, out: Path, seed: int, force: bool) -> Artifact:
 
 def import_(source: str, out: Path, force: bool) -> Artifact:
     """A StableDiffusion3Pipeline folder or hub id: checked, hard-linked where possible, digested."""
+    from flashgen.models.networks import check_networks
+
     folder = Path(source) if Path(source).is_dir() else _download(source)
-    _check_pipeline(folder)
+    has_t5 = "text_encoder_3" in check_networks(folder)
     identity = Parent(role="source", path=str(source), digest=_fingerprint(folder))
     draft = begin(out, kind="teacher", stage="teacher", recipe={"import": source}, seed=0, parents=[identity], force=force)
     if isinstance(draft, Artifact):
@@ -84,8 +87,10 @@ def import_(source: str, out: Path, force: bool) -> Artifact:
     transformer = json.loads((folder / "transformer/config.json").read_text())
     shift = json.loads((folder / "scheduler/scheduler_config.json").read_text()).get("shift", 3.0)
     tokens = json.loads((folder / "tokenizer/tokenizer_config.json").read_text()).get("model_max_length", 77)
-    t5_tokens = json.loads((folder / "tokenizer_3/tokenizer_config.json").read_text()).get("model_max_length", 256)
-    return draft.publish(sampler=_sampler(tokens, min(t5_tokens, 256), transformer["sample_size"] * 8, 4.5, shift))
+    t5 = folder / "tokenizer_3/tokenizer_config.json"
+    t5_tokens = json.loads(t5.read_text()).get("model_max_length", 256) if has_t5 else 256
+    sampler = _sampler(tokens, min(t5_tokens, 256), transformer["sample_size"] * 8, 4.5, shift)
+    return draft.publish(sampler=sampler.model_copy(update={"encoder": "full" if has_t5 else "zeros"}))
 
 
 def open_teacher(ref: str, out: Path) -> Artifact:
@@ -101,9 +106,14 @@ def _download(source: str) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*.fp16*"]))
     except Exception as error:
-        why = f"could not be fetched from the hub ({type(error).__name__})"
+        kind = type(error).__name__
+        if kind == "GatedRepoError":
+            raise ArtifactError(
+                f"{source} is gated: accept its licence on https://huggingface.co/{source}, then log in with: hf auth login"
+            ) from error
+        why = f"could not be fetched from the hub ({kind})"
         raise ArtifactError(f"{source} is no folder here and {why}; give a local folder") from error
 
 
@@ -113,23 +123,21 @@ def _fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
-def _check_pipeline(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ArtifactError(f"{folder} has no model_index.json; give a diffusers pipeline folder")
-    name = json.loads(index.read_text()).get("_class_name")
-    if name != "StableDiffusion3Pipeline":
-        raise ArtifactError(f"{folder} is a {name}; flashgen takes StableDiffusion3Pipeline folders")
-    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
-        if not any((folder / part).glob("*.safetensors")):
-            raise ArtifactError(f"{folder}/{part} has no safetensors weights; save the pipeline with safe_serialization=True")
+def _variant(path: Path) -> bool:
+    """Whether a file is a second copy of weights, in another type: model.fp16.safetensors beside model.safetensors."""
+    return ".fp16" in path.name and any(".fp16" not in other.name for other in path.parent.glob("*.safetensors"))
 
 
 def _copy_pipeline(folder: Path, draft: Draft) -> None:
     """Only files a pipeline needs: JSON, tokenizer text and safetensors. Links of a hub cache are resolved."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and path.suffix in {".json", ".txt", ".model", ".safetensors"} and len(relative.parts) <= 2:
+        if (
+            path.is_file()
+            and path.suffix in {".json", ".txt", ".model", ".safetensors"}
+            and len(relative.parts) <= 2
+            and not _variant(path)
+        ):
             if len(relative.parts) == 1 and path.name != "model_index.json":
                 continue
             target = draft.path / relative

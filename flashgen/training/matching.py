@@ -260,7 +260,7 @@ class Matcher:
         real = add_noise(self.replay.states[rows, -1].float(), g.randn(*self.shape)[kept], sigma)
         features = []
         with torch.no_grad(), Tap(self.proxy, self.heads.blocks) as tap:
-            for x, said in ((real, self.replay.pool.cond[rows]), (fake, cond)):
+            for x, said in ((real, self.replay.pool[rows]), (fake, cond)):
                 velocity(self.proxy, x, sigma, said)
                 features.append(tap.read())
         logit_real, logit_fake = (self.heads(f) for f in features)
@@ -278,7 +278,7 @@ class Matcher:
         rows = g.randint(len(self.replay.states))
         x_from, x_to = (self.replay.states[rows, node + k].float() for k in (0, 1))
         sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
-        v = velocity(self.student, x_from, sigma, self.replay.pool.cond[rows])
+        v = velocity(self.student, x_from, sigma, self.replay.pool[rows])
         return own.mean() * trajectory_loss(v, x_from, x_to, sigma, sigma_next)
 
 

@@ -58,7 +58,7 @@ def own_trajectories(full: nn.Module, pool: PromptPool, nodes: list[float], shap
     """The states of the student's own rollouts, one noise a prompt: what it is to paint again without its T5 (our choice of states)."""
     found, starts = [], range(0, len(pool), ROLLOUT_BATCH)
     for start in track(starts, "own trajectories", total=len(starts)):
-        cond = pool.cond[slice(start, start + ROLLOUT_BATCH)]
+        cond = pool[slice(start, start + ROLLOUT_BATCH)]
         noise = torch.randn((len(cond.pooled), *shape), generator=generator(seed, ROLLOUT_STREAM, start))
         found.append(torch.stack(roll_out(lambda _: full, noise, cond, nodes).states, 1).half())
     return Replay(torch.cat(found), pool)
@@ -69,7 +69,7 @@ def pruned_loss(student: nn.Module, replay: Replay, nodes: list[float]) -> Loss:
 
     def loss(g: Draws) -> Tensor:
         rows = g.randint(len(replay.pool))
-        cond = without_t5_tokens(replay.pool.cond[rows], replay.pool.clip_tokens)
+        cond = without_t5_tokens(replay.pool[rows], replay.pool.clip_tokens)
         return _following(replay, rows, lambda x, sigma: velocity(student, x, sigma, cond), nodes, g)
 
     return loss
@@ -84,7 +84,7 @@ def vision_loss(encoder: T5EncoderModel, full: nn.Module, replay: Replay, ids: T
 
     def loss(g: Draws) -> Tensor:
         rows, clip_tokens = g.randint(len(replay.pool)), replay.pool.clip_tokens
-        cond = replay.pool.cond[rows]
+        cond = replay.pool[rows]
         said = Conditioning(torch.cat([cond.embeds[:, :clip_tokens], encoder(ids[rows])[0]], 1), cond.pooled)
         return _following(replay, rows, lambda x, sigma: velocity(full, x, sigma, said), nodes, g)
 

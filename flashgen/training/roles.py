@@ -7,7 +7,6 @@ the adapter's alone. The switch sets which adapter peft's layers use and nothing
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,6 +33,8 @@ class Backbone:
         self.layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(".lora_" in name)
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()  # what learns in small steps does not learn in bf16
         if lora.checkpointing:
             transformer.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
         self.switch(None)
@@ -68,9 +69,11 @@ class Role(nn.Module):
         object.__setattr__(self, "backbone", backbone)  # not a child: its parameters belong to other roles too
         self.adapter = adapter
 
-    def forward(self, *arguments: Any, **options: Any) -> Any:
+    def forward(self, x: Tensor, embeds: Tensor, pooled: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """In the backbone's dtype inside, in that of `x` outside; the timestep is never rounded."""
         self.backbone.switch(self.adapter)
-        return self.backbone.transformer(*arguments, **options)
+        own = self.backbone.transformer.dtype
+        return (self.backbone.transformer(x.to(own), embeds.to(own), pooled.to(own), timestep, return_dict=return_dict)[0].to(x.dtype),)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("transformer_blocks", "config"):
@@ -93,16 +96,19 @@ class Role(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
-    def fused(self) -> nn.Module:
-        """A dense copy of the network that this role is: W + (alpha / rank) B A, no adapter left."""
-        self.backbone.switch(self.adapter)
-        network: nn.Module = copy.deepcopy(self.backbone.transformer)
-        dense: Any = network  # the same one: what follows are diffusers' methods, which nn.Module does not know
-        if self.adapter is not None:
-            dense.fuse_lora(adapter_names=[self.adapter])
-        dense.unload_lora()
-        dense.disable_gradient_checkpointing()
-        return network.requires_grad_(False)
+    def names(self) -> list[str]:
+        """Of the tensors of the dense network that this role is."""
+        return [name.replace(".base_layer.", ".") for name in self.backbone.transformer.state_dict() if ".lora_" not in name]
+
+    @torch.no_grad()
+    def merged(self, name: str) -> Tensor:
+        """One tensor of that network: W + (alpha / rank) B A, in fp32, where there is an adapter."""
+        module, _, part = name.rpartition(".")
+        layer: Any = self.backbone.transformer.get_submodule(module)
+        if not hasattr(layer, "get_delta_weight"):
+            return getattr(layer, part)  # type: ignore[no-any-return]
+        value: Tensor = getattr(layer.get_base_layer(), part)
+        return value.float() + layer.get_delta_weight(self.adapter).float() if part == "weight" and self.adapter else value
 
 
 def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:
@@ -119,5 +125,4 @@ def interpolate(high: Role, low: Role, weight_high: float) -> dict[str, Tensor]:
 
     peft's `combination_type="linear"` averages A and B apart, so that cross terms B_h A_l appear: no interpolation.
     """
-    ours, theirs = high.fused().state_dict(), low.fused().state_dict()
-    return {name: torch.lerp(theirs[name], value, weight_high) if value.is_floating_point() else value for name, value in ours.items()}
+    return {name: torch.lerp(low.merged(name), high.merged(name), weight_high) for name in high.names()}

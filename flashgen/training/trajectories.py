@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ SHARD = 128
 
 def velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
     """v [B, C, H, W] of one forward; sigma [B]."""
-    return net(x, cond.embeds, cond.pooled, 1000 * sigma, return_dict=False)[0]  # type: ignore[no-any-return]
+    return net(x, cond.embeds.to(x.dtype), cond.pooled.to(x.dtype), 1000 * sigma, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Replay:
 
     def only(self, rows: Tensor) -> Replay:
         """The trajectories that bool `rows` [N] names."""
-        return Replay(self.states[rows], replace(self.pool, cond=self.pool.cond[rows]))
+        return Replay(self.states[rows], self.pool.only(rows))
 
 
 def teacher_velocities(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def cache_trajectories(
     for start in track(own, "teacher trajectories", total=len(own)):
         path = folder / f"{start:06d}.pt"
         if not path.exists():
-            cond = pool.cond[slice(start, start + SHARD)]
+            cond = pool[slice(start, start + SHARD)]
             batch = len(cond.pooled)
             x = torch.randn((batch, *shape), generator=generator(seed, CACHE_STREAM, start))
             states = [x]
@@ -122,9 +122,7 @@ def train_on_trajectories(
         rows = g.randint(len(states))
         node = g.randint(len(nodes) - 1)
         x_from, x_to = states[rows, node].float(), states[rows, node + 1].float()
-        loss = trajectory_loss(
-            velocity(student, x_from, sigmas[node], replay.pool.cond[rows]), x_from, x_to, sigmas[node], sigmas[node + 1]
-        )
+        loss = trajectory_loss(velocity(student, x_from, sigmas[node], replay.pool[rows]), x_from, x_to, sigmas[node], sigmas[node + 1])
         norm = descend(loss, parameters, optimizers.values(), clip=1.0, where=f"trajectory step {step}")
         ema.update(student, step)
         return {"loss": loss.item(), "grad_norm": norm}

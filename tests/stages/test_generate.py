@@ -226,5 +226,5 @@ def test_negative_without_guidance_is_a_loud_warning(tiny_device: Artifact, tmp_
 
 def test_folder_that_is_no_sd3_pipeline_is_an_artifact_error(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ArtifactError, match="FluxPipeline, not StableDiffusion3Pipeline"):
+    with pytest.raises(ArtifactError, match="is a FluxPipeline; flashgen takes StableDiffusion3Pipeline"):
         load_pipeline(tmp_path)

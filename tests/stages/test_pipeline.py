@@ -258,6 +258,7 @@ def test_finetune_with_adapters_publishes_a_dense_student_and_resumes(chain: Cha
     [
         ("finetune.matching.node_matching=[1.0, 1.0]", "one for each of the 4"),
         ("finetune.matching.proxy_coupling=0.9", "adapters of different networks"),
+        ("finetune.lora.base=bfloat16", "leave finetune.lora.base out"),
     ],
 )
 def test_finetune_refuses_impossible_recipes_before_any_work(change: str, told: str, chain: Chain, tmp_path: Path) -> None:

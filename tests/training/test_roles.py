@@ -53,9 +53,25 @@ def test_a_role_changes_alone(transformer: Build, pool: PromptPool) -> None:
         shake(student, 1)
         assert not torch.allclose(speak(student, pool), before, atol=1e-3)
         assert torch.equal(speak(proxy, pool), before) and torch.equal(speak(teacher, pool), before)
-        dense = student.fused()
-        assert torch.allclose(speak(dense, pool), speak(student, pool), atol=1e-5)
-        assert not any("lora" in name for name in dense.state_dict()) and torch.equal(speak(teacher, pool), before)
+        dense = transformer(0)
+        assert sorted(student.names()) == sorted(dense.state_dict())
+        dense.load_state_dict({name: student.merged(name) for name in student.names()})
+        assert torch.allclose(speak(dense, pool), speak(student, pool), atol=1e-5) and torch.equal(speak(teacher, pool), before)
+
+
+def test_a_base_in_bf16_has_adapters_in_fp32_and_speaks_fp32(transformer: Build, pool: PromptPool) -> None:
+    lora = LORA.model_copy(update={"checkpointing": True})
+    teacher, student = roles_on(transformer(0).to(torch.bfloat16), lora, "student", seed=0)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    shake(student, 1)
+    said = speak(student, pool)
+    assert said.dtype == torch.float32
+    said.square().mean().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in student.parameters())
+    with torch.no_grad():
+        assert torch.allclose(speak(teacher, pool), speak(transformer(0), pool), atol=0.05)
+        name = "transformer_blocks.0.attn.to_q.weight"
+        assert student.merged(name).dtype == torch.float32 and not torch.equal(student.merged(name), teacher.merged(name))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,0 +1,99 @@
+"""The networks of a pipeline as shapes without weights, and whether a folder's files fit them: headers only, gigabytes unread."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import attach_align_device_hook
+from accelerate.utils import OffloadedWeightsLoader
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import nn
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from flashgen.errors import ArtifactError
+from flashgen.models.stream import header, tensor, tensor_files, weight_files
+
+KINDS: dict[str, Any] = {
+    "transformer": SD3Transformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+MEND = "take it from its source again, or save it from diffusers in fp16, bf16 or fp32"
+
+
+def empty_network(folder: Path, name: str) -> nn.Module:
+    """Component `name` of the pipeline in `folder` from its config; weights on `meta`. Raises ArtifactError for a broken config."""
+    kind = KINDS[name]
+    try:
+        if issubclass(kind, SD3Transformer2DModel | AutoencoderKL):
+            with torch.device("meta"):  # its position table too, 900 MB of SD3.5-Medium
+                network: Any = kind.from_config(kind.load_config(folder / name))
+        else:
+            with init_empty_weights():  # buffers are there: no file has them
+                network = kind(kind.config_class.from_pretrained(folder / name))
+                network.set_input_embeddings(network.get_input_embeddings())  # T5 has two names for them
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{folder / name}/config.json makes no {kind.__name__} ({error}); take it from its source again") from error
+    return network.eval()  # type: ignore[no-any-return]
+
+
+def parameter_names(network: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
+    """Each parameter and all its names: files keep a tied one under one of them."""
+    names: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return list(names.values())
+
+
+def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`network`, which has no weights, as one that reads those of a layer from `folder` when it runs, and drops them behind it."""
+    files = tensor_files(folder)
+    index: dict[str, dict[str, str]] = {}
+    for _, names in parameter_names(network):
+        own = next(name for name in names if name in files)
+        entry = {"safetensors_file": str(files[own]), "weight_name": own, "dtype": str(dtype).removeprefix("torch.")}
+        index |= dict.fromkeys(names, entry)
+    nn.Module.to(network, dtype)  # diffusers' own warns of modules that it does not have
+    for name, buffer in list(network.named_buffers()):
+        if buffer.is_meta:  # the transformer's position table
+            module, _, own = name.rpartition(".")
+            setattr(network.get_submodule(module), own, tensor(files[name], name).to(dtype))
+    attach_align_device_hook(network, execution_device="cpu", offload=True, weights_map=OffloadedWeightsLoader(index=index))
+    return network
+
+
+def check_networks(folder: Path) -> dict[str, nn.Module]:
+    """Every network of the pipeline in `folder`, without weights. Raises ArtifactError, with one clear sentence, when it is no SD3
+    pipeline, or when files are missing, of a foreign type, or hold other tensors than the configs ask for.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ArtifactError(f"{folder} has no model_index.json; give a diffusers pipeline folder")
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        name = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder} does not load as an SD3 pipeline ({error!r}); give a diffusers pipeline folder") from error
+    if name != "StableDiffusion3Pipeline":
+        raise ArtifactError(f"{folder} is a {name}; flashgen takes StableDiffusion3Pipeline (SD3 and SD3.5, Medium and Large)")
+    parts = [part for part in KINDS if part != "text_encoder_3" or (index.get(part) or [None])[0] is not None]
+    networks = {part: empty_network(folder, part) for part in parts}
+    for part, network in networks.items():
+        _check(folder / part, network)
+    return networks
+
+
+def _check(folder: Path, network: nn.Module) -> None:
+    found = {name: entry for path in weight_files(folder) for name, entry in header(path)[0].items()}
+    for parameter, names in parameter_names(network):
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            raise ArtifactError(f"{folder} has no tensor {names[0]}, which its config asks for; {MEND}")
+        if list(found[name]["shape"]) != list(parameter.shape):
+            shapes = f"{found[name]['shape']}, its config asks for {list(parameter.shape)}"
+            raise ArtifactError(f"{folder}: {name} is {shapes}; config and weights belong to different models")

@@ -1,0 +1,318 @@
+"""What a stage will need: memory by phase and component, disk, forwards and time. From headers and configs alone; no weight is read.
+
+Weights are counted tensor by tensor. Activations follow from the shapes and from what each network keeps; docs/fullsize.md compares the
+sums with what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flashgen.artifact.store import Artifact, check_disk
+from flashgen.errors import MachineError
+from flashgen.recipe.schema import DistillRecipe, LoraTraining, QuantizeRecipe, Recipe
+
+Parts = dict[str, float]  # bytes by component
+PROGRAM = 440 << 20  # python with torch, diffusers and transformers
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+KEPT = 35  # tensors the size of a block's hidden states that it keeps for its backward pass
+ADAPTED = 2 * KEPT  # and with adapters, which see their inputs in fp32
+WITHOUT_GPU = "run it where more memory is free"
+MEND = {
+    "distill": "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
+    "--set distill.lora.checkpointing=true, or lower distill.matching.batch and distill.size_px",
+    "finetune": f"use --set finetune.lora.rank=64, or {WITHOUT_GPU}",
+    "restructure": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing",
+    "quantize": "use --set quantize.method=rtn without a budget, basis_tolerance and repair, which streams the weights",
+    "export": f"export at a smaller size, or {WITHOUT_GPU}",
+}
+
+
+class Plan(NamedTuple):
+    """`memory` by phase and component; bytes, forwards of the transformer at batch 1, and multiply-adds by type of number."""
+
+    memory: dict[str, Parts]
+    disk: float
+    forwards: int = 0
+    work: dict[str, float] = {}  # noqa: RUF012
+
+    @property
+    def peak(self) -> float:
+        return max(sum(parts.values()) for parts in self.memory.values())
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Of one component, in the order of its files: shape and bytes an element by name."""
+
+    found: dict[str, tuple[tuple[int, ...], int]]
+
+    @property
+    def count(self) -> int:
+        return sum(prod(shape) for shape, _ in self.found.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(prod(shape) * size for shape, size in self.found.values())
+
+    @property
+    def largest(self) -> int:
+        return max(prod(shape) for shape, _ in self.found.values())
+
+    @property
+    def linears(self) -> dict[str, tuple[int, ...]]:
+        found = {n.removesuffix(".weight"): s for n, (s, _) in self.found.items() if n.endswith(".weight") and len(s) == 2}
+        return {name: shape for name, shape in found.items() if not re.search(r"(embedding|shared|embed_tokens|attention_bias)$", name)}
+
+
+def tensors(source: Artifact) -> dict[str, Tensors]:
+    """Raises ArtifactError for shards that are missing and files of another world."""
+    from flashgen.models.stream import DTYPES, header, weight_files
+
+    found = {}
+    for part in ("transformer", "vae", *ENCODERS):
+        if (source.path / part).is_dir():
+            entries = [(n, e) for path in weight_files(source.path / part) for n, e in header(path)[0].items()]
+            found[part] = Tensors({name: (tuple(e["shape"]), DTYPES[e["dtype"]].itemsize) for name, e in entries})
+    return found
+
+
+class Forward(NamedTuple):
+    """One pass of the transformer over one picture."""
+
+    tokens: int
+    width: int
+    blocks: int
+    adds: float
+
+    @property
+    def hidden(self) -> int:
+        return self.tokens * self.width
+
+
+def forward(source: Artifact, transformer: Tensors, size_px: int | None = None) -> Forward:
+    config = json.loads((source.path / "transformer" / "config.json").read_text())
+    sampler = source.manifest.sampler
+    assert sampler is not None
+    image = ((size_px or sampler.size_px) // 8 // int(config["patch_size"])) ** 2
+    text = sampler.clip_tokens + sampler.t5_tokens
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    adds = 0.0
+    for name, shape in transformer.linears.items():
+        once = re.search(r"norm|time_text_embed", name)  # on one vector, not on tokens
+        adds += prod(shape) * (1 if once else text if re.search(r"context|add_", name) else image)
+    dual = len(config.get("dual_attention_layers", ()))
+    adds += 2 * width * (int(config["num_layers"]) * (image + text) ** 2 + dual * image**2)
+    return Forward(image + text, width, int(config["num_layers"]), adds)
+
+
+def embedding(source: Artifact, parts: dict[str, Tensors], prompts: int) -> tuple[Parts, float]:
+    """Bytes and multiply-adds: small encoders in fp32, of large ones a layer at a time in bf16."""
+    from flashgen.models.text import BATCH, LARGE
+
+    sampler = source.manifest.sampler
+    assert sampler is not None
+    found, adds, activations = Parts(program=PROGRAM), 0.0, 0.0
+    for name in (n for n in ENCODERS if n in parts):
+        config = json.loads((source.path / name / "config.json").read_text())
+        t5 = name == "text_encoder_3"
+        large = parts[name].bytes > LARGE
+        tokens, rows, size = sampler.t5_tokens if t5 else sampler.clip_tokens, min(BATCH, prompts), 2 if large else 4
+        found[name] = parts[name].largest * 2 * size if large else 4.0 * parts[name].count
+        scores = rows * config["num_heads"] * tokens**2 * (size + 8) if t5 else 0  # twice in fp32 around T5's softmax
+        inner = rows * tokens * (config["d_ff"] if t5 else config["intermediate_size"]) * size * 3
+        hidden = rows * tokens * (config["d_model"] if t5 else config["hidden_size"]) * size * 6
+        activations = max(activations, hidden + max(scores, inner))
+        adds += prompts * tokens * sum(prod(shape) for shape in parts[name].linears.values())
+    return found | {"activations": activations}, adds
+
+
+def adapter_count(transformer: Tensors, lora: LoraTraining) -> int:
+    """Numbers that one adapter learns."""
+    return sum(lora.rank * sum(shape) for name, shape in transformer.linears.items() if re.fullmatch(lora.targets, name))
+
+
+def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
+    config: DistillRecipe = recipe.distill
+    transformer, lora = parts["transformer"], config.lora
+    one, matching, trajectory = forward(source, transformer, config.size_px), config.matching, config.trajectory
+    size = 2 if lora and lora.base == "bfloat16" else 4
+    learned = adapter_count(transformer, lora) if lora else transformer.count
+    train = Parts(program=PROGRAM, vae=4 * parts["vae"].count)
+    train |= {"teacher": size * transformer.count, "student and proxy": 8 * learned, "gradients": 8 * learned, "optimizers": 16 * learned}
+    train |= {"average": 4 * learned, "a step's temporaries": 8 * learned}  # of AdamW, over all tensors at once
+    again, own = lora is not None and lora.checkpointing, ADAPTED if lora else KEPT
+    kept = own + one.blocks if again else own * one.blocks
+    batch = max(matching.batch, trajectory.batch if trajectory.iterations else 0)
+    train["activations"] = batch * one.hidden * kept * size
+    rounds = matching.iterations + matching.proxy_warmup
+    learning = 4 if again else 3
+    forwards = rounds * (config.steps + learning * matching.proxy_updates) + matching.iterations * (learning + 3)
+    prompts = matching.prompts
+    cached = 0
+    if trajectory.iterations:
+        prompts += trajectory.prompts
+        cached = 2 * trajectory.teacher_steps * trajectory.prompts
+    work = cached + forwards * matching.batch + trajectory.iterations * learning * trajectory.batch
+    text, adds = embedding(source, parts, prompts)
+    sampler = source.manifest.sampler
+    assert sampler is not None
+    row = (sampler.clip_tokens + sampler.t5_tokens) * transformer_width(source) * (2 if parts["text_encoder_2"].bytes > 1 << 30 else 4)
+    disk = prompts * row + 2 * transformer.count + 36 * learned
+    number = "bf16" if size == 2 else "fp32"
+    return Plan({"embed": text, "train": train}, disk, work, {"bf16": adds, number: adds * (number == "bf16") + work * one.adds})
+
+
+def transformer_width(source: Artifact) -> int:
+    """Of a text token."""
+    return int(json.loads((source.path / "transformer" / "config.json").read_text())["joint_attention_dim"])
+
+
+def finetune(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
+    config, transformer = recipe.finetune, parts["transformer"]
+    one = forward(source, transformer)
+    learned = adapter_count(transformer, config.lora) if config.lora else transformer.count
+    copies = 3 if config.lora else 2  # student, its copy under the adapters, teacher
+    train = Parts(program=PROGRAM, vae=8 * parts["vae"].count)
+    train |= {"networks": 4 * copies * transformer.count, "branches and proxies": 16 * learned, "gradients": 8 * learned}
+    train |= {"optimizers": 16 * learned, "average": 4 * learned, "activations": config.matching.batch * one.hidden * KEPT * one.blocks * 4}
+    steps, matching = len(source.manifest.sampler.sigmas) - 1 if source.manifest.sampler else 4, config.matching
+    rounds = 2 * (matching.iterations + matching.proxy_warmup)
+    forwards = (rounds * (steps + 3 * matching.proxy_updates) + 2 * matching.iterations * 6) * matching.batch
+    text, _ = embedding(source, parts, matching.prompts)
+    return Plan({"embed": text, "train": train}, 2 * transformer.count + 36 * learned, forwards, {"fp32": forwards * one.adds})
+
+
+def restructure(source: Artifact, parts: dict[str, Tensors], recipe: Recipe, mode: str = "prune") -> Plan:
+    config, transformer = recipe.restructure, parts["transformer"]
+    if mode == "zeros" or (mode == "prune" and not config.iterations):
+        return Plan({"link": Parts(program=PROGRAM)}, 1 << 20)
+    one = forward(source, transformer)
+    learned = transformer.count if mode == "prune" else parts["text_encoder_3"].count // 8
+    train = Parts(program=PROGRAM, vae=4 * parts["vae"].count, student=4 * transformer.count)
+    train |= {"successor": 4 * learned, "gradients": 4 * learned, "optimizers": 8 * learned, "average": 4 * learned}
+    train["activations"] = config.batch * one.hidden * KEPT * one.blocks * 4
+    forwards = config.iterations * config.batch * 8
+    text, _ = embedding(source, parts, config.prompts)
+    return Plan({"embed": text, "train": train}, 2 * learned, forwards, {"fp32": forwards * one.adds})
+
+
+def quantize(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
+    config, transformer = recipe.quantize, parts["transformer"]
+    memory: dict[str, Parts] = {}
+    disk = 0.0
+    for part in ("transformer", *(ENCODERS if config.encoder_bits else ())):
+        if part in parts:
+            memory[f"round {part}"], codes = _streamed(parts[part], config, part)
+            disk += codes + 2 * parts[part].count
+    forwards = 0
+    if config.method == "gptq" or config.budget or config.basis_tolerance or config.repair:
+        widest = max(shape[1] for shape in transformer.linears.values())
+        held = {"student": 4.0 * transformer.count, "vae": 4.0 * parts["vae"].count, "moments": 4.0 * 20 * widest**2}
+        memory["calibrate"] = embedding(source, parts, config.prompts)[0] | held
+        steps = len(source.manifest.sampler.sigmas) - 1 if source.manifest.sampler else 4
+        passes = 1 + (25 if config.method == "gptq" else 0) + (145 * len(config.choices) if config.budget else 0)
+        forwards = config.prompts * steps * passes
+    weights = sum(prod(shape) for shape in transformer.linears.values())
+    return Plan(memory, disk, forwards, {"fp32": forwards * forward(source, transformer).adds, "rounded": weights})
+
+
+def _streamed(part: Tensors, config: QuantizeRecipe, name: str) -> tuple[Parts, float]:
+    """Peak while tensors pass one by one and codes pile up, and the bytes of all codes."""
+    codes = peak = 0.0
+    for tensor, (shape, size) in part.found.items():
+        count, layer = prod(shape), tensor.removesuffix(".weight")
+        passing = count * (size + 2)  # as it was read and as it is written
+        if layer in part.linears:
+            own = 8 if layer.startswith(tuple(config.protect)) else config.bits
+            bits = own if name == "transformer" else config.encoder_bits
+            group = config.group_of(shape[1])
+            blocks = shape[0] * -(-shape[1] // group)
+            codes += blocks * (group * bits / 8 + 4 + (0 if config.symmetric else bits / 8))
+            passing = count * (size + 2 + 12) + blocks * group  # and in fp32, dequantized and their difference
+        peak = max(peak, codes + passing)
+    return Parts({"program": PROGRAM, "codes and the tensor at work": peak}), codes
+
+
+def export(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
+    """Layers pass torch from disk; then onnxruntime holds a component's weights: mapped, packed anew, or unpacked to fp32."""
+    one = forward(source, parts["transformer"])
+    memory, disk, adds = dict[str, Parts](), 0.0, one.adds
+    sampler = source.manifest.sampler
+    assert sampler is not None
+    for part in (p for p in ("transformer", "vae", *ENCODERS) if p in parts):
+        packed = source.path / "quantized" / f"{part}.safetensors"
+        codes = float(packed.stat().st_size) if packed.exists() else 0.0
+        linear = sum(prod(shape) for shape in parts[part].linears.values()) if codes else 0
+        table = sum(prod(shape) for n, (shape, _) in parts[part].found.items() if n == "pos_embed.pos_embed")
+        rest = parts[part].count - linear - table
+        stored = codes + 2 * rest
+        disk += stored * (0.6 if part == "vae" else 1)  # the decoder alone
+        running = one.hidden * 40 * 4 if part == "transformer" else (sampler.size_px**2) * 512 * 4 * 3 if part == "vae" else 256 << 20
+        memory[part] = {"program": PROGRAM, "codes": codes, "graph": 2 * codes, "weights": 4 * rest, "activations": running}
+    return Plan(memory, disk, 2, {"fp32": 2 * adds})
+
+
+PLANS: dict[str, Any] = {"distill": distill, "finetune": finetune, "restructure": restructure, "quantize": quantize, "export": export}
+
+
+def plan_of(stage: str, source: Artifact, recipe: Recipe, **extra: Any) -> Plan:
+    parts = tensors(source)
+    found: Plan = PLANS[stage](source, parts, recipe, **{k: v for k, v in extra.items() if k == "mode"})
+    if recipe.bench.per_task and stage != "export":  # the result is drawn from and judged
+        one, batch = forward(source, parts["transformer"]), min(recipe.bench.batch, 6 * recipe.bench.per_task)
+        drawn = embedding(source, parts, batch)[0] | {"transformer": 4 * parts["transformer"].count, "vae": 4 * parts["vae"].count}
+        found.memory["validate"] = drawn | {"pictures": batch * one.hidden * 40 * 4}
+    return found
+
+
+def check(stage: str, source: Artifact, recipe: Recipe, out: Path, **extra: Any) -> None:
+    """Raises MachineError, before any work, when memory or disk are too small for the plan; it names what would fit."""
+    plan = plan_of(stage, source, recipe, **extra)
+    check_disk(out, int(plan.disk))
+    free = memory_bytes()
+    if free is not None and plan.peak > free:
+        phase, parts = max(plan.memory.items(), key=lambda item: sum(item[1].values()))
+        most = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
+        needs = f"{stage} needs {plan.peak / 2**30:.1f} GiB of memory in its phase '{phase}' (GiB: {most})"
+        raise MachineError(f"{needs}, {free / 2**30:.1f} are there; {MEND[stage]}")
+
+
+def memory_bytes() -> int | None:
+    """Of this machine, or what its container may use; None where the system does not tell."""
+    sizes = []
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            sizes.append(int(text))
+    if (info := Path("/proc/meminfo")).exists():
+        sizes.append(int(re.search(r"MemTotal:\s+(\d+)", info.read_text())[1]) << 10)  # type: ignore[index]
+    return min(sizes) if sizes else None
+
+
+def seconds(plan: Plan) -> float:
+    """By a calibration of some seconds on this machine: matrix products in each type of number, and rounding."""
+    import torch
+
+    from flashgen.quant.rounding import quantize_groups
+
+    total = 0.0
+    for number, amount in plan.work.items():
+        if not amount:
+            continue
+        dtype = torch.bfloat16 if number == "bf16" else torch.float32
+        x, weight, done = torch.randn(512, 1536, dtype=dtype), torch.randn(1536, 1536, dtype=dtype), 0.0
+        started = time.perf_counter()
+        while time.perf_counter() - started < 3:
+            if number == "rounded":
+                quantize_groups(weight, 4, 128, False)
+            else:
+                torch.nn.functional.linear(x, weight)
+            done += weight.numel() * (1 if number == "rounded" else len(x))
+        total += amount * (time.perf_counter() - started) / done
+    return round(total, 1)

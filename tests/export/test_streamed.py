@@ -1,0 +1,33 @@
+"""Export from files: halved constants, external data and quantized text encoders, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from flashgen.artifact.store import Artifact
+from flashgen.export import write
+from flashgen.recipe.load import load
+from flashgen.stages import export, generate, quantize
+
+
+def test_quantized_encoders_and_halved_constants_compute_what_torch_does(
+    tiny_student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "HALF_BYTES", 0)
+    monkeypatch.setattr(write, "EXTERNAL_BYTES", 0)
+    recipe = load("shapes-demo", ["quantize.group=16", "quantize.encoder_bits=4", "bench.per_task=0"])
+    int4 = quantize.run(str(tiny_student.path), tmp_path / "int4", recipe, 0, False)
+    assert set(int4.manifest.metrics["encoders"]) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    made = export.run(str(int4.path), tmp_path / "device", recipe, 0, False)
+    assert min(made.manifest.metrics["psnr_db"].values()) >= 60
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder"):
+        model = ir.load(made.path / part / "model.onnx")
+        linears = [node for node in model.graph if node.op_type == "MatMulNBits"]
+        assert bool(linears) == (part != "vae_decoder") and (made.path / part / "model.onnx_data").is_file()
+        kinds = {v.const_value.dtype for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.size > 64}
+        assert ir.DataType.FLOAT16 in kinds
+    generate.run(str(made.path), ["a red circle"], tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()
