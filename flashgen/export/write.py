@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flashgen.errors import ArtifactError
 from flashgen.export.components import Component, crop_positions, trace
 from flashgen.export.parity import check
-from flashgen.export.rewrite import halve_scales, halve_weights, to_matmul_nbits
+from flashgen.export.rewrite import halve_scales, halve_weights, to_matmul_nbits, turn_weights
 from flashgen.models.factored import factor
 from flashgen.models.networks import parameter_names
 from flashgen.models.stream import header, tensor, tensor_files, weight_files
@@ -50,6 +50,7 @@ def write_component(
     if layers:
         to_matmul_nbits(model, layers, accuracy_level)
         RemoveUnusedNodesPass()(model)
+    turn_weights(model)
     with np.errstate(all="ignore"):  # folding T5's bucket table takes the log of 0, as torch does
         onnxscript.optimizer.optimize_ir(model)
     if layers:
