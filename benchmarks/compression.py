@@ -166,11 +166,11 @@ def encoders(student: Artifact, work: Path, kept: dict[str, Any], save: Callable
     save()
 
 
-def made_from(student: Artifact) -> str:
-    """What every row depends on: the student, the settings, the peers' versions. A change of it starts the page anew."""
-    packages = {name: version(name) for name in ("bitsandbytes", "nncf", "onnxruntime", "torch")}
-    settings = [BUDGETS, STEPS, ENCODERS, PER_TASK, load("shapes").restructure.model_dump(), load("shapes").quantize.model_dump()]
-    return hash_json([student.manifest.digest, settings, packages])
+def made_from(student: Artifact) -> dict[str, str]:
+    """What the rows of each table depend on: the student, the settings, the peers' versions. A change of it starts the table anew."""
+    packages, recipe = {name: version(name) for name in ("bitsandbytes", "nncf", "onnxruntime", "torch")}, load("shapes")
+    given = {"weights": [BUDGETS, STEPS, recipe.quantize.model_dump(), packages], "encoders": [ENCODERS, recipe.restructure.model_dump()]}
+    return {table: hash_json([student.manifest.digest, PER_TASK, settings]) for table, settings in given.items()}
 
 
 def main() -> None:
@@ -180,10 +180,9 @@ def main() -> None:
     parser.add_argument("--student", default="finetuned", help="which of them is compressed")
     given = parser.parse_args()
     student = open_artifact(given.folder / given.student, ("student",))
-    path, key = given.page.with_suffix(".json"), made_from(student)
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("key") != key:
-        kept = {"key": key, "weights": {}, "encoders": {}}
+    path, keys = given.page.with_suffix(".json"), made_from(student)
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"keys": {}}
+    kept |= {table: {} for table, key in keys.items() if kept["keys"].get(table) != key} | {"keys": keys}
 
     def save() -> None:
         path.with_suffix(".tmp").write_text(json.dumps(kept, separators=(",", ":")) + "\n")

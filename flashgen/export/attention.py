@@ -19,7 +19,10 @@ def fuse_attention(transformer: SD3Transformer2DModel) -> None:
 
 
 class FusedAttention:
-    """diffusers' JointAttnProcessor2_0 with the heads side by side in the last axis all the way: image tokens first, then text."""
+    """diffusers' JointAttnProcessor2_0 with the heads side by side in the last axis all the way: image tokens first, then text.
+
+    What `symbolic` returns is on the CPU, where a network that is traced on `meta` is not.
+    """
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
@@ -31,7 +34,7 @@ class FusedAttention:
             k = torch.cat([k, _by_head(attn, attn.add_k_proj(text), attn.norm_added_k)], 1)
             v = torch.cat([v, attn.add_v_proj(text)], 1)
         heads: dict[str, Any] = {"num_heads": attn.heads}
-        out = symbolic("com.microsoft::MultiHeadAttention", [q, k, v], heads, dtype=q.dtype, shape=q.shape, version=1)
+        out = symbolic("com.microsoft::MultiHeadAttention", [q, k, v], heads, dtype=q.dtype, shape=q.shape, version=1).to(q.device)
         project = attn.to_out[0]  # what follows is dropout
         if text is None:
             return project(out)  # type: ignore[no-any-return]
@@ -46,4 +49,5 @@ def _by_head(attn: Any, x: Tensor, norm: Any) -> Tensor:
     split = x.reshape(*x.shape[:-1], attn.heads, -1)
     options: dict[str, Any] = {"axis": -1, "epsilon": norm.eps, "stash_type": 1}
     name = "SimplifiedLayerNormalization"
-    return symbolic(name, [split, norm.weight], options, dtype=x.dtype, shape=split.shape, version=1).flatten(-2)
+    normed = symbolic(name, [split, norm.weight], options, dtype=x.dtype, shape=split.shape, version=1)
+    return normed.to(x.device).flatten(-2)

@@ -105,6 +105,27 @@ def halve_scales(model: ir.Model) -> None:
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
 
 
+def turn_weights(model: ir.Model) -> None:
+    """Weights that a Transpose alone looks at are stored turned, under their own name, when they are written: onnxscript's optimizer would
+    turn them all at once, in memory.
+    """
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        node, whole = _only_user(value), value.const_value
+        if node is None or node.op_type != "Transpose" or whole is None or len(whole.shape) != 2:
+            continue
+        del graph.initializers[name]
+        turned = ir.Value(name=name, const_value=_turned(whole, name))
+        graph.register_initializer(turned)
+        ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+        graph.remove(node, safe=True)
+
+
+def _turned(whole: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    shape = ir.Shape(list(whole.shape.numpy())[::-1])
+    return ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(whole.numpy().T), name=name), dtype=whole.dtype, shape=shape, name=name)
+
+
 def halve_weights(model: ir.Model, names: Collection[str]) -> None:
     """Store constants as fp16 behind a Cast, which onnxruntime folds when it loads; an embedding table's rows are cast behind its Gather.
     Nothing is lost of what files keep in fp16.

@@ -22,7 +22,7 @@ from flashgen.errors import ArtifactError
 from flashgen.export.attention import fuse_attention
 from flashgen.export.components import Component, crop_positions, trace
 from flashgen.export.parity import check
-from flashgen.export.rewrite import halve_scales, halve_weights, quantize_linears
+from flashgen.export.rewrite import halve_scales, halve_weights, quantize_linears, turn_weights
 from flashgen.models.factored import factor
 from flashgen.models.networks import parameter_names
 from flashgen.models.stream import header, tensor, tensor_files, weight_files
@@ -53,6 +53,7 @@ def write_component(
     if layers:
         quantize_linears(model, layers, accuracy_level)
         RemoveUnusedNodesPass()(model)
+    turn_weights(model)
     with np.errstate(all="ignore"):  # folding T5's bucket table takes the log of 0, as torch does
         onnxscript.optimizer.optimize_ir(model)
     if layers:

@@ -13,6 +13,16 @@ from flashgen.recipe.load import load
 from flashgen.stages import export, generate, quantize
 
 
+def test_weights_of_whole_students_are_halved_too(tiny_student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load("shapes-demo", ["bench.per_task=0"])
+    whole = export.run(str(tiny_student.path), tmp_path / "whole", recipe, 0, False)
+    monkeypatch.setattr(write, "HALF_BYTES", 0)
+    half = export.run(str(tiny_student.path), tmp_path / "half", recipe, 0, False)
+    assert min(half.manifest.metrics["psnr_db"].values()) >= 60
+    for part, stored in half.manifest.metrics["bytes"].items():
+        assert stored < 0.85 * whole.manifest.metrics["bytes"][part], part
+
+
 def test_quantized_encoders_and_halved_constants_compute_what_torch_does(
     tiny_student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
