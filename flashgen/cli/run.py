@@ -135,7 +135,7 @@ def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None
     ]
     needs: dict[str, Any] = dict.fromkeys(("memory", "memory_bytes", "machine_bytes", "disk_bytes", "forwards", "seconds"))
     source = next(iter(opened.values()), None)
-    if source is not None and recipe is not None and (source.path / "transformer").is_dir():
+    if source is not None and recipe is not None and (source.path / "transformer" / "config.json").is_file():
         from flashgen.stages import plan as plans
 
         found = plans.plan_of(stage, source, recipe, **extra)
