@@ -242,7 +242,8 @@ def size(path: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("work", type=Path, help="where the models go")
-    parser.add_argument("--page", type=Path, help="Markdown; raw numbers beside it as .json")
+    parser.add_argument("--page", type=Path, default=Path("docs/device.md"), help="Markdown; raw numbers beside it as .json")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--row", help="measure this one here and print it as JSON")
     given = parser.parse_args()
     if given.row:
@@ -250,27 +251,32 @@ def main() -> None:
         return
     prepare(given.work)
     found: dict[str, list[Any]] = {name: [] for name in (*ROWS, "peak")}
-    for number in range(ROUNDS):
+    for number in range(given.rounds):
         for name, laps in found.items():
             command = [sys.executable, "-m", "benchmarks.device", str(given.work), "--row", name]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
             if done.returncode:
                 raise SystemExit(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
             laps.append(json.loads(done.stdout.splitlines()[-1]))
-            say(f"round {number + 1} of {ROUNDS}, {name}: {laps[-1] if name == 'peak' else laps[-1]['seconds']}")
-    top, rows = float(np.max(found.pop("peak"))), []
-    for name, laps in found.items():
-        who, engine, profile, file = ROWS[name]
+            say(f"round {number + 1} of {given.rounds}, {name}: {laps[-1] if name == 'peak' else laps[-1]['seconds']}")
+        write(found, given.work, given.page)  # after every round: a run that is cut off leaves a page
+
+
+def write(found: dict[str, list[Any]], work: Path, target: Path) -> None:
+    top, rows = float(np.max(found["peak"])), []
+    counts = {tokens: operations(tokens) for tokens in TOKENS}
+    for name, (who, engine, profile, file) in ROWS.items():
+        laps = found[name]
         for tokens in TOKENS:
             seconds = [lap["seconds"][str(tokens)] for lap in laps]
             middle = float(np.median(seconds))
             rows.append({
                 "name": name, "who": who, "engine": engine, "profile": profile, "text_tokens": tokens, "step_s": middle,
                 "step_s_all": seconds, "peak_rss_mib": float(np.median([lap["peak_rss_mib"] for lap in laps])),
-                "bytes": size(given.work / file), "error": laps[0]["error"], "share_of_peak": operations(tokens) / top / middle,
+                "bytes": size(work / file), "error": laps[0]["error"], "share_of_peak": counts[tokens] / top / middle,
             })  # fmt: skip
-    given.page.with_suffix(".json").write_text(json.dumps({"peak_ops": top, "blocks": BLOCKS, "rows": rows}, indent=1) + "\n")
-    given.page.write_text(page(rows, top) + "\n")
+    target.with_suffix(".json").write_text(json.dumps({"peak_ops": top, "blocks": BLOCKS, "rows": rows}, indent=1) + "\n")
+    target.write_text(page(rows, top) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on 
 
 
 def page(rows: list[dict[str, Any]], peak: float) -> str:
-    lines = ["# One step, engine by engine", ABOUT.format(peak=peak / 1e9), "", f"Machine: {machine()}."]
+    rounds = len(rows[0]["step_s_all"])
+    lines = ["# One step, engine by engine", ABOUT.format(peak=peak / 1e9), "", f"{rounds} rounds on {machine()}."]
     for tokens in sorted({row["text_tokens"] for row in rows}):
         own = sorted((row for row in rows if row["text_tokens"] == tokens), key=lambda row: row["step_s"])
         peers = [row for row in own if row["who"] == "peer"]
