@@ -130,7 +130,9 @@ def put_factors(transformer: nn.Module, codes: Mapping[str, QuantizedLinear], pa
                 layer = transformer.get_submodule(name)
                 if not isinstance(layer, nn.Linear) or (*up.shape, len(basis)) != (layer.out_features, basis.shape[1], layer.in_features):
                     raise ValueError(f"the factors of {name} do not fit it")
-            factor(transformer, basis, ups)
+            files = tensor_files(path / "transformer")  # the network's own may be on disk
+            biases = {name: tensor(files[f"{name}.bias"], f"{name}.bias").float() for name in ups}
+            factor(transformer, basis, ups, biases)
 
 
 @contextmanager
