@@ -21,7 +21,7 @@ HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on 
 
 def page(rows: list[dict[str, Any]], peak: float) -> str:
     rounds = len(rows[0]["step_s_all"])
-    lines = ["# One step, engine by engine", ABOUT.format(peak=peak / 1e9), "", f"{rounds} rounds on {machine()}."]
+    lines = ["# One step, engine by engine", ABOUT.format(peak=peak / 1e9), "", f"{rounds} round{'s' * (rounds > 1)} on {machine()}."]
     for tokens in sorted({row["text_tokens"] for row in rows}):
         own = sorted((row for row in rows if row["text_tokens"] == tokens), key=lambda row: row["step_s"])
         peers = [row for row in own if row["who"] == "peer"]
@@ -31,11 +31,11 @@ def page(rows: list[dict[str, Any]], peak: float) -> str:
             ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "peak", "RSS MiB", "MB", "error"]
         )
         for row in own:
-            spread = np.ptp(row["step_s_all"]) / row["step_s"]
+            spread = f"{np.ptp(row['step_s_all']) / row['step_s']:.0%}" if rounds > 1 else ""
             ratios = f"{row['step_s'] / fastest:.2f} x", f"{row['step_s'] / on_ort:.2f} x" if row["engine"] == "onnxruntime" else ""
             name = f"**{row['name']}**" if row["who"] == "flashgen" else row["name"]
             rest = f"{row['share_of_peak']:.2f}", f"{row['peak_rss_mib']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['error']:.4f}"
-            lines.append(cells(name, f"{row['step_s']:.2f}", f"{spread:.0%}", *ratios, *rest))
+            lines.append(cells(name, f"{row['step_s']:.2f}", spread, *ratios, *rest))
     return "\n".join(lines)
 
 
