@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,18 @@ def texts(prompt: str, seed: int, sigmas: Sequence[float], digest: str, **more: 
     """The text chunks of a generated picture; `more` holds what differs from the artifact's own sampler."""
     values = {"prompt": prompt, "seed": seed, "sigmas": json.dumps([round(s, 9) for s in sigmas]), "artifact": digest}
     return {k: str(v) for k, v in (values | {"flashgen": flashgen.__version__} | more).items()}
+
+
+def sheet(images: NDArray[np.uint8], columns: int = 0) -> NDArray[np.uint8]:
+    """Pictures [N, H, W, 3] side by side on white, row after row, about as many rows as columns where no number is given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
+    _, height, width, _ = images.shape
+    found = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = height * (i // columns), width * (i % columns)
+        found[top : top + height, left : left + width] = image
+    return found
 
 
 def read_texts(path: Path) -> dict[str, Any]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.device.png import read_texts, texts, write_png
+from flashgen.device.png import read_texts, sheet, texts, write_png
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.flow.grid import few_step_grid
 from flashgen.progress import say, warn
@@ -91,18 +89,6 @@ def _start(source: Artifact, path: Path, strength: float, sigmas: list[float], s
     except (OSError, ValueError) as error:
         raise UsageError(f"--init-image {path} is no picture that can be read ({error})") from error
     return {"init": pixels, "sigmas": left}
-
-
-def sheet(images: NDArray[np.uint8], columns: int = 0) -> NDArray[np.uint8]:
-    """Pictures [N, H, W, 3] side by side on white, row after row, about as many rows as columns where no number is given."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = -(-len(images) // columns)
-    _, height, width, _ = images.shape
-    found = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = height * (i // columns), width * (i % columns)
-        found[top : top + height, left : left + width] = image
-    return found
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, Draft
+from flashgen.device.png import sheet
 from flashgen.errors import NumericsError
 from flashgen.models.sample import load_pipeline, sample
 from flashgen.processes import rank
@@ -84,7 +85,7 @@ def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str
     return draft.publish(sampler=sampler, metrics={"composition": scores, **(metrics or {})})
 
 
-def grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
-    """Pictures [N, H, W, 3] side by side, row after row."""
-    rows = [np.concatenate(list(images[i : i + columns]), 1) for i in range(0, len(images) // columns * columns, columns)]
-    return np.concatenate(rows) if rows else images[0]
+def grid(images: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
+    """Pictures [N, H, W, 3] side by side, full rows only; the first picture when they fill none."""
+    whole = len(images) // columns * columns
+    return sheet(images[:whole], columns) if whole else images[0]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import T5EncoderModel
@@ -116,9 +115,7 @@ def recover(
     Muon takes the matrices of a transformer's blocks where `restructure.muon_lr` says so; an encoder is AdamW's alone.
     """
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    whole = isinstance(trained, SD3Transformer2DModel) and len(parameters) == len(list(trained.parameters()))
-    adamw: list[torch.optim.Optimizer] = [torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    optimizers = muon_and_adamw(trained, config.muon_lr, config.lr) if whole else adamw
+    optimizers = muon_and_adamw(trained, config.muon_lr, config.lr)
     rates = [config.muon_lr, config.lr][-len(optimizers) :]
     ema = Ema(trained, 0.99)
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from flashgen.artifact.store import Artifact
 from flashgen.device.noise import latents
+from flashgen.device.png import sheet
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.flow.grid import few_step_grid, unshift
@@ -109,7 +110,7 @@ def test_every_prompt_is_drawn_from_each_of_the_seeds_and_shown_on_one_sheet(tin
     whole = np.asarray(Image.open(tmp_path / "a-grid.png"))
     assert whole.shape == (128, 192, 3)
     assert np.array_equal(whole[64:, 64:128], np.asarray(Image.open(files[4])))
-    assert np.array_equal(generate.sheet(np.zeros((5, 2, 2, 3), np.uint8))[2:, 4:], np.full((2, 2, 3), 255))
+    assert np.array_equal(sheet(np.zeros((5, 2, 2, 3), np.uint8))[2:, 4:], np.full((2, 2, 3), 255))
 
 
 @pytest.mark.parametrize("which", ["tiny_device", "tiny_teacher"])
