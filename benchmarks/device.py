@@ -43,8 +43,9 @@ ROWS: dict[str, tuple[str, str, str, str]] = {
     "flashgen size, onnxruntime": ("flashgen", "onnxruntime", "size", "size/transformer/model.onnx"),
     "flashgen size int8 activations, onnxruntime": ("flashgen", "onnxruntime", "size4", "size4/transformer/model.onnx"),
     "flashgen speed, onnxruntime": ("flashgen", "onnxruntime", "speed", "speed/transformer/model.onnx"),
-    "flashgen size, openvino": ("flashgen", "openvino", "bf16", "size/transformer/model.onnx"),
-    "flashgen speed, openvino": ("flashgen", "openvino", "bf16", "speed/transformer/model.onnx"),
+    "flashgen size, openvino": ("flashgen", "openvino", "size", "size/transformer/model.onnx"),
+    "flashgen size int8 activations, openvino": ("flashgen", "openvino", "size4", "size4/transformer/model.onnx"),
+    "flashgen speed, openvino": ("flashgen", "openvino", "speed", "speed/transformer/model.onnx"),
 }  # fmt: skip
 
 
@@ -80,7 +81,9 @@ def prepare(work: Path) -> None:
 
     def component() -> Component:
         inputs = {name: torch.from_numpy(value) for name, value in feeds(TOKENS[-1]).items()}
-        return Component("transformer", Call(network(), _velocity), inputs, ("out_hidden_states",), ("encoder_hidden_states",))
+        return Component(
+            "transformer", Call(network(), _velocity), inputs, ("out_hidden_states",), {"encoder_hidden_states": {1: "tokens"}}
+        )
 
     def codes(bits: int, group: int | None) -> dict[str, QuantizedLinear]:
         """4 bits, asymmetric, with the last layer at 8; or 8 bits a row."""
@@ -161,13 +164,18 @@ def torch_step(net: Any, dtype: torch.dtype = torch.float32) -> Step:
     return step
 
 
-def opened(engine: str, profile: str, path: Path) -> Step:
+def opened(who: str, engine: str, profile: str, path: Path) -> Step:
     if engine == "torch":
         from diffusers import SD3Transformer2DModel
 
         dtype = torch.bfloat16 if profile == "bf16" else torch.float32
         net = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype).eval()
         return torch_step(torch.compile(net, dynamic=False) if profile == "compile" else net, dtype)
+    if who == "flashgen":
+        from flashgen.device.engine import NETWORKS
+
+        network = NETWORKS[engine](path, THREADS, profile != "size")
+        return lambda given: network.run(["out_hidden_states"], given)[0]
     if engine == "openvino":
         import openvino as ov
 
@@ -185,8 +193,8 @@ def measure(work: Path, name: str) -> dict[str, Any]:
     from flashgen.metrics.latency import peak_rss_mib
 
     torch.set_num_threads(THREADS)
-    _, engine, profile, file = ROWS[name]
-    step, seconds, out = opened(engine, profile, work / file), {}, np.zeros(0, np.float32)
+    who, engine, profile, file = ROWS[name]
+    step, seconds, out = opened(who, engine, profile, work / file), {}, np.zeros(0, np.float32)
     for tokens in TOKENS:
         given, laps = feeds(tokens), []
         for _ in range(1 + CALLS):

@@ -32,6 +32,8 @@ def generate(
     negative: Annotated[str | None, typer.Option("--negative", metavar="PROMPT", help="needs guidance above 1")] = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="pictures at a time")] = 8,
     grid: Annotated[bool, typer.Option("--grid", help="also a contact sheet of all of them, FILE-grid.png")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="FILE-preview.png at every step: what it would become")] = False,
+    memory: Annotated[str | None, typer.Option("--memory", metavar="2GB", help="for exported artifacts: stay within it")] = None,
     engine: Annotated[
         Literal["auto", "onnxruntime", "openvino"], typer.Option("--engine", help="of exported artifacts; auto: the fastest here")
     ] = "auto",
@@ -52,7 +54,7 @@ def generate(
         asked["seeds"] = stage.read_seeds(seeds)
     images = stage.run(
         artifact, given, out, **asked, size_px=size, batch=batch, init_image=init_image, strength=strength, contact_sheet=grid,
-        engine=engine, **extra,
+        preview=preview, engine=engine, memory=memory, **extra,
     )  # fmt: skip
     record = {**record_of(open_artifact(artifact), "generate", started, {}), "images": [str(image) for image in images]}
     emit(options, "\n".join(record["images"]), record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,9 +15,11 @@ from flashgen.cli.run import run_stage
 def quantize(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="an artifact folder, DIR@v0001, or a version")],
     options: Options,
+    scheme: Annotated[Literal["groups", "nf4"] | None, typer.Option("--scheme", help="nf4: bitsandbytes', for diffusers")] = None,
     budget: Annotated[str | None, typer.Option("--budget", metavar="BITS|BYTES", help="4.25 or 900MB: bits by measured damage")] = None,
 ) -> None:
     """Quantize the transformer to INT4."""
-    if budget is not None:
-        options = replace(options, set=[*(options.set or []), f"quantize.budget={budget}"])
+    given = {"budget": budget, "scheme": scheme}
+    own = [f"quantize.{name}={value}" for name, value in given.items() if value is not None]
+    options = replace(options, set=[*(options.set or []), *own])
     run_stage(options, "quantize", {"student": student})

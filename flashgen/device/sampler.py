@@ -1,26 +1,27 @@
-"""Drawing pictures from an exported artifact with numpy and onnxruntime alone."""
+"""Drawing pictures from an exported artifact with numpy and an engine alone."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact
-from flashgen.device.engine import Engine, choose
+from flashgen.device.engine import Engine
+from flashgen.device.memory import Plan, out_of_memory, plan, smaller_tile
 from flashgen.device.noise import latents
+from flashgen.device.tiles import decode_tiled
 from flashgen.device.tokens import PromptTokenizer
 from flashgen.errors import ArtifactError
 from flashgen.flow.ode import euler, guide
-from flashgen.progress import track
+from flashgen.progress import track, warn
 from flashgen.timing import Laps
 
 Floats = NDArray[np.float32]
+Preview = Callable[[int, Callable[[], NDArray[np.uint8]]], None]  # (step, what decodes the first picture as it would become)
 CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 
 
@@ -30,18 +31,10 @@ class DevicePipeline:
     def __init__(self, artifact: Artifact, threads: int | None = None, laps: Laps | None = None, engine: str = "onnxruntime") -> None:
         if artifact.manifest.sampler is None:
             raise ArtifactError(f"{artifact.path}: the manifest has no sampler; export the student again with: flashgen export")
+        self.artifact = artifact
         self.sampler: Sampler = artifact.manifest.sampler
         self.extra = artifact.manifest.extra
-        if engine == "auto":
-            engine = choose(artifact.path, artifact.manifest.digest, self._one_step(artifact.path), threads)
-        self.engine = Engine(artifact.path, threads, laps, engine)
-
-    def _one_step(self, path: Path) -> dict[str, Floats]:
-        """Inputs of the transformer for one picture, all zeros."""
-        width = json.loads((path / "transformer" / "config.json").read_text())["pooled_projection_dim"]
-        tokens = self.sampler.clip_tokens + self.sampler.t5_tokens
-        shapes = {"hidden_states": (1, *self.extra["latent_shape"]), "encoder_hidden_states": (1, tokens, int(self.extra["joint_dim"]))}
-        return {k: np.zeros(v, np.float32) for k, v in (shapes | {"pooled_projections": (1, width), "timestep": (1,)}).items()}
+        self.engine = Engine(artifact, threads, laps, engine)
 
     def sample(
         self,
@@ -52,21 +45,63 @@ class DevicePipeline:
         guidance: float | None = None,
         negative: str = "",
         batch: int = 32,
+        init: NDArray[np.uint8] | None = None,
+        preview: Preview | None = None,
+        within: Plan | None = None,
     ) -> NDArray[np.uint8]:
-        """Pictures [B, H, W, 3] of `prompts`; picture i starts from the noise of seeds[i]. Defaults are the manifest's."""
+        """Pictures [B, H, W, 3] of `prompts`; picture i starts from the noise of seeds[i]. Defaults are the manifest's.
+
+        With `init` [H, W, 3] all start from a mixture of that picture and their noise at sigmas[0]. `preview` is shown every step of
+        each batch; it keeps the decoder in memory, too. `within` says how to keep memory low; by default `batch` goes and only the
+        decoder is spared.
+        """
         sigmas = self.sampler.sigmas if sigmas is None else sigmas
         weight = self.sampler.guidance if guidance is None else guidance
+        within = within or plan(self.artifact, self.engine.name, len(prompts), batch, guided=weight != 1, preview=preview is not None)
+        batch = within.batch
         embeds, pooled = self.encode(prompts, batch)
         uncond = self.encode([negative], batch) if weight != 1 else None
         noise = latents(tuple(self.extra["latent_shape"]), seeds)
+        if init is not None:
+            noise = np.float32(1 - sigmas[0]) * self.encode_picture(init) + np.float32(sigmas[0]) * noise
+        viewer = Engine(self.artifact, self.engine.threads, name=self.engine.name)
+
+        def watch(index: int, x0: Floats) -> None:
+            if preview is not None:
+                preview(index, lambda: self.decode(x0[:1], viewer, within)[0])
+
         parts = slices(len(prompts), batch)
         count = len(parts) * (len(sigmas) - 1)
         tick = iter(track(range(count), "draw", total=count))
-        z = [self.denoise(noise[s], embeds[s], pooled[s], uncond, weight, sigmas, tick) for s in parts]
+        z = np.concatenate([self.denoise(noise[s], embeds[s], pooled[s], uncond, weight, sigmas, tick, watch) for s in parts])
         next(tick, None)
-        vae = self.extra["vae"]
-        scaled = np.concatenate(z) / np.float32(vae["scaling_factor"]) + np.float32(vae["shift_factor"])
-        return np.concatenate([to_uint8(self.engine.run("vae_decoder", ["sample"], {"latent_sample": scaled[s]})[0]) for s in parts])
+        viewer.close()
+        return np.concatenate([self.decode(z[s], self.engine, within) for s in slices(len(z), within.rows)])
+
+    def decode(self, z: Floats, engine: Engine, within: Plan) -> NDArray[np.uint8]:
+        """Pictures [B, H, W, 3] of latents [B, C, h, w] on the transformer's scale; in smaller tiles when memory runs out."""
+        vae, tile = self.extra["vae"], within.tile
+        factor = self.sampler.size_px // int(self.extra["latent_shape"][-1])  # pixels a latent
+        scaled = z / np.float32(vae["scaling_factor"]) + np.float32(vae["shift_factor"])
+
+        def run(part: Floats) -> Floats:
+            return engine.run("vae_decoder", ["sample"], {"latent_sample": part})[0]
+
+        while True:
+            try:
+                return to_uint8(run(scaled) if tile is None else decode_tiled(run, scaled, tile, factor))
+            except Exception as error:  # the engines' exception types have no common base
+                smaller = smaller_tile(tile, z.shape[-1])
+                if smaller is None or not out_of_memory(error):
+                    raise
+                warn(f"decoding ran out of memory ({type(error).__name__}); again in tiles of {smaller} latents")
+                tile = smaller
+
+    def encode_picture(self, picture: NDArray[np.uint8]) -> Floats:
+        """Latents [1, C, h, w] of a picture [H, W, 3] on the transformer's scale: the mode of what the VAE says."""
+        moments = self.engine.run("vae_encoder", ["latent_parameters"], {"sample": from_uint8(picture)})[0]
+        vae, mean = self.extra["vae"], moments[:, : moments.shape[1] // 2]
+        return np.asarray((mean - np.float32(vae["shift_factor"])) * np.float32(vae["scaling_factor"]))
 
     def encode(self, prompts: list[str], batch: int) -> tuple[Floats, Floats]:
         """Embeddings [B, L, D] and pooled [B, P] as `StableDiffusion3Pipeline.encode_prompt` builds them."""
@@ -104,6 +139,7 @@ class DevicePipeline:
         weight: float,
         sigmas: Sequence[float],
         tick: Iterator[int],
+        watch: Callable[[int, Floats], None],
     ) -> Floats:
         """Euler from noise `x` [B, C, h, w] along `sigmas`, guided away from `uncond` when that is given; one `tick` a step."""
         rows = len(x)
@@ -119,12 +155,17 @@ class DevicePipeline:
             v = self.engine.run("transformer", ["out_hidden_states"], feeds)[0]
             return v if uncond is None else guide(v[:rows], v[rows:], weight)
 
-        return euler(x, velocity, sigmas, self.sampler.scales_on(sigmas))
+        return euler(x, velocity, sigmas, self.sampler.scales_on(sigmas), watch)
 
 
 def to_uint8(sample: Floats) -> NDArray[np.uint8]:
     """Decoder output [B, 3, H, W] in [-1, 1] to pictures [B, H, W, 3], rounded as diffusers rounds."""
     return np.asarray(np.round(np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255), np.uint8)
+
+
+def from_uint8(picture: NDArray[np.uint8]) -> Floats:
+    """A picture [H, W, 3] as the VAE encoder's input [1, 3, H, W] in [-1, 1]."""
+    return (picture.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
 
 
 def slices(count: int, batch: int) -> list[slice]:

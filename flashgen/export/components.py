@@ -4,16 +4,19 @@
     text_encoder(_2) input_ids -> text_embeds, last_hidden_state, hidden_states.0 ... hidden_states.(layers-1)
     text_encoder_3   input_ids -> last_hidden_state
     vae_decoder      latent_sample -> sample          (latents already divided by scaling_factor, plus shift_factor)
+    vae_encoder      sample -> latent_parameters      (mean and log variance along axis 1; on request)
 
-The batch is dynamic, and so is the transformer's number of text tokens; pictures have one fixed size.
+The batch is dynamic, and so are the transformer's number of text tokens and the decoder's height and width, which decodes tiles;
+the transformer and the VAE's encoder know one size.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -44,13 +47,13 @@ class Call(nn.Module):
 
 @dataclass(frozen=True)
 class Component:
-    """`inputs` are examples [rows, ...]; `tokens_axis` names the inputs whose axis 1 is dynamic too."""
+    """`inputs` are examples [rows, ...]; `dynamic` names the axes beside the batch that are dynamic too: {input: {axis: name}}."""
 
     name: str
     module: Call
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
-    tokens_axis: tuple[str, ...] = ()
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     @torch.no_grad()
     def reference(self) -> list[Tensor]:
@@ -60,30 +63,37 @@ class Component:
 
 
 @torch.no_grad()
-def components(pipe: StableDiffusion3Pipeline, sampler: Sampler) -> Iterator[Component]:
+def components(pipe: StableDiffusion3Pipeline, sampler: Sampler, vae_encoder: bool = False) -> Iterator[Component]:
     """Every network that the device needs, with example inputs as they occur when sampling."""
     rows = 3 if sampler.size_px <= 256 else 1  # more rows check the batch axis better, large pictures cannot afford them
     prompts = EXAMPLES[:rows]
-    tokens = tokenize(pipe, prompts, sampler.t5_tokens)
-    yield _clip("text_encoder", pipe.text_encoder, tokens.clip_l)
-    yield _clip("text_encoder_2", pipe.text_encoder_2, tokens.clip_g)
-    if tokens.t5 is not None and sampler.has_t5:
+    ids = tokenize(pipe, prompts, sampler.t5_tokens)
+    yield _clip("text_encoder", pipe.text_encoder, ids.clip_l)
+    yield _clip("text_encoder_2", pipe.text_encoder_2, ids.clip_g)
+    if ids.t5 is not None and sampler.has_t5:
         yield Component(
-            "text_encoder_3", Call(pipe.text_encoder_3, lambda net, ids: net(ids)[0]), {"input_ids": tokens.t5}, ("last_hidden_state",)
+            "text_encoder_3", Call(pipe.text_encoder_3, lambda net, ids: net(ids)[0]), {"input_ids": ids.t5}, ("last_hidden_state",)
         )
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(rows, *latent_shape(pipe, sampler.size_px), generator=generator)
-    condition = encode(pipe, tokens, sampler.t5_tokens)
+    condition = encode(pipe, ids, sampler.t5_tokens)
     inputs = {
         "hidden_states": latents,
         "encoder_hidden_states": condition.embeds,
         "pooled_projections": condition.pooled,
         "timestep": 1000 * torch.tensor((sampler.sigmas * rows)[:rows]),
     }
-    yield Component("transformer", Call(pipe.transformer, _velocity), inputs, ("out_hidden_states",), ("encoder_hidden_states",))
+    tokens = {"encoder_hidden_states": {1: "tokens"}}
+    yield Component("transformer", Call(pipe.transformer, _velocity), inputs, ("out_hidden_states",), tokens)
     vae = pipe.vae.config
     decode = Call(pipe.vae, lambda net, z: net.decode(z, return_dict=False)[0])
-    yield Component("vae_decoder", decode, {"latent_sample": latents / vae.scaling_factor + vae.shift_factor}, ("sample",))
+    scaled = {"latent_sample": latents / vae.scaling_factor + vae.shift_factor}
+    yield Component("vae_decoder", decode, scaled, ("sample",), {"latent_sample": {2: "height", 3: "width"}})
+    if vae_encoder:
+        pictures = {"sample": 2 * torch.rand(rows, 3, sampler.size_px, sampler.size_px, generator=generator) - 1}
+        own = copy.deepcopy(pipe.vae)  # the decoder's module loses its weights as it is written
+        encode_picture = Call(own, lambda net, x: net.encode(x).latent_dist.parameters)
+        yield Component("vae_encoder", encode_picture, pictures, ("latent_parameters",))
 
 
 def _clip(name: str, net: nn.Module, ids: Tensor) -> Component:
@@ -114,11 +124,11 @@ def trace(component: Component) -> ir.Model:
     Its module may be on `meta`: shapes are all that is looked at.
     """
     device = next(component.module.parameters()).device
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
+    batch = torch.export.Dim("batch")
     args, dynamic = [], []
     for name, value in component.inputs.items():
         args.append(value[:1].expand(TRACE_ROWS, *value.shape[1:]).contiguous().to(device))
-        dynamic.append({0: batch, 1: tokens} if name in component.tokens_axis else {0: batch})
+        dynamic.append({0: batch} | {axis: torch.export.Dim(label) for axis, label in component.dynamic.get(name, {}).items()})
     exporter_log = logging.getLogger("torch.onnx._internal.exporter")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)

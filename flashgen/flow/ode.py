@@ -14,14 +14,18 @@ def euler(
     velocity: Callable[[Array, float, int], Array],
     sigmas: Sequence[float],
     scales: Sequence[tuple[float, float]] | None = None,
+    watch: Callable[[int, Array], None] | None = None,
 ) -> Array:
     """Integrate dx/dsigma = velocity(x, sigma, index) over consecutive `sigmas`; returns x at the last one.
 
     `scales`, one pair (a, b) a step, makes the step a x + b (sigma' - sigma) v (Q-Sched, 2509.01624); none is (1, 1).
+    `watch` is shown (index, x0) at every step: where its velocity leads, x - sigma v.
     """
     state: Any = x
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         moved: Any = velocity(state, sigma, index)
+        if watch is not None:
+            watch(index, state - sigma * moved)
         if scales is None:
             state = state + (sigma_next - sigma) * moved
         else:

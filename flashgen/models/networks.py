@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from flashgen.errors import ArtifactError
-from flashgen.models.stream import header, tensor, tensor_files, weight_files
+from flashgen.models.stream import header, read, tensor, tensor_files, weight_files
+from flashgen.quant.nf4 import STATE, unpack
 
 KINDS: dict[str, Any] = {
     "transformer": SD3Transformer2DModel,
@@ -68,6 +70,21 @@ def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network
 
 
+def with_nf4(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`network`, which has no weights, with those of `folder`, where Linears are NF4 codes."""
+    found = {name: value for path in weight_files(folder) for name, value in read(path)}
+    coded = [name.removesuffix(f".weight.{STATE}") for name in found if name.endswith(STATE)]
+    for layer in coded:
+        parts = {name.removeprefix(f"{layer}."): found.pop(name) for name in list(found) if name.startswith(f"{layer}.weight")}
+        found[f"{layer}.weight"] = unpack(parts)
+    network.load_state_dict({name: value.to(dtype) for name, value in found.items()}, assign=True)
+    return network
+
+
+def has_nf4(folder: Path) -> bool:
+    return any(name.endswith(STATE) for path in weight_files(folder) for name in header(path)[0])
+
+
 def check_networks(folder: Path) -> dict[str, nn.Module]:
     """Every network of the pipeline in `folder`, without weights. Raises ArtifactError, with one clear sentence, when it is no SD3
     pipeline, or when files are missing, of a foreign type, or hold other tensors than the configs ask for.
@@ -94,6 +111,8 @@ def _check(folder: Path, network: nn.Module) -> None:
         name = next((name for name in names if name in found), None)
         if name is None:
             raise ArtifactError(f"{folder} has no tensor {names[0]}, which its config asks for; {MEND}")
+        if f"{name}.{STATE}" in found and 2 * prod(found[name]["shape"]) == parameter.numel():
+            continue
         if list(found[name]["shape"]) != list(parameter.shape):
             shapes = f"{found[name]['shape']}, its config asks for {list(parameter.shape)}"
             raise ArtifactError(f"{folder}: {name} is {shapes}; config and weights belong to different models")

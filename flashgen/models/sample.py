@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.device.noise import latents
-from flashgen.device.sampler import slices, to_uint8
+from flashgen.device.sampler import Preview, from_uint8, slices, to_uint8
 from flashgen.errors import ArtifactError
 from flashgen.flow.ode import euler, guide
-from flashgen.models.networks import check_networks, on_disk
+from flashgen.models.networks import check_networks, has_nf4, on_disk, with_nf4
 from flashgen.models.text import ENCODERS, Conditioning, encode_prompts, is_large
 from flashgen.progress import track
 from flashgen.timing import Laps
@@ -48,6 +48,8 @@ def load_pipeline(
         large = [name for name in ENCODERS if name in networks and is_large(path / name)]
         given |= {name: on_disk(path / name, networks[name], torch.bfloat16) for name in large}
         given |= {name: networks[name] for name in ("transformer", "vae") if weights == "text"}
+        if weights == "all" and has_nf4(path / "transformer"):  # diffusers would want bitsandbytes and a GPU
+            given["transformer"] = with_nf4(path / "transformer", networks["transformer"], dtype)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers renames torch_dtype to dtype; older ones know the old name only
@@ -111,10 +113,11 @@ def sample_latents(
     size_px: int | None = None,
     negative: str = "",
     init: NDArray[np.uint8] | None = None,
+    preview: Preview | None = None,
     laps: Laps | None = None,
 ) -> Tensor:
     """Final latents [B, C, h, w] of `prompts`; latents i start from the noise of seeds[i], or from a mixture at sigmas[0] of that and the
-    picture `init` [H, W, 3]. Defaults are the sampler's.
+    picture `init` [H, W, 3]. Defaults are the sampler's. `preview` is shown every step of each batch.
     """
     laps = laps or Laps()
     sigmas = sampler.sigmas if sigmas is None else sigmas
@@ -123,21 +126,25 @@ def sample_latents(
     if init is not None:
         noise = (1 - sigmas[0]) * encode_image(pipe, init) + sigmas[0] * noise
     uncond = encode_prompts(pipe, [negative], sampler.t5_tokens) if weight != 1 else None
+
+    def watch(index: int, x0: Tensor) -> None:
+        if preview is not None:
+            preview(index, lambda: decode(pipe, x0[:1])[0])
+
     found, parts = [], slices(len(prompts), batch)
     count = len(parts) * (len(sigmas) - 1)
     tick = iter(track(range(count), "draw", total=count))
     for rows in parts:
         with laps.lap("encode"):
             cond = encode_prompts(pipe, prompts[rows], sampler.t5_tokens)
-        found.append(_denoise(pipe, noise[rows], cond, uncond, weight, sigmas, sampler.scales_on(sigmas), tick, laps))
+        found.append(_denoise(pipe, noise[rows], cond, uncond, weight, sigmas, sampler.scales_on(sigmas), tick, laps, watch))
     next(tick, None)
     return torch.cat(found)
 
 
 def encode_image(pipe: StableDiffusion3Pipeline, image: NDArray[np.uint8]) -> Tensor:
     """Latents [1, C, h, w] of a picture [H, W, 3] on the transformer's scale: the mode of what the VAE says."""
-    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-    z: Tensor = pipe.vae.encode(pixels).latent_dist.mode()
+    z: Tensor = pipe.vae.encode(torch.from_numpy(from_uint8(image))).latent_dist.mode()
     scaled: Tensor = (z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     return scaled
 
@@ -159,6 +166,7 @@ def _denoise(
     scales: list[tuple[float, float]] | None,
     tick: Iterator[int],
     laps: Laps,
+    watch: Callable[[int, Tensor], None],
 ) -> Tensor:
     rows = len(x)
     if uncond is not None:
@@ -173,4 +181,4 @@ def _denoise(
             v: Tensor = pipe.transformer(doubled, cond.embeds, cond.pooled, timestep, return_dict=False)[0]
         return v if uncond is None else guide(v[:rows], v[rows:], weight)
 
-    return euler(x, velocity, sigmas, scales)
+    return euler(x, velocity, sigmas, scales, watch)

@@ -180,6 +180,9 @@ class RestructureRecipe(Model):
 
 
 class QuantizeRecipe(Model):
+    scheme: Literal["groups", "nf4"] = Field(
+        "groups", description="groups: flashgen's codes, for export; nf4: bitsandbytes' for diffusers on a GPU, of all but `protect`"
+    )
     method: Literal["rtn", "hqq", "gptq"] = Field("rtn", description="how weights become codes; gptq runs the student on prompts")
     bits: Literal[2, 3, 4, 8] = Field(4, description="of every Linear that is not protected")
     encoder_bits: Literal[0, 4, 8] = Field(0, description="of every Linear of the text encoders; 0 leaves them whole")
@@ -213,6 +216,8 @@ class QuantizeRecipe(Model):
 
     @model_validator(mode="after")
     def _zero_points(self) -> QuantizeRecipe:
+        if self.scheme == "nf4" and (self.method != "rtn" or self.budget or self.basis_tolerance or self.repair or self.encoder_bits):
+            raise ValueError("scheme nf4 has no method, budget, basis_tolerance, repair and encoder_bits; leave them out")
         if self.method == "hqq" and self.symmetric:
             raise ValueError("method hqq moves zero points, which symmetric groups have not; set symmetric to false")
         if self.group == "channel" and (self.bits, self.symmetric, self.method, self.budget, self.basis_tolerance) != (
@@ -237,6 +242,7 @@ class ExportRecipe(Model):
     accuracy_level: Literal[0, 1, 4] = Field(0, description="MatMulNBits: 0 and 1 compute in fp32, 4 rounds activations to int8")
     psnr_floor_db: float = Field(60.0, gt=0, description="of each component against torch, range of the output over RMS error")
     psnr_floor_int8_db: float = Field(30.0, gt=0, description="the same for the transformer at accuracy level 4")
+    vae_encoder: bool = Field(False, description="export it too, for generate --init-image; 68 MB for SD3.5-Medium")
 
 
 class BenchRecipe(Model):

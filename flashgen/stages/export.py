@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,14 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, track
-from flashgen.recipe.schema import Recipe
+from flashgen.recipe.schema import ExportRecipe, Recipe
 from flashgen.stages.plan import check
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
     from flashgen.export.components import Component
+    from flashgen.quant.pack import QuantizedLinear
 
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target: str = "onnx", offline: bool = False) -> Artifact:
@@ -36,6 +38,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     sampler = source.manifest.sampler
     if sampler is None:
         raise ArtifactError(f"{source.path}: the manifest has no sampler; make the student again with: flashgen distill")
+    if source.manifest.recipe.get("scheme") == "nf4":
+        raise ArtifactError(f"{source.path} has NF4 codes, for diffusers; quantize without --scheme nf4 to export, or export the student")
     check("export", source, recipe, out)
     settings = recipe.export.model_dump() | {"target": target}
     draft = begin(out, kind="device", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force)
@@ -43,7 +47,6 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
         return draft
     from flashgen.export.components import components
     from flashgen.export.page import write_page
-    from flashgen.export.rewrite import whole_rows
     from flashgen.export.write import put_factors, read_codes, write_component
     from flashgen.models.sample import load_pipeline
 
@@ -54,23 +57,29 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     layers = read_codes(source.path) if quantized else {}
     put_factors(pipe.transformer, layers, source.path)
     psnr = {}
-    parts = list(components(pipe, sampler))
+    parts = list(components(pipe, sampler, config.vae_encoder))
     for part in track(parts, "export", total=len(parts)):
         encoder = quantized and part.name.startswith("text_encoder")
         codes = layers if part.name == "transformer" else read_codes(source.path, part.name) if encoder else {}
-        rounded = config.accuracy_level == 4 or any(map(whole_rows, codes.values()))  # activations too
-        floor = config.psnr_floor_int8_db if codes and rounded else config.psnr_floor_db
-        stored = source.path / part.name.removesuffix("_decoder")
+        floor = config.psnr_floor_int8_db if codes and _level(codes, config) == 4 else config.psnr_floor_db
+        stored = source.path / ("vae" if part.name.startswith("vae") else part.name)
         psnr[part.name] = write_component(part, codes, draft.path, config.accuracy_level, floor, stored)
         _write_config(part, draft.path)
         gc.collect()
     extra = _runtime_files(pipe, sampler, source.path, draft.path)
     sizes = {part.name: sum(f.stat().st_size for f in (draft.path / part.name).glob("model.onnx*")) for part in parts}
     metrics = {"psnr_db": {k: round(v, 2) for k, v in psnr.items()}, "bytes": sizes, "quantized_layers": len(layers)}
-    artifact = draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": config.accuracy_level} | page)
+    artifact = draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": _level(layers, config)} | page)
     if target == "web":
         say(f"to look at it: python3 -m http.server -d {artifact.path}   and open http://localhost:8000")
     return artifact
+
+
+def _level(codes: Mapping[str, QuantizedLinear], config: ExportRecipe) -> int:
+    """The accuracy level that products with `codes` have: whole rows of weights are multiplied as integers, activations too."""
+    from flashgen.export.rewrite import whole_rows
+
+    return 4 if any(map(whole_rows, codes.values())) else config.accuracy_level
 
 
 def _write_config(part: Component, folder: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from flashgen.artifact.manifest import Sampler
@@ -36,12 +38,17 @@ def run(
     init_image: Path | None = None,
     strength: float = 0.8,
     contact_sheet: bool = False,
+    preview: bool = False,
     engine: str = "auto",
+    memory: str | None = None,
 ) -> list[Path]:
     """Draw `prompts` and return the PNG files: `out` for one picture, out-1.png, out-2.png, ... beside it for several.
 
     Prompt i is drawn from seed + i, or every prompt from each of `seeds`. `init_image` is noised to the first sigma that is not above
-    `strength` and goes on from there (SDEdit). Every file's text chunks say how to draw it again. Raises UsageError, before any
+    `strength` and goes on from there (SDEdit). `preview` writes out-preview.png at every step: the first picture as it would become.
+    `memory` is what an exported artifact may use, as in 2GB.
+
+    Every file's text chunks say how to draw it again. Raises UsageError, before any
     network is loaded, for what the artifact cannot do.
     """
     source = open_artifact(artifact)
@@ -55,15 +62,16 @@ def run(
         options |= _start(source, init_image, strength, sigmas, size_px or sampler.size_px)
         sigmas = options["sigmas"]
     files = _outputs(out, len(prompts))
+    if preview:
+        options["preview"] = _preview(out.with_stem(f"{out.stem}-preview"))
     if source.manifest.kind == "device":
-        from flashgen.device.sampler import DevicePipeline
-
-        images = DevicePipeline(source, engine=engine).sample(prompts, drawn, **options)
+        images = _on_device(source, prompts, drawn, engine, memory, options)
     else:
         from flashgen.models.sample import load_pipeline, sample
 
-        if engine != "auto":
-            raise UsageError(f"--engine {engine} runs exported artifacts; {source.path} is drawn by torch, leave --engine out")
+        for name, given in {"--engine": engine != "auto", "--memory": memory is not None}.items():
+            if given:
+                raise UsageError(f"{name} is for exported artifacts; {source.path} is drawn by torch, leave {name} out, or export it first")
         images = sample(load_pipeline(source.path), sampler, prompts, drawn, size_px=size_px, **options)
     more = {"guidance": weight, "negative": negative or ""} if weight != 1 else {}
     if init_image:
@@ -75,10 +83,34 @@ def run(
     return files
 
 
+def _on_device(
+    source: Artifact, prompts: list[str], seeds: list[int], engine: str, memory: str | None, options: dict[str, Any]
+) -> NDArray[np.uint8]:
+    from flashgen.device.choice import choose
+    from flashgen.device.memory import parse_bytes, plan
+    from flashgen.device.sampler import DevicePipeline
+
+    budget = None if memory is None else parse_bytes(memory)
+    if engine == "auto":
+        engine = choose(source, len(prompts) * (len(options["sigmas"]) - 1))
+    pipe, within = DevicePipeline(source, engine=engine), None
+    if budget is not None:
+        guided, preview = options["guidance"] != 1, "preview" in options
+        within = plan(source, engine, len(prompts), options["batch"], budget, guided=guided, preview=preview)
+        say(f"memory: {within}")
+    return pipe.sample(prompts, seeds, within=within, **options)
+
+
+def _preview(path: Path) -> Callable[[int, Callable[[], NDArray[np.uint8]]], None]:
+    say(f"preview: {path}, the first picture of a batch as it would become")
+    return lambda step, picture: write_png(path, picture(), {"step": str(step + 1)})
+
+
 def _start(source: Artifact, path: Path, strength: float, sigmas: list[float], size_px: int) -> dict[str, Any]:
     """`init` [H, W, 3] and the sigmas that are left, for `sample`."""
-    if source.manifest.kind == "device":
-        raise UsageError("--init-image needs the VAE's encoder, which exported artifacts leave out; generate from the student instead")
+    if source.manifest.kind == "device" and not (source.path / "vae_encoder").is_dir():
+        mend = "export again with --set export.vae_encoder=true, or generate from the student"
+        raise UsageError(f"--init-image: {source.path} was exported without the VAE's encoder; {mend}")
     left = [sigma for sigma in sigmas if sigma <= strength]
     if len(left) < 2:
         least = min(sigma for sigma in sigmas if sigma > 0)

@@ -13,6 +13,7 @@ from flashgen.artifact.store import Artifact, Draft, begin, open_artifact, versi
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import QuantizeRecipe, Recipe
+from flashgen.stages import nf4
 from flashgen.stages.plan import check
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     """Round to nearest and HQQ need no data: weights go from file to file, one in memory at a time. GPTQ, a budget and a shared
     adaLN basis load the student and run it on its own prompts.
 
-    The folder stays loadable by diffusers (dequantized weights); the codes that `export` writes are in quantized/.
+    The folder stays loadable by diffusers (dequantized weights); the codes that `export` writes are in quantized/. Scheme nf4 keeps
+    bitsandbytes' codes instead, which diffusers loads as they are.
     """
     config = recipe.quantize
     parent = open_artifact(student, ("student", "teacher"))
@@ -52,12 +54,16 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError(
             "quantize.basis_tolerance and quantize.repair learn from rollouts without guidance; a teacher has to do without them"
         )
+    if config.scheme == "nf4":
+        nf4.check_installed()
     check("quantize", parent, recipe, out)
     draft = begin(
         out, kind="quantized", stage="quantize", recipe=config.model_dump(), seed=seed, parents=[parent.as_parent("student")], force=force
     )
     if isinstance(draft, Artifact):
         return draft
+    if config.scheme == "nf4":
+        return nf4.run(parent, sampler, recipe, draft)
     from flashgen.models.save import save_changed
     from flashgen.models.stream import write
     from flashgen.quant.pack import dequantize
@@ -66,7 +72,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     (draft.path / "quantized").mkdir()
     calibrated = config.method == "gptq" or config.budget or config.basis_tolerance or config.repair
     found = _calibrated(parent, sampler, config, seed, draft) if calibrated else Found()
-    codes, whole, error = dict(found.codes), _shapes(parent.path / "transformer"), dict[str, float]()
+    codes, whole, error = dict(found.codes), shapes_of(parent.path / "transformer"), dict[str, float]()
 
     def changed(name: str, weight: Tensor) -> Tensor:
         layer, _, part = name.rpartition(".")
@@ -96,9 +102,11 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     write(draft.path / "quantized" / "transformer.safetensors", {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, tensors.items())
     specs = {name: {"bits": codes[name].bits, "group": codes[name].group, "symmetric": codes[name].zeros is None} for name in names}
     (draft.path / "quantized" / "layers.json").write_text(json.dumps(specs, indent=1) + "\n")
+    packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in whole.values())
+    for held in (found.codes, codes, tensors):
+        held.clear()  # the encoders' codes want the room
     encoders = _encoders(parent.path, draft, config)
     save_changed(draft, parent.path, {}, kept=("transformer", *encoders))
-    packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in whole.values())
     own = {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / weights, "packed_bytes": packed}
     metrics = found.metrics | own | ({"encoders": encoders} if encoders else {})
     return finish(draft, sampler.model_copy(update={"scales": found.scales}), recipe.bench, metrics=metrics)
@@ -138,7 +146,7 @@ def _encoders(source: Path, draft: Draft, config: QuantizeRecipe) -> dict[str, o
     return errors
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, int]]:
+def shapes_of(folder: Path) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every Linear of the transformer, by name, in the order of the network; from its config alone."""
     import torch
     from diffusers import SD3Transformer2DModel

@@ -291,7 +291,7 @@ def test_generate_hands_over_its_options_and_prints_the_pictures(tmp_path: Path,
         "guidance": None,
         "size_px": 64,
         "negative": None,
-        **{"batch": 8, "init_image": None, "strength": 0.8, "contact_sheet": False, "engine": "auto"},
+        **{"batch": 8, "init_image": None, "strength": 0.8, "contact_sheet": False, "engine": "auto", "preview": False, "memory": None},
     }
     record = json.loads(flashgen(*command, "--json").stdout)
     assert (record["images"], record["stage"], record["artifact"]) == (["x/0.png", "x/1.png"], "generate", str(tmp_path / "d/v0001"))

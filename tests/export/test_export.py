@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from flashgen.artifact.store import Artifact
+from flashgen.device.engine import open_session
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.export.components import Call, Component, trace
 from flashgen.export.parity import psnr_db
 from flashgen.export.rewrite import linears, quantize_linears
 from flashgen.export.write import read_codes, write_component
+from flashgen.models.sample import load_pipeline
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.quant.rounding import quantize_groups
 from flashgen.recipe.schema import Recipe
@@ -61,6 +63,16 @@ def test_position_table_is_cropped_to_the_pictures_size(tiny_device: Artifact) -
     shapes = [tuple(v.shape) for v in load(tiny_device, "transformer").graph.initializers.values() if v.shape is not None]
     assert (1, 4 * 4, 32) in shapes
     assert not {(1, 16 * 16, 32), (1, 16, 16, 32)} & set(shapes)
+
+
+def test_decoder_decodes_any_height_and_width(tiny_student: Artifact, tiny_device: Artifact) -> None:
+    vae = load_pipeline(tiny_student.path).vae
+    session = open_session(tiny_device.path / "vae_decoder" / "model.onnx")
+    for height, width in ((8, 8), (5, 6), (12, 3)):
+        z = torch.randn(3, 16, height, width)
+        with torch.no_grad():
+            want = vae.decode(z, return_dict=False)[0].numpy()
+        assert psnr_db(want, np.asarray(session.run(["sample"], {"latent_sample": z.numpy()})[0])) > 100
 
 
 def test_every_linear_of_a_quantized_transformer_is_one_matmul_nbits_with_bias(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from flashgen.artifact.store import Artifact
 from flashgen.device.noise import latents
 from flashgen.device.png import sheet
 from flashgen.device.sampler import DevicePipeline
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.errors import ArtifactError, MachineError, UsageError
 from flashgen.flow.grid import few_step_grid, unshift
 from flashgen.models.sample import encode_image, load_pipeline, sample, sample_latents
-from flashgen.stages import generate
+from flashgen.recipe.schema import ExportRecipe, Recipe
+from flashgen.stages import export, generate
 
 PROMPTS = ["two red circles on a white background", "a blue square left of a green cross", "something else entirely"]
 
@@ -193,7 +195,8 @@ def test_teacher_draws_in_any_number_of_steps(tiny_teacher: Artifact, tmp_path: 
         ({"seed": -1}, "--seed -1"),
         ({"guidance": 0.5}, "--guidance 0.5"),
         ({"size_px": 128}, "--size 128: this export draws 64 px only"),
-        ({"init_image": Path("file")}, "--init-image needs the VAE's encoder"),
+        ({"init_image": Path("file")}, "was exported without the VAE's encoder; export again with --set export.vae_encoder=true"),
+        ({"memory": "2"}, "--memory 2: write a number and a unit"),
         ({"seeds": [1, 2**64]}, "--seed 18446744073709551616 is out of range"),
         ({"out": "a.jpg"}, "a.jpg is not a .png"),
         ({"out": "."}, "is not a .png"),
@@ -229,3 +232,48 @@ def test_folder_that_is_no_sd3_pipeline_is_an_artifact_error(tmp_path: Path) -> 
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ArtifactError, match="is a FluxPipeline; flashgen takes StableDiffusion3Pipeline"):
         load_pipeline(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def device_with_encoder(tiny_student: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    recipe = Recipe(name="test", export=ExportRecipe(vae_encoder=True))
+    return export.run(str(tiny_student.path), tmp_path_factory.mktemp("device") / "device", recipe, 0, False)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_the_device_starts_from_a_picture_as_torch_does(
+    strength: float, tiny_student: Artifact, device_with_encoder: Artifact, tmp_path: Path
+) -> None:
+    picture = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+    Image.fromarray(picture).save(tmp_path / "init.png")
+    drawn = [
+        generate.run(
+            str(source.path), PROMPTS[:1], tmp_path / f"{source.manifest.kind}.png", init_image=tmp_path / "init.png", strength=strength
+        )
+        for source in (tiny_student, device_with_encoder)
+    ]
+    torch_, device = (np.asarray(Image.open(files[0])) for files in drawn)
+    assert image_psnr(torch_, device) >= 60
+    plain = DevicePipeline(device_with_encoder).sample(PROMPTS[:1], [0])[0]
+    assert (image_psnr(plain, device) >= 60) == (strength == 1)
+
+
+@pytest.mark.parametrize("which", ["tiny_student", "tiny_device"])
+def test_the_last_preview_is_the_picture(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    generate.run(str(request.getfixturevalue(which).path), PROMPTS[:1], tmp_path / "a.png", preview=True)
+    last, whole = (Image.open(tmp_path / name) for name in ("a-preview.png", "a.png"))
+    assert last.info["step"] == "4"
+    assert image_psnr(np.asarray(last), np.asarray(whole)) >= 60
+
+
+def test_memory_is_planned_and_said(tiny_device: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate.run(str(tiny_device.path), PROMPTS, tmp_path / "a.png", memory="8GB")
+    assert re.search(r"memory: at most about \d\.\d\dGB in \w+; batch 3, decoded whole", capsys.readouterr().err)
+    with pytest.raises(MachineError, match=r"--memory 0\.01GB is too little for .*; --memory \d\.\d\dGB would do"):
+        generate.run(str(tiny_device.path), PROMPTS, tmp_path / "a.png", memory="10MB")
+
+
+@pytest.mark.parametrize("asked", [{"engine": "onnxruntime"}, {"memory": "2GB"}])
+def test_what_is_for_exported_artifacts_is_refused_for_others(asked: dict[str, Any], tiny_student: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(asked))} is for exported artifacts"):
+        generate.run(str(tiny_student.path), PROMPTS, tmp_path / "a.png", **asked)
