@@ -44,20 +44,25 @@ class Row(NamedTuple):
 
 
 def rows(folder: Path, base: str) -> list[Row]:
-    at = {name: str(folder / name) for name in ("random", "embeds", "student", "slim", "int4", "device", "picture.png")}
+    at = {name: str(folder / name) for name in ("random", "embeds", "student", "slim", "int4", "device", "device-1024")}
+    at |= {f"{name}.png": str(folder / f"{name}.png") for name in ("device", "device-1024")}
     one_round = [word for setting in (*ONE_ROUND, "matching.batch=1") for word in ("--set", f"distill.{setting}")]
     distill = ("distill", at["random"], *RECIPE, *one_round, "--out", at["student"])
     many = (*distill, "--set", "distill.matching.prompts=64")
     slim = ("restructure-encoder", at["student"], "--mode", "prune", *RECIPE, "--out", at["slim"])
     int4 = ("quantize", at["slim"], *RECIPE, "--out", at["int4"])
     device = ("export", at["int4"], *RECIPE, "--out", at["device"])
+    large = ("export", at["int4"], *RECIPE, "--set", "export.size_px=1024", "--out", at["device-1024"])
+    drawn, drawn_large = (("generate", at[name], PROMPT, "-o", at[f"{name}.png"]) for name in ("device", "device-1024"))
     return [
         Row("embed 64 prompts, three encoders", 12 << 10, ("-embed", at["random"], at["embeds"]), at["embeds"], ("embed", *many)),
         Row("distill, one round, LoRA roles, 512 px", 18 << 10, distill, at["student"], ("", *distill)),
         Row("restructure-encoder prune", 6 << 10, slim, at["slim"], ("", *slim)),
         Row("quantize INT4, data-free", 4 << 10, int4, at["int4"], ("", *int4), 600),
         Row("export ONNX INT4, all components", 8 << 10, device, at["device"], ("", *device), 900, BUNDLE_MIB),
-        Row("generate 512 px, 4 steps, INT4", 3 << 10, ("generate", at["device"], PROMPT, "-o", at["picture.png"]), at["picture.png"]),
+        Row("generate 512 px, 4 steps, INT4", 3 << 10, drawn, drawn[-1], ("-needs", *drawn)),
+        Row("export the same for 1024 px", 8 << 10, large, at["device-1024"], ("", *large), 900, BUNDLE_MIB),
+        Row("generate 1024 px, tiled decode", 4 << 10, drawn_large, drawn_large[-1], ("-needs", *drawn_large)),
     ]  # fmt: skip
 
 
@@ -70,6 +75,14 @@ def embed(artifact: str, out: str) -> None:
     source = open_artifact(artifact)
     assert source.manifest.sampler is not None
     prompt_pool(load_pipeline(source.path, weights="text"), 64, 1, source.manifest.sampler.t5_tokens, Path(out))
+
+
+def needs(artifact: str) -> None:
+    """Prints the bytes that generate --memory counts for one picture."""
+    from flashgen.artifact.store import open_artifact
+    from flashgen.device.memory import plan
+
+    print(plan(open_artifact(artifact), "onnxruntime", 1, 1).peak)
 
 
 def run(command: list[str]) -> tuple[float, float]:
@@ -94,6 +107,9 @@ def planned(row: Row, flashgen: list[str]) -> float | None:
     if not row.plan:
         return None
     phase, *command = row.plan
+    if phase == "-needs":
+        done = subprocess.run([sys.executable, "-m", "benchmarks.fullsize", phase, command[1]], capture_output=True, text=True, check=True)
+        return float(done.stdout) / 2**20
     done = subprocess.run([*flashgen, *command, "--plan", "--json"], capture_output=True, text=True, check=True)
     memory = json.loads(done.stdout)["memory"]
     wanted: list[dict[str, int]] = [memory[phase]] if phase else list(memory.values())
@@ -172,6 +188,8 @@ def machine() -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["-embed"]:
         embed(*sys.argv[2:])
+    elif sys.argv[1:2] == ["-needs"]:
+        needs(*sys.argv[2:])
     else:
         parser = argparse.ArgumentParser()
         parser.add_argument("folder", type=Path)

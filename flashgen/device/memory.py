@@ -20,6 +20,7 @@ DECODE_BYTES = 2e9  # for the decoder's activations when no budget is given
 TILES = (64, 48, 32, 24, 16)  # latents a side; diffusers cuts SD3's in 64
 LIBRARY = {"onnxruntime": 40e6, "openvino": 100e6}  # bytes of the engine itself
 LOADED = 2.25  # bytes in memory for a byte of file, at their peak while loading
+MAPPED = 1.05  # the same where onnxruntime computes with the codes as they lie in the file (docs/fullsize.md)
 WIDTHS = 25  # live fp32 vectors of the width of the network for each token
 IMAGES = 6.5  # live fp32 images of block_out_channels[1] channels at full size
 
@@ -59,10 +60,12 @@ class Needs:
         assert sampler is not None
         self._path, self._passes = artifact.path, 2 if guided else 1
         self._loaded: dict[str, float] = {}
+        codes = bool(artifact.manifest.metrics.get("quantized_layers")) and extra.get("accuracy_level") != 4 and engine == "onnxruntime"
         for file in artifact.manifest.files:
             part, _, name = file.path.partition("/")
             if name.startswith("model.onnx"):
-                self._loaded[part] = self._loaded.get(part, 0) + LOADED * file.size
+                factor = MAPPED if codes and part == "transformer" and name != "model.onnx" else LOADED
+                self._loaded[part] = self._loaded.get(part, 0) + factor * file.size
         self.side = int(extra["latent_shape"][1])
         self._lengths = {name.replace("tokenizer", "text_encoder"): int(spec["length"]) for name, spec in extra["tokenizers"].items()}
         self._tokens = sampler.clip_tokens + sampler.t5_tokens

@@ -30,6 +30,7 @@ from flashgen.models.text import encode, tokenize
 
 # Any text will do: the examples only need to differ from each other.
 EXAMPLES = ["two red circles on a white background", "a photo of a cat", "", "a blue square left of a green cross"]
+DECODED = 64  # latents a side of the decoder's example, at most
 TRACE_ROWS = 2  # torch.export takes 0 and 1 for constants
 
 
@@ -87,7 +88,8 @@ def components(pipe: StableDiffusion3Pipeline, sampler: Sampler, vae_encoder: bo
     yield Component("transformer", Call(pipe.transformer, _velocity), inputs, ("out_hidden_states",), tokens)
     vae = pipe.vae.config
     decode = Call(pipe.vae, lambda net, z: net.decode(z, return_dict=False)[0])
-    scaled = {"latent_sample": latents / vae.scaling_factor + vae.shift_factor}
+    part = latents[..., :DECODED, :DECODED]  # of a large picture: any height and width will do
+    scaled = {"latent_sample": part / vae.scaling_factor + vae.shift_factor}
     yield Component("vae_decoder", decode, scaled, ("sample",), {"latent_sample": {2: "height", 3: "width"}})
     if vae_encoder:
         pictures = {"sample": 2 * torch.rand(rows, 3, sampler.size_px, sampler.size_px, generator=generator) - 1}

@@ -239,6 +239,7 @@ class TeacherRecipe(Model):
 
 
 class ExportRecipe(Model):
+    size_px: int | None = Field(None, ge=8, multiple_of=8, description="of the pictures; None: as the student was trained")
     accuracy_level: Literal[0, 1, 4] = Field(0, description="MatMulNBits: 0 and 1 compute in fp32, 4 rounds activations to int8")
     psnr_floor_db: float = Field(60.0, gt=0, description="of each component against torch, range of the output over RMS error")
     psnr_floor_int8_db: float = Field(30.0, gt=0, description="the same for the transformer at accuracy level 4")

@@ -13,6 +13,7 @@ from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import ExportRecipe, Recipe
+from flashgen.stages.generate import check_size
 from flashgen.stages.plan import check
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     sampler = source.manifest.sampler
     if sampler is None:
         raise ArtifactError(f"{source.path}: the manifest has no sampler; make the student again with: flashgen distill")
+    if recipe.export.size_px:
+        check_size(source, sampler, recipe.export.size_px, "export.size_px=")
+        sampler = sampler.model_copy(update={"size_px": recipe.export.size_px})
     if source.manifest.recipe.get("scheme") == "nf4":
         raise ArtifactError(f"{source.path} has NF4 codes, for diffusers; quantize without --scheme nf4 to export, or export the student")
     check("export", source, recipe, out)

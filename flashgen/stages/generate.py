@@ -207,12 +207,18 @@ def _check_size(source: Artifact, sampler: Sampler, size_px: int | None) -> None
     if size_px is None or size_px == sampler.size_px:
         return
     if source.manifest.kind == "device":
-        raise UsageError(f"--size {size_px}: this export draws {sampler.size_px} px only; leave --size out, or generate from the student")
+        mend = f"leave --size out, or export again with --set export.size_px={size_px}"
+        raise UsageError(f"--size {size_px}: this export draws {sampler.size_px} px only; {mend}")
+    check_size(source, sampler, size_px, "--size ")
+
+
+def check_size(source: Artifact, sampler: Sampler, size_px: int, option: str) -> None:
+    """Raises UsageError for a size that the networks cannot draw, and warns of one that they have not learned."""
     transformer, vae = (json.loads((source.path / part / "config.json").read_text()) for part in ("transformer", "vae"))
     unit = transformer["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     largest = unit * transformer["pos_embed_max_size"]
     if size_px < unit or size_px % unit or size_px > largest:
-        raise UsageError(f"--size {size_px}: this model draws multiples of {unit} px up to {largest}; it was trained at {sampler.size_px}")
+        raise UsageError(f"{option}{size_px}: this model draws multiples of {unit} px up to {largest}; it was trained at {sampler.size_px}")
     warn(f"trained at {sampler.size_px} px; at {size_px} px expect worse pictures")
 
 
