@@ -44,8 +44,9 @@ BUDGETS = (3.5, 4.0, 4.25, 4.5)
 # Recipe `shapes` has every ingredient at 4.25 mean bits. Table C: without those that are named here, one more added a row.
 NONE = ["quantize.method=rtn", "quantize.basis_tolerance=0", "quantize.repair=false"]
 STEPS: dict[str, list[str]] = {"nearest, 4.25 bits by damage": NONE, "+ GPTQ": NONE[1:], "+ adaLN on a shared basis": NONE[2:]}
+FEW = "restructure.iterations=400"
 ENCODERS: dict[str, tuple[str, list[str]]] = {
-    "zeros": ("zeros", []), "prune": ("prune", []), "adapter": ("prune", ["restructure.adapter=true"]), "compact": ("compact", []),
+    "zeros": ("zeros", []), "prune": ("prune", []), "adapter": ("prune", ["restructure.adapter=true", FEW]), "compact": ("compact", [FEW]),
     "compact, embedding loss": ("compact", ["restructure.iterations=0"]),
 }  # fmt: skip
 

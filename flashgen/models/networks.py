@@ -16,8 +16,8 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from flashgen.errors import ArtifactError
+from flashgen.models.nf4 import STATE, unpack
 from flashgen.models.stream import header, read, tensor, tensor_files, weight_files
-from flashgen.quant.nf4 import STATE, unpack
 
 KINDS: dict[str, Any] = {
     "transformer": SD3Transformer2DModel,

@@ -27,9 +27,9 @@ def run(parent: Artifact, sampler: Sampler, recipe: Recipe, draft: Draft) -> Art
     import torch
     from diffusers import BitsAndBytesConfig
 
+    from flashgen.models.nf4 import pack, unpack
     from flashgen.models.save import save_changed
     from flashgen.models.stream import read, weight_files, write
-    from flashgen.quant.nf4 import pack, unpack
     from flashgen.stages.quantize import shapes_of
     from flashgen.stages.report import finish
 

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, MachineError
+from flashgen.models.nf4 import STATE, pack, unpack
 from flashgen.models.sample import load_pipeline
 from flashgen.models.stream import read
-from flashgen.quant.nf4 import STATE, pack, unpack
 from flashgen.recipe.schema import BenchRecipe, QuantizeRecipe, Recipe
 from flashgen.stages import export, generate, nf4, quantize
 
