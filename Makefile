@@ -19,7 +19,7 @@ ARM64 := artifacts/arm64
 WHEELS := --target $(ARM64)/site --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 \
 	--python-version 3.11 --only-binary=:all:
 
-.PHONY: install demo shapes ablation compression bench-device fullsize browser healthy-run interchange test-interchange test-arm64 test-mobile
+.PHONY: install demo shapes ablation compression bench-device bench-job fullsize browser healthy-run interchange test-interchange test-arm64 test-mobile
 .PHONY: test check teacher clean distclean
 
 install: $(INSTALLED)
@@ -74,6 +74,10 @@ $(PEERS)/.installed: $(INSTALLED)
 # docs/device.md and .json: one step of SD3.5-Medium's width on every engine. Half an hour on a machine that does nothing else.
 bench-device: $(PEERS)/.installed
 	$(PEERS)/bin/python -m benchmarks.device artifacts/device-bench --page docs/device.md
+
+# docs/job.md and .json: prompt to PNG, whole processes, after make fullsize and make shapes. Ten minutes.
+bench-job: $(PEERS)/.installed
+	OMP_NUM_THREADS=2 $(PEERS)/bin/python -m benchmarks.job artifacts/fullsize $(SHAPES) --page docs/job.md
 
 # docs/fullsize.md and .json: SD3.5-Medium's shapes through every stage, 40 GB of disk. Resumes row by row.
 fullsize: install

@@ -16,7 +16,7 @@ them with dual attention), random weights, 512 px, one picture, two threads, eve
 after another, medians of rounds; spread is (greatest - least) / median. Error is |out - fp32| / |fp32| against torch at 333 text
 tokens; of random weights, so it ranks arithmetic, not pictures. Peak is {peak:.0f} G operations a second: the best that one int8
 product of the feed-forward's size reached on onnxruntime here; the share counts all products of a step, attention's too."""
-HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on ORT", "of peak", "RSS MiB", "MB", "error"]
+HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "of peak", "RSS MiB", "MB", "error"]
 
 
 def page(rows: list[dict[str, Any]], peak: float) -> str:
@@ -27,9 +27,7 @@ def page(rows: list[dict[str, Any]], peak: float) -> str:
         peers = [row for row in own if row["who"] == "peer"]
         fastest, on_ort = peers[0]["step_s"], min(row["step_s"] for row in peers if row["engine"] == "onnxruntime")
         lines += ["", f"## {tokens} text tokens", ""]
-        lines += table(
-            ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "peak", "RSS MiB", "MB", "error"]
-        )
+        lines += table(HEADS)
         for row in own:
             spread = f"{np.ptp(row['step_s_all']) / row['step_s']:.0%}" if rounds > 1 else ""
             ratios = f"{row['step_s'] / fastest:.2f} x", f"{row['step_s'] / on_ort:.2f} x" if row["engine"] == "onnxruntime" else ""
