@@ -34,6 +34,7 @@ def import_(
 def random(
     like: Annotated[str, typer.Option("--like", metavar="sd35-medium|sd35-large|sd3-medium|shapes|tiny", help="architecture")],
     options: Options,
+    layers: Annotated[int | None, typer.Option("--layers", metavar="N", min=1, help="at most so many of each network")] = None,
 ) -> None:
     """Right shapes, seeded random weights: for tests at scale without a hub."""
-    run_stage(options, "teacher", {}, "random", like=like)
+    run_stage(options, "teacher", {}, "random", like=like, layers=layers)

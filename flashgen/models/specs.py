@@ -21,6 +21,18 @@ class Spec:
     t5_tokens: int
     clip_positions: bool = True
 
+    def shallow(self, layers: int) -> Spec:
+        """The same widths with at most so many layers in every transformer."""
+        few = {k: {"num_hidden_layers": min(layers, v["num_hidden_layers"])} for k, v in (("l", self.clip_l), ("g", self.clip_g))}
+        dual = tuple(i for i in self.transformer["dual_attention_layers"] if i < layers)
+        return replace(
+            self,
+            transformer=self.transformer | {"num_layers": min(layers, self.transformer["num_layers"]), "dual_attention_layers": dual},
+            clip_l=self.clip_l | few["l"],
+            clip_g=self.clip_g | few["g"],
+            t5=self.t5 | {"num_layers": min(layers, self.t5["num_layers"])},
+        )
+
 
 def _transformer(
     layers: int, heads: int, head_dim: int, *, joint: int, pooled: int, sample: int, table: int, dual: int, norm: str | None = "rms_norm"

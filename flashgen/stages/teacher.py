@@ -56,18 +56,18 @@ def train(recipe: Recipe, out: Path, seed: int, force: bool) -> Artifact:
     return finish(draft, _sampler(shapes.clip_tokens, config.flow.t5_tokens, 64, config.guidance, SHIFT), recipe.bench)
 
 
-def random(like: str, out: Path, seed: int, force: bool) -> Artifact:
-    """Right shapes, seeded random weights: for tests of memory, speed and formats without a hub."""
+def random(like: str, out: Path, seed: int, force: bool, layers: int | None = None) -> Artifact:
+    """Right shapes, seeded random weights: for tests of memory, speed and formats without a hub. At most `layers` of each network."""
     from flashgen.models.build import SHIFT
 
-    shapes: Spec = spec(like)
-    recipe = {"random": {"like": like}}
+    shapes: Spec = spec(like) if layers is None else spec(like).shallow(layers)
+    recipe = {"random": {"like": like} | ({} if layers is None else {"layers": layers})}
     draft = begin(out, kind="teacher", stage="teacher", recipe=recipe, seed=seed, parents=[], force=force)
     if isinstance(draft, Artifact):
         return draft
     from flashgen.models.random_weights import write_random
 
-    check_disk(out, DISK.get(like, 64 << 20))
+    check_disk(out, DISK.get(like, 64 << 20) * (min(layers, 24) + 4 if layers else 28) // 28)
     write_random(shapes, draft.path, seed)
     size_px = int(shapes.transformer["sample_size"]) * 8
     return draft.publish(sampler=_sampler(shapes.clip_tokens, shapes.t5_tokens, size_px, 4.5, SHIFT))

@@ -105,7 +105,8 @@ COMMON = {"out": Path("x"), "force": False}
         ("distill s", "distill.run", ("s",), {"seed": 0}),
         ("finetune s", "finetune.run", ("s",), {"seed": 0}),
         ("teacher train", "teacher.train", (), {"seed": 0}),
-        ("teacher random --like tiny", "teacher.random", (), {"seed": 0, "like": "tiny"}),
+        ("teacher random --like tiny", "teacher.random", (), {"seed": 0, "like": "tiny", "layers": None}),
+        ("teacher random --like tiny --layers 1", "teacher.random", (), {"seed": 0, "like": "tiny", "layers": 1}),
         ("teacher import folder", "teacher.import_", ("folder",), {}),
     ],
 )
