@@ -126,7 +126,10 @@ def measure(folder: Path, page: Path, base: str) -> None:
     if not (folder / "random" / "latest").exists():
         run([*flashgen, "teacher", "random", "--like", base, "--out", str(folder / "random")])
     for row in rows(folder, base):
-        if any(done["stage"] == row.stage for done in found["rows"]):
+        kept_row = next((done for done in found["rows"] if done["stage"] == row.stage), None)
+        if kept_row:
+            plan = planned(row, flashgen)  # today's, beside what was measured
+            kept_row["plan_mib"] = plan and round(plan)
             continue
         shutil.rmtree(row.out, ignore_errors=True)  # what an interrupted measurement left
         plan = planned(row, flashgen)

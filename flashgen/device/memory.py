@@ -1,7 +1,7 @@
 """Memory as a budget: how many pictures go through a network together, and whether the decoder works in tiles.
 
-Needs are estimated from file sizes and shapes, with factors measured on the shapes model and on a decoder of SD3.5-Medium's size
-(docs/commands.md). Networks are in memory one at a time, so the largest of them decides.
+Needs are estimated from file sizes and shapes, with factors measured at SD3.5-Medium's size
+(docs/fullsize.md). Networks are in memory one at a time, so the largest of them decides.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ TILES = (64, 48, 32, 24, 16)  # latents a side; diffusers cuts SD3's in 64
 LIBRARY = {"onnxruntime": 40e6, "openvino": 100e6}  # bytes of the engine itself
 LOADED = 2.25  # bytes in memory for a byte of file, at their peak while loading
 MAPPED = 1.05  # the same where onnxruntime computes with the codes as they lie in the file (docs/fullsize.md)
-WIDTHS = 25  # live fp32 vectors of the width of the network for each token
-IMAGES = 6.5  # live fp32 images of block_out_channels[1] channels at full size
+UNPACKED = 4.75  # the same of a VAE: 16 bits in the file, in fp32 and packed again for its convolutions
+WIDTHS = 25  # live fp32 vectors of the width of a text encoder for each token
+FUSED_WIDTHS = 71  # the same of the transformer, whose attention is fused: nothing grows with the square of the tokens
+IMAGES = 3.0  # live fp32 images of block_out_channels[1] channels at full size
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Needs:
         for file in artifact.manifest.files:
             part, _, name = file.path.partition("/")
             if name.startswith("model.onnx"):
-                factor = MAPPED if codes and part == "transformer" and name != "model.onnx" else LOADED
+                own = UNPACKED if part.startswith("vae") else LOADED
+                factor = MAPPED if codes and part == "transformer" and name != "model.onnx" else own
                 self._loaded[part] = self._loaded.get(part, 0) + factor * file.size
         self.side = int(extra["latent_shape"][1])
         self._lengths = {name.replace("tokenizer", "text_encoder"): int(spec["length"]) for name, spec in extra["tokenizers"].items()}
@@ -95,7 +98,7 @@ class Needs:
             found[part] = self._base + self._loaded[part] + 4 * batch * tokens * width * WIDTHS
         config = self._config("transformer")
         tokens, heads = (self.side // config["patch_size"]) ** 2 + self._tokens, config["num_attention_heads"]
-        row = tokens * heads * config["attention_head_dim"] * WIDTHS + 2 * heads * tokens**2
+        row = tokens * heads * config["attention_head_dim"] * FUSED_WIDTHS
         found["transformer"] = self._base + self._loaded["transformer"] + self._viewer + 4 * batch * self._passes * row
         if "vae_encoder" in self._loaded:
             found["vae_encoder"] = self._base + self._loaded["vae_encoder"] + self.decode_activations(1, self.side)
