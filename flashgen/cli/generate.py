@@ -41,13 +41,14 @@ def generate(
     """Paint pictures."""
     started = time.perf_counter()
     from flashgen.artifact.store import open_artifact
+    from flashgen.stages.prompts import read_prompts
 
     stage = import_module("flashgen.stages.generate")
     if not prompts and not prompt_file and not from_png:
         raise UsageError("PROMPT... is missing: say what to paint, or give --prompt-file or --from-png")
     extra: dict[str, Any] = device_for(options, stage.run, inspect.signature(stage.run).parameters)
     asked: dict[str, Any] = {"seed": options.seed, "steps": steps, "guidance": guidance, "negative": negative}
-    given = [*(prompts or []), *(stage.read_prompts(prompt_file) if prompt_file else [])]
+    given = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
     if from_png:
         given, asked = stage.again(from_png, artifact, given, asked | {"seeds": seeds})
     elif seeds is not None:

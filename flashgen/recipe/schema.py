@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -257,6 +258,7 @@ class Recipe(Model):
     """Everything the stages may ask for; `flashgen.recipe.load` reads it from YAML."""
 
     name: str = Field(min_length=1)
+    prompts_file: Path | None = Field(None, description="what stages train and calibrate on, a prompt a line; null: the shapes world's")
     teacher: TeacherRecipe = TeacherRecipe()
     distill: DistillRecipe = DistillRecipe()
     finetune: FinetuneRecipe = FinetuneRecipe()

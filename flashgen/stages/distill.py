@@ -12,6 +12,7 @@ from flashgen.errors import NumericsError, UsageError
 from flashgen.processes import sharded
 from flashgen.recipe.schema import MatchingTraining, Recipe
 from flashgen.stages.plan import check
+from flashgen.stages.prompts import own_prompts, prompts_key
 from flashgen.stages.teacher import open_teacher
 
 if TYPE_CHECKING:
@@ -30,13 +31,15 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError(f"{given}; the grids must nest")
     if config.matching.watch_every and not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
+    if recipe.prompts_file and config.trajectory.verified:
+        raise UsageError("distill.trajectory.verified asks the shapes world's judge, which knows no prompts_file; leave out one of the two")
     if sharded():
         _check_sharded(recipe)
     parent = open_teacher(teacher, out)
     check("distill", parent, recipe, out)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
     draft = begin(
-        out, kind="student", stage="distill", recipe=config.model_dump() | looks, seed=seed,
+        out, kind="student", stage="distill", recipe=config.model_dump() | looks | prompts_key(recipe), seed=seed,
         parents=[parent.as_parent("teacher")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
@@ -59,7 +62,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     needs_replay = config.trajectory.iterations > 0 or wants_replay(config.matching, config.steps)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
     for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + needs_replay]:
-        prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work)
+        prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work, own_prompts(recipe))
     del text
     pipe = load_pipeline(parent.path, getattr(torch, config.lora.base) if config.lora else torch.float32)
     teacher_net: nn.Module = pipe.transformer.requires_grad_(False)
@@ -78,7 +81,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if replay and config.trajectory.iterations:
         train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work)
 
-    pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work)
+    pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work, own_prompts(recipe))
     matcher = Matcher(
         "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
     )
@@ -119,9 +122,8 @@ def cached(
     from flashgen.training.trajectories import cache_trajectories
 
     config = recipe.distill
-    pool = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens, work).dropping_t5(
-        config.t5_drop, generator(seed, T5_STREAM)
-    )
+    whole = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens, work, own_prompts(recipe))
+    pool = whole.dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
     shape = latent_shape(pipe, taught.size_px)
     fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
     replay = cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work)

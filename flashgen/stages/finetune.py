@@ -13,6 +13,7 @@ from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
 from flashgen.stages.distill import replay_for
 from flashgen.stages.plan import check
+from flashgen.stages.prompts import own_prompts, prompts_key
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -41,7 +42,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
     check("finetune", parent, recipe, out)
     draft = begin(
-        out, kind="student", stage="finetune", recipe=config.model_dump() | _borrowed(recipe), seed=seed,
+        out, kind="student", stage="finetune", recipe=config.model_dump() | _borrowed(recipe) | prompts_key(recipe), seed=seed,
         parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
@@ -86,7 +87,7 @@ def train_branches(
     config, nodes, t5_drop = recipe.finetune, sampler.sigmas, recipe.distill.t5_drop
     teacher.requires_grad_(False)
     shape = latent_shape(pipe, sampler.size_px)
-    pool = prompt_pool(pipe, config.matching.prompts, seed + 2, sampler.t5_tokens, work)
+    pool = prompt_pool(pipe, config.matching.prompts, seed + 2, sampler.t5_tokens, work, own_prompts(recipe))
     replay = replay_for(config.matching, recipe, pipe, teacher, sampler, seed, work)
     high, low, teacher, proxies = _branches(pipe.transformer, config.lora, teacher, seed)
     above = [i for i, s in enumerate(nodes[:-1]) if s > config.split]

@@ -123,17 +123,6 @@ def _start(source: Artifact, path: Path, strength: float, sigmas: list[float], s
     return {"init": pixels, "sigmas": left}
 
 
-def read_prompts(path: Path) -> list[str]:
-    """A prompt a line; empty lines do not count. Raises UsageError when there is none."""
-    try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompt-file {path} cannot be read as text ({error})") from error
-    if not found:
-        raise UsageError(f"--prompt-file {path} has no prompts; write one a line")
-    return found
-
-
 def read_seeds(text: str) -> list[int]:
     """`1,5-9` is 1, 5, 6, 7, 8, 9. Raises UsageError for anything else, and for more than `MOST_SEEDS`."""
     found: list[int] = []

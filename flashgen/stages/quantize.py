@@ -15,6 +15,7 @@ from flashgen.progress import say, track
 from flashgen.recipe.schema import QuantizeRecipe, Recipe
 from flashgen.stages import nf4
 from flashgen.stages.plan import check
+from flashgen.stages.prompts import own_prompts, prompts_key
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -58,8 +59,9 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         nf4.check_installed()
     check("quantize", parent, recipe, out)
     draft = begin(
-        out, kind="quantized", stage="quantize", recipe=config.model_dump(), seed=seed, parents=[parent.as_parent("student")], force=force
-    )
+        out, kind="quantized", stage="quantize", recipe=config.model_dump() | prompts_key(recipe), seed=seed,
+        parents=[parent.as_parent("student")], force=force,
+    )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
     if config.scheme == "nf4":
@@ -71,7 +73,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
 
     (draft.path / "quantized").mkdir()
     calibrated = config.method == "gptq" or config.budget or config.basis_tolerance or config.repair
-    found = _calibrated(parent, sampler, config, seed, draft) if calibrated else Found()
+    found = _calibrated(parent, sampler, recipe, seed, draft) if calibrated else Found()
     codes, whole, error = dict(found.codes), shapes_of(parent.path / "transformer"), dict[str, float]()
 
     def changed(name: str, weight: Tensor) -> Tensor:
@@ -189,13 +191,13 @@ def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor
             draft.link(path, f"{source.name}/{path.name}")
 
 
-def _calibrated(parent: Artifact, sampler: Sampler, config: QuantizeRecipe, seed: int, draft: Draft) -> Found:
+def _calibrated(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, draft: Draft) -> Found:
     from flashgen.models.factored import Factored
     from flashgen.models.sample import load_pipeline
     from flashgen.training.calibration import quantize_in_order
 
-    pipe = load_pipeline(parent.path)
-    calibration = _calibration(pipe, sampler, config, seed)
+    pipe, config = load_pipeline(parent.path), recipe.quantize
+    calibration = _calibration(pipe, sampler, recipe, seed)
     weights = sum(layer.weight.numel() for layer in calibration.layers.values())
     metrics = _factor(calibration, config, draft.work) if config.basis_tolerance else {}
     layers = calibration.layers
@@ -293,7 +295,7 @@ def _stored(q: QuantizedLinear) -> dict[str, Tensor]:
     return found
 
 
-def _calibration(pipe: StableDiffusion3Pipeline, sampler: Sampler, config: QuantizeRecipe, seed: int) -> Calibration:
+def _calibration(pipe: StableDiffusion3Pipeline, sampler: Sampler, recipe: Recipe, seed: int) -> Calibration:
     import torch
 
     from flashgen.models.sample import latent_shape
@@ -301,8 +303,9 @@ def _calibration(pipe: StableDiffusion3Pipeline, sampler: Sampler, config: Quant
     from flashgen.training.calibration import Calibration
     from flashgen.training.prompts import prompt_pool
 
-    pool = prompt_pool(pipe, config.prompts, seed + 4, sampler.t5_tokens)
-    noise = torch.randn((config.prompts, *latent_shape(pipe, sampler.size_px)), generator=generator(seed, CALIBRATION_STREAM))
+    count = recipe.quantize.prompts
+    pool = prompt_pool(pipe, count, seed + 4, sampler.t5_tokens, own=own_prompts(recipe))
+    noise = torch.randn((count, *latent_shape(pipe, sampler.size_px)), generator=generator(seed, CALIBRATION_STREAM))
     return Calibration(pipe.transformer, pool.cond, noise, sampler.sigmas)
 
 

@@ -15,6 +15,7 @@ from flashgen.errors import UsageError
 from flashgen.progress import say
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.plan import check
+from flashgen.stages.prompts import own_prompts, prompts_key
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +35,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
     config = recipe.restructure
     check("restructure", parent, recipe, out, mode=mode)
     draft = begin(
-        out, kind="student", stage="restructure-encoder", recipe=config.model_dump(exclude={"floor"}) | {"mode": mode}, seed=seed,
+        out, kind="student", stage="restructure-encoder", seed=seed,
+        recipe=config.model_dump(exclude={"floor"}) | {"mode": mode} | prompts_key(recipe),
         parents=[parent.as_parent("student")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
@@ -67,7 +69,7 @@ def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work
 
     config, nodes = recipe.restructure, sampler.sigmas
     pipe = load_pipeline(parent.path)
-    pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens, work)
+    pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens, work, own_prompts(recipe))
     full = pipe.transformer
     replay = own_trajectories(full, pool, nodes, latent_shape(pipe, sampler.size_px), seed) if config.iterations else None
     if mode == "prune":
@@ -76,7 +78,7 @@ def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work
         if replay:
             recover(slim, pruned_loss(slim, replay, nodes), config, config.iterations, seed, work)
         return {"transformer": slim}
-    ids = tokenize(pipe, training_captions(config.prompts, seed + 3), sampler.t5_tokens).t5
+    ids = tokenize(pipe, training_captions(config.prompts, seed + 3, own_prompts(recipe)), sampler.t5_tokens).t5
     assert ids is not None
     small = compact_t5(pipe.text_encoder_3, config, seed)
     recover(small, embedding_loss(small, pool, ids), config, config.embedding, seed, work, "embedding")

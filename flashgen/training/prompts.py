@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,15 +55,23 @@ class PromptPool:
         return Conditioning(self.empty.embeds.expand(batch, -1, -1), self.empty.pooled.expand(batch, -1))
 
 
-def training_captions(count: int, seed: int) -> list[str]:
-    """Prompts of the shapes world for training; evaluation uses `scene.prompt_set`, another random stream."""
+def training_captions(count: int, seed: int, own: Sequence[str] | None = None) -> list[str]:
+    """`count` prompts for training: of `own` in random order, each as often as the others, or of the shapes world.
+
+    Evaluation uses `scene.prompt_set`, another random stream.
+    """
     rng = np.random.default_rng([seed, 0x7EA1])
-    return [sample_request(rng).caption() for _ in range(count)]
+    if own is None:
+        return [sample_request(rng).caption() for _ in range(count)]
+    order = np.concatenate([rng.permutation(len(own)) for _ in range(-(-count // len(own)))])
+    return [own[i] for i in order[:count]]
 
 
-def prompt_pool(pipe: StableDiffusion3Pipeline, count: int, seed: int, t5_tokens: int, work: Path | None = None) -> PromptPool:
+def prompt_pool(
+    pipe: StableDiffusion3Pipeline, count: int, seed: int, t5_tokens: int, work: Path | None = None, own: Sequence[str] | None = None
+) -> PromptPool:
     """Embeddings of `count` training prompts and of the empty one; with `work` they are kept there and mapped, not held."""
-    prompts = [*training_captions(count, seed), ""]
+    prompts = [*training_captions(count, seed, own), ""]
     cond = encode_prompts(pipe, prompts, t5_tokens) if work is None else _kept(pipe, prompts, t5_tokens, work / f"prompts-{seed}")
     return PromptPool(cond[slice(count)], cond[slice(count, None)], pipe.tokenizer.model_max_length)
 

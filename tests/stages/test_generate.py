@@ -18,6 +18,7 @@ from flashgen.flow.grid import few_step_grid, unshift
 from flashgen.models.sample import encode_image, load_pipeline, sample, sample_latents
 from flashgen.recipe.schema import ExportRecipe, Recipe
 from flashgen.stages import export, generate
+from flashgen.stages.prompts import read_prompts
 
 PROMPTS = ["two red circles on a white background", "a blue square left of a green cross", "something else entirely"]
 
@@ -172,10 +173,10 @@ def test_a_prompt_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat\n\n  a dog \n")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    assert generate.read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
     for name, message in (("empty.txt", "has no prompts"), ("binary", "cannot be read as text"), ("none", "cannot be read as text")):
         with pytest.raises(UsageError, match=message):
-            generate.read_prompts(tmp_path / name)
+            read_prompts(tmp_path / name)
 
 
 def test_teacher_draws_in_any_number_of_steps(tiny_teacher: Artifact, tmp_path: Path) -> None:

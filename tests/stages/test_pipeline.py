@@ -465,3 +465,19 @@ def test_train_makes_a_teacher_that_can_be_distilled(tmp_path: Path) -> None:
     assert teacher.train(recipe, tmp_path / "teacher", 0, False).path == made.path
     again = teacher.train(recipe, tmp_path / "again", 0, False)
     assert digests(again) == digests(made)  # the same command makes the same teacher, tokenizers included
+
+
+def test_prompts_of_ones_own(chain: Chain, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a lighthouse\n\nan old boat\n")
+    recipe = micro().model_copy(update={"prompts_file": file})
+    runs = [restructure.run(str(chain.student.path), tmp_path / "slim", recipe, 0, False, "prune").manifest.version for _ in range(2)]
+    file.write_text("a lighthouse\n")
+    runs.append(restructure.run(str(chain.student.path), tmp_path / "slim", recipe, 0, False, "prune").manifest.version)
+    assert runs == ["v0001", "v0001", "v0002"]  # other prompts, another student
+    file.write_text("\n")
+    with pytest.raises(UsageError, match=r"prompts_file=.* has no prompts"):
+        distill.run(str(chain.teacher.path), tmp_path / "student", recipe, 0, False)
+    judged = load("shapes-demo", [f"prompts_file={file}", "distill.trajectory.verified=true"])
+    with pytest.raises(UsageError, match="knows no prompts_file"):
+        distill.run(str(chain.teacher.path), tmp_path / "student", judged, 0, False)

@@ -12,7 +12,7 @@ from flashgen.models.build import build_pipeline
 from flashgen.models.specs import SPECS
 from flashgen.models.text import Conditioning, encode_prompts
 from flashgen.training import prompts
-from flashgen.training.prompts import prompt_pool
+from flashgen.training.prompts import prompt_pool, training_captions
 
 
 @pytest.fixture
@@ -51,3 +51,10 @@ def test_processes_share_out_the_parts(pipe: StableDiffusion3Pipeline, tmp_path:
         monkeypatch.setattr(prompts, "rank", lambda rank=rank: rank)
         prompt_pool(pipe, 7, 5, 16, tmp_path)
         assert sorted(p.stem for p in tmp_path.glob("prompts-5/*.done")) == done
+
+
+def test_own_prompts_come_equally_often_in_an_order_of_the_seed() -> None:
+    own = ["a", "b", "c"]
+    found = training_captions(7, 0, own)
+    assert sorted(found[:3]) == sorted(found[3:6]) == own and found[6] in own
+    assert found == training_captions(7, 0, own) and any(found != training_captions(7, seed, own) for seed in (1, 2, 3))
