@@ -75,14 +75,24 @@ def draw(kept: dict[str, Any], path: Path) -> None:
     """Mean latent error with its interval against mean bits."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    shown: list[tuple[float, float]] = []
     for name, row in kept["weights"].items():
         if name in ("student, fp32", *CHAIN):
             continue
-        own = name.startswith("flashgen")
+        own, bits = name.startswith("flashgen"), float(row["mean_bits"])
         value, low, high = _mean(row["latent_error"])
         error: NDArray[np.float64] = np.array([[value - low], [high - value]])
-        axes.errorbar(row["mean_bits"], value, yerr=error, fmt="o", color="C0" if own else "C7", capsize=3)
-        axes.annotate(name, (row["mean_bits"], value), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.errorbar(bits, value, yerr=error, fmt="o", color="C0" if own else "C7", capsize=3)
+        crowded = any(abs(bits - b) < 0.1 and abs(value / v - 1) < 0.2 for b, v in shown)
+        side, height = ("right", -8) if bits > 6 else ("left", 8), -11 if crowded else 4
+        axes.annotate(
+            name.removeprefix("flashgen, "), (bits, value), xytext=(side[1], height), textcoords="offset points", fontsize=8, ha=side[0],
+            color="C0" if own else "black",
+        )  # fmt: skip
+        shown.append((bits, value))
+    axes.plot([], [], "o", color="C0", label="flashgen")
+    axes.plot([], [], "o", color="C7", label="peers")
+    axes.legend(loc="lower right")
     axes.set_yscale("log")
     axes.set_xlabel("mean bits a weight, scales and zero points included")
     axes.set_ylabel("error of the final latents, 95 %")

@@ -128,8 +128,11 @@ def measure(folder: Path, page: Path, base: str) -> None:
     for row in rows(folder, base):
         kept_row = next((done for done in found["rows"] if done["stage"] == row.stage), None)
         if kept_row:
-            plan = planned(row, flashgen)  # today's, beside what was measured
-            kept_row["plan_mib"] = plan and round(plan)
+            try:
+                plan = planned(row, flashgen)  # today's, beside what was measured
+                kept_row["plan_mib"] = plan and round(plan)
+            except subprocess.CalledProcessError:
+                pass  # what it is made of is gone
             continue
         shutil.rmtree(row.out, ignore_errors=True)  # what an interrupted measurement left
         plan = planned(row, flashgen)

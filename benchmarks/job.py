@@ -25,7 +25,7 @@ FEW, STEPS, GUIDANCE, SIZE_PX, ROUNDS = 3, 28, 4.5, 512, 3
 FLASHGEN = [sys.executable, "-m", "flashgen"]
 
 
-def diffusers_fp32(folder: str, few: int, size_px: int, out: str) -> None:
+def diffusers_fp32(folder: str, few: int, size_px: int, tokens: int, out: str) -> None:
     """Prints the seconds that the other steps would add, and the peak in MiB."""
     import torch
     from diffusers import StableDiffusion3Pipeline
@@ -38,7 +38,8 @@ def diffusers_fp32(folder: str, few: int, size_px: int, out: str) -> None:
         return kept
 
     picture = pipe(
-        PROMPT, num_inference_steps=few, guidance_scale=GUIDANCE, height=size_px, width=size_px, callback_on_step_end=ended,
+        PROMPT, num_inference_steps=few, guidance_scale=GUIDANCE, height=size_px, width=size_px, max_sequence_length=tokens,
+        callback_on_step_end=ended,
         generator=torch.Generator().manual_seed(0),
     ).images[0]  # fmt: skip
     picture.save(out)
@@ -46,13 +47,13 @@ def diffusers_fp32(folder: str, few: int, size_px: int, out: str) -> None:
     print(json.dumps({"more": more, "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
-def peer(folder: Path, few: int, size_px: int) -> dict[str, Any]:
+def peer(folder: Path, few: int, size_px: int, tokens: int) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        given = [str(folder), str(few), str(size_px), str(Path(scratch, "job.png"))]
+        given = [str(folder), str(few), str(size_px), str(tokens), str(Path(scratch, "job.png"))]
         done = subprocess.run([sys.executable, "-m", "benchmarks.job", "-diffusers", *given], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(done.stderr.strip().splitlines()[-1])
+        raise SystemExit("\n".join([f"diffusers ended with code {done.returncode}", *done.stderr.strip().splitlines()[-1:]]))
     found = json.loads(done.stdout.splitlines()[-1])
     return {"seconds": time.perf_counter() - started + found["more"], "peak_rss_mib": found["peak_rss_mib"]}
 
@@ -64,18 +65,17 @@ def ours(artifact: Path, engine: str) -> dict[str, Any]:
 
 def measure(full: Path, shapes: Path) -> list[dict[str, Any]]:
     level4 = full / "device-level4"
-    if not (level4 / "latest").exists():
-        run([*FLASHGEN, "export", str(full / "int4"), *RECIPE, "--set", "export.accuracy_level=4", "--out", str(level4)])
+    run([*FLASHGEN, "export", str(full / "int4"), *RECIPE, "--set", "export.accuracy_level=4", "--out", str(level4)])
     teacher = Path("flashgen/shapes/teacher")
     jobs: dict[str, list[tuple[str, Any]]] = {
         "SD3.5-Medium's shapes, 512 px": [
-            ("diffusers, torch fp32, 28 steps with guidance", lambda: peer(full / "random" / "latest", FEW, SIZE_PX)),
+            ("diffusers, torch fp32, 28 steps with guidance", lambda: peer(full / "random" / "latest", FEW, SIZE_PX, 256)),
             ("flashgen INT4, onnxruntime, 4 steps", lambda: ours(full / "device", "onnxruntime")),
             ("flashgen INT4, 8-bit activations, onnxruntime, 4 steps", lambda: ours(level4, "onnxruntime")),
             ("flashgen INT4, 8-bit activations, OpenVINO, 4 steps", lambda: ours(level4, "openvino")),
         ],
         "shapes, 64 px": [
-            ("diffusers, torch fp32, 28 steps with guidance", lambda: peer(teacher, STEPS, 64)),
+            ("diffusers, torch fp32, 28 steps with guidance", lambda: peer(teacher, STEPS, 64, 16)),
             ("flashgen INT4, onnxruntime, 4 steps", lambda: ours(shapes / "device", "onnxruntime")),
         ],
     }  # fmt: skip
@@ -121,7 +121,8 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["-diffusers"]:
-        diffusers_fp32(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+        folder, few, size_px, tokens, out = sys.argv[2:]
+        diffusers_fp32(folder, int(few), int(size_px), int(tokens), out)
     else:
         parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
         parser.add_argument("full", type=Path, help="the folder of make fullsize")

@@ -17,7 +17,8 @@ import numpy as np
 
 from flashgen.artifact.store import Artifact
 from flashgen.device.engine import NETWORKS, Array, Engine, default_threads
-from flashgen.progress import say
+from flashgen.errors import ArtifactError
+from flashgen.progress import say, warn
 
 ROUNDS = 3
 
@@ -29,19 +30,30 @@ class Seconds(NamedTuple):
     step: float
 
 
-def choose(artifact: Artifact, steps: int) -> str:
-    """The engine that loads the transformer and takes `steps` steps of one picture soonest; says which and why.
+def installed() -> list[str]:
+    return [name for name in NETWORKS if find_spec(name) is not None]
 
-    What each takes is measured once and kept in the user's cache.
+
+def choose(artifact: Artifact, steps: int, names: list[str]) -> str:
+    """Of `names` the engine that loads the transformer and takes `steps` steps of one picture soonest; says which and why.
+
+    What each takes is measured once and kept in the user's cache. One that cannot load the artifact is left out.
     """
-    installed = [name for name in NETWORKS if find_spec(name) is not None]
-    if len(installed) == 1:
-        return installed[0]
+    if len(names) == 1:
+        return names[0]
     machine = platform.processor() or platform.machine()
-    key = " ".join([artifact.manifest.digest, machine, str(default_threads()), *map(_version, installed)])
+    key = " ".join([artifact.manifest.digest, machine, str(default_threads()), *map(_version, names)])
     known = _read()
-    if key not in known:
-        known[key] = {name: measure(artifact, name) for name in installed}
+    if not known.get(key):
+        known[key] = {}
+        for name in names:
+            try:
+                known[key][name] = measure(artifact, name)
+            except ArtifactError as error:
+                warn(str(error))
+        if not known[key]:
+            mend = f"check it with: flashgen show {artifact.path} --verify"
+            raise ArtifactError(f"{artifact.path} runs on none of {', '.join(names)}; {mend}")
         _keep(known)
     seconds = known[key]
     best = min(seconds, key=lambda name: seconds[name].load + steps * seconds[name].step)

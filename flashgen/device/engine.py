@@ -124,8 +124,12 @@ class Engine:
         self._open = None
 
     def _check(self, component: str) -> None:
+        if component in self._checked:
+            return
+        if f"{component}/model.onnx" not in self._files:
+            raise ArtifactError(f"{self.path}: its manifest names no {component}; take the artifact from its source again")
         for name, digest in self._files.items():
-            if name.startswith(f"{component}/model.onnx") and component not in self._checked and sha256(self.path / name) != digest:
+            if name.startswith(f"{component}/") and sha256(self.path / name) != digest:
                 raise ArtifactError(
                     f"{self.path}: {name} was altered or comes from another artifact (sha256 differs from the manifest's); "
                     "take the artifact from its source again"

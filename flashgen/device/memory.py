@@ -57,10 +57,12 @@ def gigabytes(count: float) -> str:
 class Needs:
     """Estimated bytes of this process while it draws `count` pictures of one artifact on `engine`."""
 
-    def __init__(self, artifact: Artifact, engine: str, count: int, guided: bool, preview: bool) -> None:
+    def __init__(
+        self, artifact: Artifact, engine: str, count: int, guided: bool = False, preview: bool = False, init: bool = False
+    ) -> None:
         extra, sampler = artifact.manifest.extra, artifact.manifest.sampler
         assert sampler is not None
-        self._path, self._passes = artifact.path, 2 if guided else 1
+        self._path, self._passes, self._init = artifact.path, 2 if guided else 1, init
         self._loaded: dict[str, float] = {}
         codes = bool(artifact.manifest.metrics.get("quantized_layers")) and extra.get("accuracy_level") != 4 and engine == "onnxruntime"
         for file in artifact.manifest.files:
@@ -100,19 +102,17 @@ class Needs:
         tokens, heads = (self.side // config["patch_size"]) ** 2 + self._tokens, config["num_attention_heads"]
         row = tokens * heads * config["attention_head_dim"] * FUSED_WIDTHS
         found["transformer"] = self._base + self._loaded["transformer"] + self._viewer + 4 * batch * self._passes * row
-        if "vae_encoder" in self._loaded:
+        if self._init:
             found["vae_encoder"] = self._base + self._loaded["vae_encoder"] + self.decode_activations(1, self.side)
         return found
 
 
-def plan(
-    artifact: Artifact, engine: str, count: int, batch: int, budget: float | None = None, guided: bool = False, preview: bool = False
-) -> Plan:
-    """The largest batch up to `batch` that stays within `budget` bytes, or the batch as it is without one.
+def plan(artifact: Artifact, engine: str, count: int, batch: int, budget: float | None = None, **asked: bool) -> Plan:
+    """The largest batch up to `batch` that stays within `budget` bytes, or the batch as it is without one; `asked` as `Needs` takes it.
 
     Raises MachineError when not even one picture, decoded in the smallest tiles, fits.
     """
-    needs = Needs(artifact, engine, count, guided, preview)
+    needs = Needs(artifact, engine, count, **asked)
     batch = min(batch, count)
     limit = needs.decoding(0, 0) + DECODE_BYTES if budget is None else budget
     rows = next((rows for rows in range(batch, 0, -1) if needs.decoding(rows, needs.side) <= limit), 0)

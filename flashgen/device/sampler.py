@@ -15,7 +15,7 @@ from flashgen.device.memory import Plan, out_of_memory, plan, smaller_tile
 from flashgen.device.noise import latents
 from flashgen.device.tiles import decode_tiled
 from flashgen.device.tokens import PromptTokenizer
-from flashgen.errors import ArtifactError
+from flashgen.errors import ArtifactError, MachineError
 from flashgen.flow.ode import euler, guide
 from flashgen.progress import track, warn
 from flashgen.timing import Laps
@@ -35,6 +35,7 @@ class DevicePipeline:
         self.sampler: Sampler = artifact.manifest.sampler
         self.extra = artifact.manifest.extra
         self.engine = Engine(artifact, threads, laps, engine)
+        self._tile: int | None = None
 
     def sample(
         self,
@@ -57,8 +58,9 @@ class DevicePipeline:
         """
         sigmas = self.sampler.sigmas if sigmas is None else sigmas
         weight = self.sampler.guidance if guidance is None else guidance
-        within = within or plan(self.artifact, self.engine.name, len(prompts), batch, guided=weight != 1, preview=preview is not None)
-        batch = within.batch
+        asked = {"guided": weight != 1, "preview": preview is not None, "init": init is not None}
+        within = within or plan(self.artifact, self.engine.name, len(prompts), batch, **asked)
+        batch, self._tile = within.batch, within.tile
         embeds, pooled = self.encode(prompts, batch)
         uncond = self.encode([negative], batch) if weight != 1 else None
         noise = latents(tuple(self.extra["latent_shape"]), seeds)
@@ -68,7 +70,7 @@ class DevicePipeline:
 
         def watch(index: int, x0: Floats) -> None:
             if preview is not None:
-                preview(index, lambda: self.decode(x0[:1], viewer, within)[0])
+                preview(index, lambda: self.decode(x0[:1], viewer)[0])
 
         parts = slices(len(prompts), batch)
         count = len(parts) * (len(sigmas) - 1)
@@ -76,26 +78,37 @@ class DevicePipeline:
         z = np.concatenate([self.denoise(noise[s], embeds[s], pooled[s], uncond, weight, sigmas, tick, watch) for s in parts])
         next(tick, None)
         viewer.close()
-        return np.concatenate([self.decode(z[s], self.engine, within) for s in slices(len(z), within.rows)])
+        return np.concatenate([self.decode(z[s], self.engine) for s in slices(len(z), within.rows)])
 
-    def decode(self, z: Floats, engine: Engine, within: Plan) -> NDArray[np.uint8]:
-        """Pictures [B, H, W, 3] of latents [B, C, h, w] on the transformer's scale; in smaller tiles when memory runs out."""
-        vae, tile = self.extra["vae"], within.tile
+    def decode(self, z: Floats, engine: Engine) -> NDArray[np.uint8]:
+        """Pictures [B, H, W, 3] of latents [B, C, h, w] on the transformer's scale.
+
+        When memory runs out one picture at a time, then in smaller and smaller tiles, which later pictures begin with. Raises
+        MachineError when the smallest do not fit.
+        """
+        vae = self.extra["vae"]
         factor = self.sampler.size_px // int(self.extra["latent_shape"][-1])  # pixels a latent
         scaled = z / np.float32(vae["scaling_factor"]) + np.float32(vae["shift_factor"])
 
         def run(part: Floats) -> Floats:
             return engine.run("vae_decoder", ["sample"], {"latent_sample": part})[0]
 
+        engine.network("vae_decoder")  # loading is no part of decoding
         while True:
             try:
-                return to_uint8(run(scaled) if tile is None else decode_tiled(run, scaled, tile, factor))
+                with engine.laps.lap("decode"):
+                    return to_uint8(run(scaled) if self._tile is None else decode_tiled(run, scaled, self._tile, factor))
             except Exception as error:  # the engines' exception types have no common base
-                smaller = smaller_tile(tile, z.shape[-1])
-                if smaller is None or not out_of_memory(error):
+                if not out_of_memory(error):
                     raise
-                warn(f"decoding ran out of memory ({type(error).__name__}); again in tiles of {smaller} latents")
-                tile = smaller
+                smaller = smaller_tile(self._tile, z.shape[-1])
+                if len(z) == 1 and smaller is None:
+                    raise MachineError(f"decoding one picture ran out of memory ({type(error).__name__}); close other programs") from error
+            if len(z) > 1:
+                warn("decoding ran out of memory; again one picture at a time")
+                return np.concatenate([self.decode(row[None], engine) for row in z])
+            warn(f"decoding ran out of memory; again in tiles of {smaller} latents")
+            self._tile = smaller
 
     def encode_picture(self, picture: NDArray[np.uint8]) -> Floats:
         """Latents [1, C, h, w] of a picture [H, W, 3] on the transformer's scale: the mode of what the VAE says."""

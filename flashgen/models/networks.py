@@ -77,7 +77,10 @@ def with_nf4(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
     for layer in coded:
         parts = {name.removeprefix(f"{layer}."): found.pop(name) for name in list(found) if name.startswith(f"{layer}.weight")}
         found[f"{layer}.weight"] = unpack(parts)
-    network.load_state_dict({name: value.to(dtype) for name, value in found.items()}, assign=True)
+    try:
+        network.load_state_dict({name: value.to(dtype) for name, value in found.items()}, assign=True)
+    except RuntimeError as error:
+        raise ArtifactError(f"{folder}: its NF4 codes do not fit its config ({error}); {MEND}") from error
     return network
 
 

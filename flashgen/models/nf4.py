@@ -30,9 +30,11 @@ def unpack(stored: Mapping[str, Tensor]) -> Tensor:
     """fp32 [N, K] of what `pack` made; without bitsandbytes. Raises ArtifactError for what no NF4 layer is."""
     try:
         codes, levels, scales = (stored[name] for name in ("weight", "weight.quant_map", "weight.absmax"))
+        if codes.dtype != torch.uint8 or not scales.is_floating_point() or "weight.nested_absmax" in stored:
+            raise ValueError("double quantization is not read")
         state = json.loads(bytes(stored[f"weight.{STATE}"].tolist()))
         shape, block = torch.Size(state["shape"]), int(state["blocksize"])
         values = levels.float()[torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).flatten().long()][: shape.numel()]
         return (values * scales.float().repeat_interleave(block)[: shape.numel()]).reshape(shape)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise ArtifactError(f"these are no NF4 codes of bitsandbytes ({error!r}); double quantization is not read") from error
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, OverflowError, AttributeError) as error:
+        raise ArtifactError(f"these are no plain NF4 codes of bitsandbytes ({error!r}); give the pipeline in fp16 or bf16") from error

@@ -12,7 +12,7 @@ from flashgen.errors import NumericsError, UsageError
 from flashgen.processes import sharded
 from flashgen.recipe.schema import MatchingTraining, Recipe
 from flashgen.stages.plan import check
-from flashgen.stages.prompts import own_prompts, prompts_key
+from flashgen.stages.prompts import check_judged, own_prompts, prompts_key
 from flashgen.stages.teacher import open_teacher
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError(f"{given}; the grids must nest")
     if config.matching.watch_every and not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
-    if recipe.prompts_file and config.trajectory.verified:
-        raise UsageError("distill.trajectory.verified asks the shapes world's judge, which knows no prompts_file; leave out one of the two")
+    check_judged(recipe)
     if sharded():
         _check_sharded(recipe)
     parent = open_teacher(teacher, out)

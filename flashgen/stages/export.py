@@ -31,19 +31,19 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     """
     if offline and target != "web":
         raise UsageError(f"--offline has no effect on --target {target}, which downloads nothing; leave it out")
-    if target == "gguf":
-        from flashgen.stages import gguf
-
-        return gguf.run(student, out, recipe, seed, force)
     source = open_artifact(student, kinds=("student", "quantized", "teacher"))
     sampler = source.manifest.sampler
     if sampler is None:
         raise ArtifactError(f"{source.path}: the manifest has no sampler; make the student again with: flashgen distill")
+    if source.manifest.recipe.get("scheme") == "nf4":
+        raise ArtifactError(f"{source.path} has NF4 codes, for diffusers; quantize without --scheme nf4 to export, or export the student")
+    if target == "gguf":
+        from flashgen.stages import gguf
+
+        return gguf.run(student, out, recipe, seed, force)
     if recipe.export.size_px:
         check_size(source, sampler, recipe.export.size_px, "export.size_px=")
         sampler = sampler.model_copy(update={"size_px": recipe.export.size_px})
-    if source.manifest.recipe.get("scheme") == "nf4":
-        raise ArtifactError(f"{source.path} has NF4 codes, for diffusers; quantize without --scheme nf4 to export, or export the student")
     check("export", source, recipe, out)
     settings = recipe.export.model_dump() | {"target": target}
     draft = begin(out, kind="device", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force)

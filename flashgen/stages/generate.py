@@ -16,7 +16,7 @@ from PIL import Image
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.device.png import read_texts, sheet, texts, write_png
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.errors import ArtifactError, MachineError, UsageError
 from flashgen.flow.grid import few_step_grid
 from flashgen.progress import say, warn
 
@@ -61,9 +61,10 @@ def run(
     if init_image:
         options |= _start(source, init_image, strength, sigmas, size_px or sampler.size_px)
         sigmas = options["sigmas"]
-    files = _outputs(out, len(prompts))
+    beside = {name: out.with_stem(f"{out.stem}-{name}") for name, wanted in (("preview", preview), ("grid", contact_sheet)) if wanted}
+    files = _outputs(out, len(prompts), [*beside.values()])
     if preview:
-        options["preview"] = _preview(out.with_stem(f"{out.stem}-preview"))
+        options["preview"] = _preview(beside["preview"])
     if source.manifest.kind == "device":
         images = _on_device(source, prompts, drawn, engine, memory, options)
     else:
@@ -79,26 +80,30 @@ def run(
     for path, image, prompt, own_seed in zip(files, images, prompts, drawn, strict=True):
         write_png(path, image, texts(prompt, own_seed, sigmas, source.manifest.digest, **more))
     if contact_sheet:
-        write_png(out.with_stem(f"{out.stem}-grid"), sheet(images, columns=len(seeds or [])), {})
+        write_png(beside["grid"], sheet(images, columns=len(seeds or [])), {})
     return files
 
 
 def _on_device(
     source: Artifact, prompts: list[str], seeds: list[int], engine: str, memory: str | None, options: dict[str, Any]
 ) -> NDArray[np.uint8]:
-    from flashgen.device.choice import choose
+    from flashgen.device.choice import choose, installed
     from flashgen.device.memory import parse_bytes, plan
     from flashgen.device.sampler import DevicePipeline
 
     budget = None if memory is None else parse_bytes(memory)
-    if engine == "auto":
-        engine = choose(source, len(prompts) * (len(options["sigmas"]) - 1))
-    pipe, within = DevicePipeline(source, engine=engine), None
-    if budget is not None:
-        guided, preview = options["guidance"] != 1, "preview" in options
-        within = plan(source, engine, len(prompts), options["batch"], budget, guided=guided, preview=preview)
-        say(f"memory: {within}")
-    return pipe.sample(prompts, seeds, within=within, **options)
+    names, plans = installed() if engine == "auto" else [engine], {}
+    asked = {"guided": options["guidance"] != 1, "preview": "preview" in options, "init": "init" in options}
+    for name in names if budget is not None else ():
+        try:
+            plans[name] = plan(source, name, len(prompts), options["batch"], budget, **asked)
+        except MachineError:
+            if not plans and name == names[-1]:
+                raise
+    engine = choose(source, len(prompts) * (len(options["sigmas"]) - 1), [*plans] or names)
+    if plans:
+        say(f"memory: {plans[engine]}")
+    return DevicePipeline(source, engine=engine).sample(prompts, seeds, within=plans.get(engine), **options)
 
 
 def _preview(path: Path) -> Callable[[int, Callable[[], NDArray[np.uint8]]], None]:
@@ -108,7 +113,7 @@ def _preview(path: Path) -> Callable[[int, Callable[[], NDArray[np.uint8]]], Non
 
 def _start(source: Artifact, path: Path, strength: float, sigmas: list[float], size_px: int) -> dict[str, Any]:
     """`init` [H, W, 3] and the sigmas that are left, for `sample`."""
-    if source.manifest.kind == "device" and not (source.path / "vae_encoder").is_dir():
+    if source.manifest.kind == "device" and not any(file.path == "vae_encoder/model.onnx" for file in source.manifest.files):
         mend = "export again with --set export.vae_encoder=true, or generate from the student"
         raise UsageError(f"--init-image: {source.path} was exported without the VAE's encoder; {mend}")
     left = [sigma for sigma in sigmas if sigma <= strength]
@@ -208,11 +213,12 @@ def check_size(source: Artifact, sampler: Sampler, size_px: int, option: str) ->
     largest = unit * transformer["pos_embed_max_size"]
     if size_px < unit or size_px % unit or size_px > largest:
         raise UsageError(f"{option}{size_px}: this model draws multiples of {unit} px up to {largest}; it was trained at {sampler.size_px}")
-    warn(f"trained at {sampler.size_px} px; at {size_px} px expect worse pictures")
+    if size_px != sampler.size_px:
+        warn(f"trained at {sampler.size_px} px; at {size_px} px expect worse pictures")
 
 
-def _outputs(out: Path, count: int) -> list[Path]:
-    """The files to write, known to be writable."""
+def _outputs(out: Path, count: int, beside: list[Path]) -> list[Path]:
+    """The pictures' files, known to be writable as those `beside` them are."""
     out = Path(out)
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UsageError(f"--out {out} is not a .png file name; write for instance -o {out.with_suffix('.png') if out.name else 'a.png'}")
@@ -221,7 +227,7 @@ def _outputs(out: Path, count: int) -> list[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}: {out.parent}; name a folder that can be written to") from error
-    blocked = next((p for p in files if p.is_dir() or not os.access(p if p.exists() else p.parent, os.W_OK)), None)
+    blocked = next((p for p in (*files, *beside) if p.is_dir() or not os.access(p if p.exists() else p.parent, os.W_OK)), None)
     if blocked:
         raise UsageError(f"--out {blocked} cannot be written; name another file, or mend its permissions")
     if count > 1:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, Draft
-from flashgen.errors import MachineError
+from flashgen.errors import MachineError, UsageError
 from flashgen.progress import track
 from flashgen.recipe.schema import Recipe
 
@@ -23,7 +23,7 @@ def check_installed() -> None:
 
 
 def run(parent: Artifact, sampler: Sampler, recipe: Recipe, draft: Draft) -> Artifact:
-    """Every Linear but those of `quantize.protect`, which stay in fp16 like the rest. One tensor at a time, while the codes pile up."""
+    """Every Linear but those of `quantize.protect`, which stay in fp16 like the rest. They are held until all are written."""
     import torch
     from diffusers import BitsAndBytesConfig
 
@@ -35,6 +35,8 @@ def run(parent: Artifact, sampler: Sampler, recipe: Recipe, draft: Draft) -> Art
 
     source, protect = parent.path / "transformer", recipe.quantize.protect
     whole = {name: shape for name, shape in shapes_of(source).items() if not _skipped(name, protect)}
+    if not whole:
+        raise UsageError("quantize.protect leaves no layer for --scheme nf4; protect fewer")
     tensors: dict[str, Tensor] = {}
     error, packed = 0.0, 0
     files = weight_files(source)

@@ -207,6 +207,10 @@ def quantize(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Pla
     config, transformer = recipe.quantize, parts["transformer"]
     memory: dict[str, Parts] = {}
     disk = 0.0
+    if config.scheme == "nf4":  # half a byte a weight and an fp32 scale for 64, the rest in 16 bits; one tensor beside them in fp32
+        linear = sum(prod(shape) for shape in transformer.linears.values())
+        disk = 0.5625 * linear + 2 * (transformer.count - linear)
+        return Plan({"round transformer": {"program": PROGRAM, "written": disk, "tensor": 14.0 * transformer.largest}}, disk)
     for part in ("transformer", *(ENCODERS if config.encoder_bits else ())):
         if part in parts:
             memory[f"round {part}"], codes = _streamed(parts[part], config, part)
@@ -256,7 +260,7 @@ def export(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
         linear = sum(prod(shape) for shape in parts[part].linears.values()) if codes else 0
         table = sum(prod(shape) for n, (shape, _) in parts[part].found.items() if n == "pos_embed.pos_embed")
         rest = parts[part].count - linear - table
-        disk += (codes + 2 * rest) * (0.6 if part == "vae" else 1)  # the decoder alone
+        disk += (codes + 2 * rest) * (0.6 if part == "vae" and not recipe.export.vae_encoder else 1)  # the decoder alone
         running = activations.get(part, 256 << 20)
         memory[part] = {"program": PROGRAM, "codes": codes, "graph": 2 * codes, "weights": 4 * rest, "activations": running}
     return Plan(memory, disk, 2, {"fp32": 2 * one.adds})

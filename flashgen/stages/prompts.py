@@ -12,7 +12,7 @@ from flashgen.recipe.schema import Recipe
 def read_prompts(path: Path, option: str = "--prompt-file ") -> list[str]:
     """A prompt a line; empty lines do not count. Raises UsageError when there is none."""
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option}{path} cannot be read as text ({error})") from error
     if not found:
@@ -28,3 +28,9 @@ def own_prompts(recipe: Recipe) -> list[str] | None:
 def prompts_key(recipe: Recipe) -> dict[str, object]:
     """What the result of a stage depends on besides its own section, for `begin`."""
     return {} if own_prompts(recipe) is None or recipe.prompts_file is None else {"prompts_file": sha256(recipe.prompts_file)}
+
+
+def check_judged(recipe: Recipe) -> None:
+    """Raises UsageError where trajectories of one's own prompts would go to the shapes world's judge."""
+    if recipe.prompts_file and recipe.distill.trajectory.verified:
+        raise UsageError("distill.trajectory.verified asks the shapes world's judge, which knows no prompts_file; leave out one of the two")

@@ -57,9 +57,10 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         )
     if config.scheme == "nf4":
         nf4.check_installed()
+    calibrated = config.method == "gptq" or config.budget or config.basis_tolerance or config.repair
     check("quantize", parent, recipe, out)
     draft = begin(
-        out, kind="quantized", stage="quantize", recipe=config.model_dump() | prompts_key(recipe), seed=seed,
+        out, kind="quantized", stage="quantize", recipe=config.model_dump() | (prompts_key(recipe) if calibrated else {}), seed=seed,
         parents=[parent.as_parent("student")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
@@ -72,7 +73,6 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.stages.report import finish
 
     (draft.path / "quantized").mkdir()
-    calibrated = config.method == "gptq" or config.budget or config.basis_tolerance or config.repair
     found = _calibrated(parent, sampler, recipe, seed, draft) if calibrated else Found()
     codes, whole, error = dict(found.codes), shapes_of(parent.path / "transformer"), dict[str, float]()
 

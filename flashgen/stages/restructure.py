@@ -34,9 +34,10 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
         raise UsageError(f"{parent.path} is restructured already (mode {sampler.encoder}); give a student with its own T5 encoder")
     config = recipe.restructure
     check("restructure", parent, recipe, out, mode=mode)
+    untrained = mode == "zeros" or (mode == "prune" and not config.iterations)  # then nothing is loaded: files are linked or left out
     draft = begin(
         out, kind="student", stage="restructure-encoder", seed=seed,
-        recipe=config.model_dump(exclude={"floor"}) | {"mode": mode} | prompts_key(recipe),
+        recipe=config.model_dump(exclude={"floor"}) | {"mode": mode} | ({} if untrained else prompts_key(recipe)),
         parents=[parent.as_parent("student")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
@@ -44,7 +45,6 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
     from flashgen.models.save import save_changed
     from flashgen.stages.report import finish
 
-    untrained = mode == "zeros" or (mode == "prune" and not config.iterations)  # then nothing is loaded: files are linked or left out
     changed = {} if untrained else _trained(parent, sampler, recipe, seed, draft.work, mode)
     save_changed(draft, parent.path, changed, dropped=() if mode == "compact" else ("text_encoder_3", "tokenizer_3"))
     left = sampler.model_copy(update={"encoder": mode, "t5_tokens": 0 if mode == "prune" else sampler.t5_tokens})
@@ -68,8 +68,10 @@ def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work
     from flashgen.training.recovery import compact_t5, embedding_loss, own_trajectories, pruned_loss, recover, vision_loss
 
     config, nodes = recipe.restructure, sampler.sigmas
+    own = own_prompts(recipe)
+    prompt_pool(load_pipeline(parent.path, weights="text"), config.prompts, seed + 3, sampler.t5_tokens, work, own)  # no transformer yet
     pipe = load_pipeline(parent.path)
-    pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens, work, own_prompts(recipe))
+    pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens, work, own)
     full = pipe.transformer
     replay = own_trajectories(full, pool, nodes, latent_shape(pipe, sampler.size_px), seed) if config.iterations else None
     if mode == "prune":
@@ -78,7 +80,7 @@ def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work
         if replay:
             recover(slim, pruned_loss(slim, replay, nodes), config, config.iterations, seed, work)
         return {"transformer": slim}
-    ids = tokenize(pipe, training_captions(config.prompts, seed + 3, own_prompts(recipe)), sampler.t5_tokens).t5
+    ids = tokenize(pipe, training_captions(config.prompts, seed + 3, own), sampler.t5_tokens).t5
     assert ids is not None
     small = compact_t5(pipe.text_encoder_3, config, seed)
     recover(small, embedding_loss(small, pool, ids), config, config.embedding, seed, work, "embedding")

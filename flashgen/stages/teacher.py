@@ -75,10 +75,12 @@ def random(like: str, out: Path, seed: int, force: bool, layers: int | None = No
 
 def import_(source: str, out: Path, force: bool) -> Artifact:
     """A StableDiffusion3Pipeline folder or hub id: checked, hard-linked where possible, digested."""
-    from flashgen.models.networks import check_networks
+    from flashgen.models.networks import check_networks, has_nf4
 
     folder = Path(source) if Path(source).is_dir() else _download(source)
     has_t5 = "text_encoder_3" in check_networks(folder)
+    if has_nf4(folder / "transformer"):
+        raise ArtifactError(f"{source} has a transformer of NF4 codes, which is no teacher; give the pipeline in fp16 or bf16")
     identity = Parent(role="source", path=str(source), digest=_fingerprint(folder))
     draft = begin(out, kind="teacher", stage="teacher", recipe={"import": source}, seed=0, parents=[identity], force=force)
     if isinstance(draft, Artifact):

@@ -62,3 +62,10 @@ def test_a_graph_of_another_artifact_is_not_run(tiny_device: Artifact, tmp_path:
     pipeline.engine.network("transformer")
     with pytest.raises(ArtifactError, match=r"text_encoder_2/model.onnx was altered or comes from another artifact"):
         pipeline.sample(PROMPT, [3])
+
+
+def test_a_graph_that_the_manifest_does_not_name_is_not_run(tiny_device: Artifact, tmp_path: Path) -> None:
+    foreign = copied(tiny_device, tmp_path / "foreign")
+    shutil.copytree(foreign.path / "transformer", foreign.path / "vae_encoder")
+    with pytest.raises(ArtifactError, match="its manifest names no vae_encoder"):
+        engine.Engine(foreign).network("vae_encoder")

@@ -91,7 +91,11 @@ def test_decoder_that_runs_out_of_memory_goes_on_in_tiles(
     monkeypatch.setattr(pipeline.engine, "run", small)
     got = pipeline.sample(PROMPTS, [1, 2])
     assert capsys.readouterr().err.count("again in tiles of") == 2  # of 6 and of 4
-    np.testing.assert_array_equal(got, DevicePipeline(tiny_device).sample(PROMPTS, [1, 2], within=Plan(2, 2, 4, 0, "")))
+    np.testing.assert_array_equal(got, DevicePipeline(tiny_device).sample(PROMPTS, [1, 2], within=Plan(2, 1, 4, 0, "")))
+    assert len(pipeline.engine.laps.seconds["decode"]) == 2  # a picture is one, whatever its tiles
+    monkeypatch.setattr(memory, "TILES", (6,))
+    with pytest.raises(MachineError, match="decoding one picture ran out of memory"):
+        pipeline.sample(PROMPTS[:1], [1])
 
 
 def test_other_failures_of_the_decoder_are_not_retried(tiny_device: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +106,7 @@ def test_other_failures_of_the_decoder_are_not_retried(tiny_device: Artifact, mo
 
     monkeypatch.setattr(pipeline.engine, "run", fail)
     with pytest.raises(RuntimeError, match="bad shape"):
-        pipeline.decode(np.zeros((1, 16, 8, 8), np.float32), pipeline.engine, Plan(1, 1, None, 0, ""))
+        pipeline.decode(np.zeros((1, 16, 8, 8), np.float32), pipeline.engine)
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:

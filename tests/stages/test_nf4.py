@@ -43,8 +43,15 @@ def test_codes_are_read_as_they_are_laid_out() -> None:
 def test_what_is_no_nf4_layer_is_one_sentence(lacks: str) -> None:
     stored = by_hand([1, 2, 3, 4], [1.0], [1, 4], 4)
     del stored[lacks]
-    with pytest.raises(ArtifactError, match="no NF4 codes of bitsandbytes"):
+    with pytest.raises(ArtifactError, match="no plain NF4 codes of bitsandbytes"):
         unpack(stored)
+
+
+def test_double_quantization_is_not_taken_for_plain_scales() -> None:
+    stored = by_hand([1, 2, 3, 4], [1.0], [1, 4], 4)
+    nested = stored | {"weight.absmax": torch.tensor([3], dtype=torch.uint8), "weight.nested_absmax": torch.ones(1)}
+    with pytest.raises(ArtifactError, match="double quantization is not read"):
+        unpack(nested)
 
 
 def test_it_is_not_mixed_with_what_it_has_not() -> None:
