@@ -94,7 +94,7 @@ class Needs:
     def drawing(self, batch: int) -> dict[str, float]:
         """Bytes while each network but the decoder runs."""
         found = {}
-        for part, tokens in self._lengths.items():
+        for part, tokens in ((p, n) for p, n in self._lengths.items() if p in self._loaded):
             config = self._config(part)
             width = config.get("hidden_size") or config["d_model"]
             found[part] = self._base + self._loaded[part] + 4 * batch * tokens * width * WIDTHS
