@@ -42,7 +42,8 @@ def empty_network(folder: Path, name: str) -> nn.Module:
                 network.set_input_embeddings(network.get_input_embeddings())  # T5 has two names for them
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{folder / name}/config.json makes no {kind.__name__} ({error}); take it from its source again") from error
-    return network.eval()  # type: ignore[no-any-return]
+    made: nn.Module = network.eval()
+    return made
 
 
 def parameter_names(network: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:

@@ -22,7 +22,8 @@ from flashgen.device.sampler import Preview, from_uint8, slices, to_uint8
 from flashgen.errors import ArtifactError
 from flashgen.flow.ode import euler, guide
 from flashgen.models.networks import check_networks, has_nf4, on_disk, with_nf4
-from flashgen.models.text import ENCODERS, Conditioning, encode_prompts, is_large
+from flashgen.models.specs import ENCODERS
+from flashgen.models.text import Conditioning, encode_prompts, is_large
 from flashgen.progress import track
 from flashgen.timing import Laps
 

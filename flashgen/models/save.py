@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -41,7 +42,8 @@ def save_changed(
         if name in dropped:
             index[name] = [None, None]
         elif name in changed:
-            changed[name].to(torch.float16).save_pretrained(draft.path / name, safe_serialization=True, max_shard_size="2GB")  # type: ignore[operator]
+            network: Any = changed[name]  # of diffusers or transformers, which both save themselves
+            network.to(torch.float16).save_pretrained(draft.path / name, safe_serialization=True, max_shard_size="2GB")
         elif name not in kept and (source / name).is_dir():
             draft.link_tree(source / name, name)
     (draft.path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

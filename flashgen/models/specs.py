@@ -7,6 +7,8 @@ from typing import Any
 
 from flashgen.errors import UsageError
 
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -23,15 +25,14 @@ class Spec:
 
     def shallow(self, layers: int) -> Spec:
         """The same widths with at most so many layers in every transformer."""
-        few = {k: {"num_hidden_layers": min(layers, v["num_hidden_layers"])} for k, v in (("l", self.clip_l), ("g", self.clip_g))}
-        dual = tuple(i for i in self.transformer["dual_attention_layers"] if i < layers)
-        return replace(
-            self,
-            transformer=self.transformer | {"num_layers": min(layers, self.transformer["num_layers"]), "dual_attention_layers": dual},
-            clip_l=self.clip_l | few["l"],
-            clip_g=self.clip_g | few["g"],
-            t5=self.t5 | {"num_layers": min(layers, self.t5["num_layers"])},
-        )
+
+        def cut(config: dict[str, Any], key: str) -> dict[str, Any]:
+            return config | {key: min(layers, config[key])}
+
+        dual = {"dual_attention_layers": tuple(i for i in self.transformer["dual_attention_layers"] if i < layers)}
+        clip_l, clip_g = (cut(config, "num_hidden_layers") for config in (self.clip_l, self.clip_g))
+        transformer = cut(self.transformer, "num_layers") | dual
+        return replace(self, transformer=transformer, clip_l=clip_l, clip_g=clip_g, t5=cut(self.t5, "num_layers"))
 
 
 def _transformer(

@@ -42,7 +42,8 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 def tensor(path: Path, name: str) -> Tensor:
     """One tensor of a file."""
     with safe_open(path, "pt") as file:
-        return file.get_tensor(name)  # type: ignore[no-any-return]
+        found: Tensor = file.get_tensor(name)
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from flashgen.models.specs import ENCODERS
 from flashgen.models.stream import weight_files
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 LARGE = 1 << 30  # bytes of weights above which a text encoder stays on disk
 BATCH = 32  # prompts encoded together; one pass over the weights on disk
 

@@ -30,7 +30,7 @@ def run(parent: Artifact, sampler: Sampler, recipe: Recipe, draft: Draft) -> Art
     from flashgen.models.nf4 import pack, unpack
     from flashgen.models.save import save_changed
     from flashgen.models.stream import read, weight_files, write
-    from flashgen.stages.quantize import shapes_of
+    from flashgen.stages.quantize import relative_error, shapes_of
     from flashgen.stages.report import finish
 
     source, protect = parent.path / "transformer", recipe.quantize.protect
@@ -47,8 +47,7 @@ def run(parent: Artifact, sampler: Sampler, recipe: Recipe, draft: Draft) -> Art
                 tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
                 continue
             made = pack(tensor)
-            lost = (unpack(made) - tensor.float()).norm() / tensor.float().norm().clamp_min(1e-12)
-            error, packed = max(error, float(lost)), packed + sum(t.nbytes for t in made.values())
+            error, packed = max(error, relative_error(unpack(made), tensor.float())), packed + sum(t.nbytes for t in made.values())
             tensors |= {f"{layer}.{key}": value for key, value in made.items()}
     (draft.path / "transformer").mkdir()
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}

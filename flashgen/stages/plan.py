@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flashgen.artifact.store import Artifact, check_disk
 from flashgen.errors import MachineError
+from flashgen.models.specs import ENCODERS
 from flashgen.recipe.schema import DistillRecipe, LoraTraining, QuantizeRecipe, Recipe
 
 Parts = dict[str, float]  # bytes by component
 PROGRAM = 440 << 20  # python with torch, diffusers and transformers
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 KEPT = 35  # tensors the size of a block's hidden states that it keeps for its backward pass
 ADAPTED = 2 * KEPT  # and with adapters, which see their inputs in fp32
 WITHOUT_GPU = "run it where more memory is free"
@@ -40,7 +42,7 @@ class Plan(NamedTuple):
     memory: dict[str, Parts]
     disk: float
     forwards: int = 0
-    work: dict[str, float] = {}  # noqa: RUF012
+    work: Mapping[str, float] = MappingProxyType({})
 
     @property
     def peak(self) -> float:
@@ -297,8 +299,8 @@ def memory_bytes() -> int | None:
     for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         if path.exists() and (text := path.read_text().strip()).isdigit():
             sizes.append(int(text))
-    if (info := Path("/proc/meminfo")).exists():
-        sizes.append(int(re.search(r"MemTotal:\s+(\d+)", info.read_text())[1]) << 10)  # type: ignore[index]
+    if (info := Path("/proc/meminfo")).exists() and (total := re.search(r"MemTotal:\s+(\d+)", info.read_text())):
+        sizes.append(int(total[1]) << 10)
     return min(sizes) if sizes else None
 
 

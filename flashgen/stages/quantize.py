@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.store import Artifact, Draft, begin, open_artifact, versions
+from flashgen.device.memory import UNITS
 from flashgen.errors import ArtifactError, UsageError
+from flashgen.models.specs import ENCODERS
 from flashgen.progress import say, track
 from flashgen.recipe.schema import QuantizeRecipe, Recipe
 from flashgen.stages import nf4
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from flashgen.training.calibration import Calibration
 
 CALIBRATION_STREAM = 16
-UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if config.scheme == "nf4":
         return nf4.run(parent, sampler, recipe, draft)
     from flashgen.models.save import save_changed
-    from flashgen.models.stream import write
     from flashgen.quant.pack import dequantize
     from flashgen.stages.report import finish
 
@@ -89,7 +89,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
             if layer not in codes:
                 codes[layer] = _quantize(weight, _uniform(layer, config), config, None)
             made = dequantize(codes[layer])
-        error[layer] = float((made - weight).norm() / weight.norm().clamp_min(1e-12))
+        error[layer] = relative_error(made, weight)
         return made
 
     _rewrite(parent.path / "transformer", draft, changed, len(whole))
@@ -98,54 +98,60 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
             f"{parent.path}/transformer has no weights of {', '.join(missing[:3])}; take the artifact from its source again"
         )
     names = [f"{name}.up" if name in found.factored else name for name in whole]
-    tensors = {f"{name}.{part}": t for name in names for part, t in _stored(codes[name]).items()}
-    for layer in list(found.factored.values())[:1]:
-        tensors["basis"] = layer.basis.T.half().contiguous()
-    write(draft.path / "quantized" / "transformer.safetensors", {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, tensors.items())
-    specs = {name: {"bits": codes[name].bits, "group": codes[name].group, "symmetric": codes[name].zeros is None} for name in names}
-    (draft.path / "quantized" / "layers.json").write_text(json.dumps(specs, indent=1) + "\n")
-    packed, weights = sum(t.nbytes for t in tensors.values()), sum(n * k for n, k in whole.values())
-    for held in (found.codes, codes, tensors):
+    shared = next(iter(found.factored.values()), None)
+    basis = {} if shared is None else {"basis": shared.basis.T.half().contiguous()}
+    packed = _write_codes(draft, "transformer", "layers.json", {name: codes[name] for name in names}, basis)
+    for held in (found.codes, codes):
         held.clear()  # the encoders' codes want the room
-    encoders = _encoders(parent.path, draft, config)
+    parts = [part for part in ENCODERS if config.encoder_bits and (parent.path / part).is_dir()]
+    encoders: dict[str, object] = {part: _encoder(parent.path, part, draft, config) for part in parts}
     save_changed(draft, parent.path, {}, kept=("transformer", *encoders))
-    own = {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / weights, "packed_bytes": packed}
+    own = {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / sum(n * k for n, k in whole.values()), "packed_bytes": packed}
     metrics = found.metrics | own | ({"encoders": encoders} if encoders else {})
     return finish(draft, sampler.model_copy(update={"scales": found.scales}), recipe.bench, metrics=metrics)
 
 
-def _encoders(source: Path, draft: Draft, config: QuantizeRecipe) -> dict[str, object]:
-    """Text encoders rounded to `encoder_bits`, as the transformer is; their largest relative errors, by name."""
+def _encoder(source: Path, part: str, draft: Draft, config: QuantizeRecipe) -> dict[str, float]:
+    """A text encoder rounded to `encoder_bits`, as the transformer is: its largest relative error and the bytes of its codes."""
     from torch import nn
 
     from flashgen.models.networks import empty_network
-    from flashgen.models.stream import write
-    from flashgen.quant.pack import QuantizedLinear, dequantize
+    from flashgen.quant.pack import dequantize
     from flashgen.quant.rounding import quantize_groups
 
-    errors: dict[str, object] = {}
-    for part in (p for p in ("text_encoder", "text_encoder_2", "text_encoder_3") if config.encoder_bits and (source / p).is_dir()):
-        layers = [name for name, layer in empty_network(source, part).named_modules() if isinstance(layer, nn.Linear)]
-        codes, lost = dict[str, QuantizedLinear](), [0.0]
+    layers = {name for name, layer in empty_network(source, part).named_modules() if isinstance(layer, nn.Linear)}
+    codes: dict[str, QuantizedLinear] = {}
+    error = [0.0]
 
-        def changed(name: str, weight: Tensor, layers=layers, codes=codes, lost=lost) -> Tensor:  # type: ignore[no-untyped-def]
-            layer, _, own = name.rpartition(".")
-            if own != "weight" or layer not in layers:
-                return weight
-            weight = weight.float()
-            codes[layer] = quantize_groups(weight, config.encoder_bits, config.group_of(weight.shape[1]), config.symmetric)
-            made = dequantize(codes[layer])
-            lost.append(float((made - weight).norm() / weight.norm().clamp_min(1e-12)))
-            return made
+    def changed(name: str, weight: Tensor) -> Tensor:
+        layer, _, own = name.rpartition(".")
+        if own != "weight" or layer not in layers:
+            return weight
+        weight = weight.float()
+        codes[layer] = quantize_groups(weight, config.encoder_bits, config.group_of(weight.shape[1]), config.symmetric)
+        made = dequantize(codes[layer])
+        error.append(relative_error(made, weight))
+        return made
 
-        _rewrite(source / part, draft, changed, len(layers))
-        tensors = {f"{name}.{key}": t for name, q in codes.items() for key, t in _stored(q).items()}
-        shapes = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
-        write(draft.path / "quantized" / f"{part}.safetensors", shapes, tensors.items())
-        specs = {name: {"bits": q.bits, "group": q.group, "symmetric": q.zeros is None} for name, q in codes.items()}
-        (draft.path / "quantized" / f"{part}.json").write_text(json.dumps(specs, indent=1) + "\n")
-        errors[part] = {"weight_error_max": max(lost), "packed_bytes": sum(t.nbytes for t in tensors.values())}
-    return errors
+    _rewrite(source / part, draft, changed, len(layers))
+    return {"weight_error_max": max(error), "packed_bytes": _write_codes(draft, part, f"{part}.json", codes, {})}
+
+
+def _write_codes(draft: Draft, part: str, specs: str, codes: Mapping[str, QuantizedLinear], more: dict[str, Tensor]) -> int:
+    """quantized/`part`.safetensors with `more` behind the codes, and their bits and groups in `specs`; returns the tensors' bytes."""
+    from flashgen.models.stream import write
+
+    tensors = {f"{name}.{key}": t for name, q in codes.items() for key, t in _stored(q).items()} | more
+    shapes = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+    write(draft.path / "quantized" / f"{part}.safetensors", shapes, tensors.items())
+    told = {name: {"bits": q.bits, "group": q.group, "symmetric": q.zeros is None} for name, q in codes.items()}
+    (draft.path / "quantized" / specs).write_text(json.dumps(told, indent=1) + "\n")
+    return sum(t.nbytes for t in tensors.values())
+
+
+def relative_error(made: Tensor, weight: Tensor) -> float:
+    """|made - weight| / |weight|."""
+    return float((made - weight).norm() / weight.norm().clamp_min(1e-12))
 
 
 def shapes_of(folder: Path) -> dict[str, tuple[int, int]]:

@@ -106,7 +106,8 @@ class Role(nn.Module):
         module, _, part = name.rpartition(".")
         layer: Any = self.backbone.transformer.get_submodule(module)
         if not hasattr(layer, "get_delta_weight"):
-            return getattr(layer, part)  # type: ignore[no-any-return]
+            whole: Tensor = getattr(layer, part)
+            return whole
         value: Tensor = getattr(layer.get_base_layer(), part)
         return value.float() + layer.get_delta_weight(self.adapter).float() if part == "weight" and self.adapter else value
 

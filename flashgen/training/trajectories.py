@@ -30,7 +30,8 @@ SHARD = 128
 
 def velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
     """v [B, C, H, W] of one forward; sigma [B]."""
-    return net(x, cond.embeds.to(x.dtype), cond.pooled.to(x.dtype), 1000 * sigma, return_dict=False)[0]  # type: ignore[no-any-return]
+    v: Tensor = net(x, cond.embeds.to(x.dtype), cond.pooled.to(x.dtype), 1000 * sigma, return_dict=False)[0]
+    return v
 
 
 @dataclass(frozen=True)
