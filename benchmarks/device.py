@@ -174,7 +174,7 @@ def opened(who: str, engine: str, profile: str, path: Path) -> Step:
     if who == "flashgen":
         from flashgen.device.engine import NETWORKS
 
-        network = NETWORKS[engine](path, THREADS, profile != "size")
+        network = NETWORKS[engine](path, THREADS, profile != "size", "")
         return lambda given: network.run(["out_hidden_states"], given)[0]
     if engine == "openvino":
         import openvino as ov

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from flashgen.artifact.files import sha256
 from flashgen.artifact.store import Artifact
+from flashgen.cache import cache_path
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.timing import Laps
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Array = NDArray[Any]
+COMPILED = 16  # components whose compiled form the user's cache holds at most, four artifacts without T5
 GROUP = 128  # activations that share a scale in OpenVINO's 8 bits; 32 to 256 are alike, without groups they lose accuracy
 
 
@@ -57,7 +61,7 @@ def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
 class OnnxRuntimeNetwork:
     """`rounded` has no meaning here: the graph itself says how products are computed."""
 
-    def __init__(self, model: Path, threads: int | None, rounded: bool) -> None:
+    def __init__(self, model: Path, threads: int | None, rounded: bool, digest: str = "") -> None:
         self.session = open_session(model, threads)
         self.outputs = [output.name for output in self.session.get_outputs()]
 
@@ -66,16 +70,25 @@ class OnnxRuntimeNetwork:
 
 
 class OpenVinoNetwork:
-    """The same file, in fp32; `rounded` allows bf16, where the processor has it, and activations of 8 bits before quantized weights."""
+    """The same file, in fp32; `rounded` allows bf16, where the processor has it, and activations of 8 bits before quantized weights.
 
-    def __init__(self, model: Path, threads: int | None, rounded: bool) -> None:
+    Compiling takes seconds a gigabyte, so what it gives is kept in the user's cache under `digest`, when that is given.
+    """
+
+    def __init__(self, model: Path, threads: int | None, rounded: bool, digest: str = "") -> None:
         import openvino as ov
 
         core = ov.Core()
         half = rounded and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        hints = {"INFERENCE_NUM_THREADS": threads or default_threads(), "INFERENCE_PRECISION_HINT": "bf16" if half else "f32"}
+        hints: dict[str, Any] = {
+            "INFERENCE_NUM_THREADS": threads or default_threads(),
+            "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if rounded else 0,
+        }
+        if digest and (folder := compiled(digest)):
+            hints["CACHE_DIR"] = str(folder)
         try:
-            self.model = core.compile_model(str(model), "CPU", hints | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if rounded else 0})
+            self.model = core.compile_model(str(model), "CPU", hints)
         except RuntimeError as error:
             raise _broken("openvino", model, error) from error
         self.outputs = [output.get_any_name() for output in self.model.outputs]
@@ -85,7 +98,20 @@ class OpenVinoNetwork:
         return [np.array(found[name]) for name in outputs]  # the engine reuses its own buffers
 
 
-NETWORKS: dict[str, Callable[[Path, int | None, bool], Network]] = {"onnxruntime": OnnxRuntimeNetwork, "openvino": OpenVinoNetwork}
+def compiled(digest: str) -> Path | None:
+    """Where the compiled form of a component belongs, the least recently used one gone; None where nothing can be written."""
+    folder = cache_path("openvino") / digest
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        for old in sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-COMPILED]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError:  # a cache is no reason to fail; another process may be at it, too
+        return None
+    return folder
+
+
+NETWORKS: dict[str, Callable[[Path, int | None, bool, str], Network]] = {"onnxruntime": OnnxRuntimeNetwork, "openvino": OpenVinoNetwork}
 
 
 class Engine:
@@ -101,7 +127,7 @@ class Engine:
         self.path, self.threads, self.name = artifact.path, threads, name
         self.laps = laps or Laps()
         self._files = {file.path: file.sha256 for file in artifact.manifest.files}
-        # Whoever exported with 8-bit activations takes that rounding, in the transformer and nowhere else.
+        # Whoever exported with 8-bit activations takes that rounding, but not in text encoders, whose errors stay in every step.
         self._rounded = artifact.manifest.extra.get("accuracy_level") == 4
         self._checked: set[str] = set()
         self._open: tuple[str, Network] | None = None
@@ -111,8 +137,9 @@ class Engine:
             self._open = None
             self._check(component)
             with self.laps.lap("load"):
-                model = self.path / component / "model.onnx"
-                self._open = (component, NETWORKS[self.name](model, self.threads, self._rounded and component == "transformer"))
+                rounded, digest = self._rounded and not component.startswith("text_encoder"), self._digest(component)
+                network = NETWORKS[self.name](self.path / component / "model.onnx", self.threads, rounded, digest)
+                self._open = (component, network)
         return self._open[1]
 
     def run(self, component: str, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
@@ -122,6 +149,10 @@ class Engine:
 
     def close(self) -> None:
         self._open = None
+
+    def _digest(self, component: str) -> str:
+        own = sorted(f"{name} {digest}" for name, digest in self._files.items() if name.startswith(f"{component}/"))
+        return hashlib.sha256("\n".join(own).encode()).hexdigest()[:16]
 
     def _check(self, component: str) -> None:
         if component in self._checked:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from flashgen.cache import cache_path
 from flashgen.errors import MachineError
 from flashgen.progress import say
 
@@ -62,16 +63,12 @@ PACKAGES = (
 )
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashgen" / "npm"
-
-
 def fetch(package: Package, offline: bool) -> Path:
     """The package's tarball in the cache, of the right hash; downloaded when it is not there, unless `offline`.
 
     Raises MachineError when it cannot be had.
     """
-    path = cache_folder() / package.tarball
+    path = cache_path("npm") / package.tarball
     label = f"{package.name} {package.version}"
     if path.is_file() and integrity(path) == package.integrity:
         return path

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from flashgen.artifact.store import check_disk
 from flashgen.models.build import SHIFT, clip_config, t5_config
 from flashgen.models.specs import Spec
 from flashgen.models.tokenizers import clip_tokenizer, t5_tokenizer
@@ -21,10 +22,14 @@ from flashgen.progress import say
 from flashgen.randomness import generator
 
 SHARD_BYTES = 1 << 30
+TOKENIZER_BYTES = 16 << 20  # and configs
 
 
 def write_random(spec: Spec, folder: Path, seed: int) -> None:
-    """A diffusers-layout pipeline in bf16: matrices N(0, 0.02), norm weights 1, biases 0, true position table."""
+    """A diffusers-layout pipeline in bf16: matrices N(0, 0.02), norm weights 1, biases 0, true position table.
+
+    Raises MachineError, before anything is written, when the disk is too small for it.
+    """
     clip_tok, t5_tok = clip_tokenizer(spec.clip_tokens), t5_tokenizer(spec.t5_tokens)
     with torch.device("meta"):
         networks: dict[str, nn.Module] = {
@@ -34,6 +39,7 @@ def write_random(spec: Spec, folder: Path, seed: int) -> None:
             "text_encoder_2": CLIPTextModelWithProjection(clip_config(spec.clip_g, len(clip_tok))),
             "text_encoder_3": T5EncoderModel(t5_config(spec.t5, len(t5_tok))),
         }
+    check_disk(folder, 2 * sum(p.numel() for network in networks.values() for p in network.state_dict().values()) + TOKENIZER_BYTES)
     for number, (name, network) in enumerate(networks.items()):
         stem = "diffusion_pytorch_model" if name in ("transformer", "vae") else "model"
         (folder / name).mkdir(parents=True)

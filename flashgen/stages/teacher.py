@@ -9,14 +9,13 @@ import shutil
 from pathlib import Path
 
 from flashgen.artifact.manifest import Parent, Sampler
-from flashgen.artifact.store import Artifact, Draft, begin, check_disk, open_artifact
+from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
 from flashgen.errors import ArtifactError
 from flashgen.flow.grid import teacher_grid
 from flashgen.models.specs import SPECS, Spec, spec
 from flashgen.recipe.schema import Recipe
 
 TEACHER_STEPS = 28
-DISK = {"sd35-medium": 17 << 30, "sd3-medium": 16 << 30, "sd35-large": 28 << 30}  # of a random teacher
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
 
@@ -67,7 +66,6 @@ def random(like: str, out: Path, seed: int, force: bool, layers: int | None = No
         return draft
     from flashgen.models.random_weights import write_random
 
-    check_disk(out, DISK.get(like, 64 << 20) * (min(layers, 24) + 4 if layers else 28) // 28)
     write_random(shapes, draft.path, seed)
     size_px = int(shapes.transformer["sample_size"]) * 8
     return draft.publish(sampler=_sampler(shapes.clip_tokens, shapes.t5_tokens, size_px, 4.5, SHIFT))

@@ -36,6 +36,35 @@ def test_openvino_draws_what_onnxruntime_draws(tiny_quantized: Artifact, tmp_pat
     assert 20 * np.log10(255 / (np.sqrt(np.mean((one - other) ** 2)) or 1e-9)) > floor_db
 
 
+def test_what_openvino_compiles_is_kept_and_a_broken_copy_is_made_again(
+    tiny_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pictures = []
+    for _ in range(3):
+        pictures.append(DevicePipeline(tiny_device, engine="openvino").sample(PROMPT, [3]))
+        blobs = [path for path in (tmp_path / "flashgen" / "openvino").rglob("*") if path.is_file()]
+        assert len(blobs) == 5 and all(path.stat().st_size > 1000 for path in blobs)  # three text encoders, transformer, decoder
+        if len(pictures) == 2:
+            for blob in blobs:
+                blob.chmod(0o600)
+                blob.write_bytes(b"half of it")
+    assert np.array_equal(pictures[0], pictures[1]) and np.array_equal(pictures[0], pictures[2])
+
+
+def test_compiled_components_are_few_and_a_cache_that_cannot_be_written_does_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = [engine.compiled(f"{number:016x}") for number in range(engine.COMPILED + 3)]
+    there = {path.name for path in (tmp_path / "flashgen" / "openvino").iterdir()}
+    assert len(there) == engine.COMPILED and folders[-1] is not None and folders[-1].name in there
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert engine.compiled("0") is None
+
+
 def copied(artifact: Artifact, path: Path) -> Artifact:
     shutil.copytree(artifact.path, path)
     return dataclasses.replace(artifact, path=path)
@@ -49,7 +78,7 @@ def test_a_broken_graph_is_an_artifact_error_of_either_engine(
     for name in engine.NETWORKS:
         if find_spec(name):
             with pytest.raises(ArtifactError, match=f"{name} cannot load .*model.onnx"):
-                engine.NETWORKS[name](broken.path / "transformer" / "model.onnx", 1, False)
+                engine.NETWORKS[name](broken.path / "transformer" / "model.onnx", 1, False, "")
 
 
 def test_a_graph_of_another_artifact_is_not_run(tiny_device: Artifact, tmp_path: Path) -> None:

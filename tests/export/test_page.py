@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from flashgen.artifact.store import Artifact
+from flashgen.cache import cache_path
 from flashgen.errors import MachineError
 from flashgen.export import page
 from flashgen.export.page import PACKAGES, PAGE, Package, fetch, integrity, write_page
@@ -50,7 +51,7 @@ def publish(registry: Path, name: str, members: list[str]) -> Package:
 def test_package_is_downloaded_once_and_then_there_offline(registry: Path) -> None:
     package = publish(registry, "@scope/name", ["dist/a.mjs"])
     path = fetch(package, offline=False)
-    assert path == page.cache_folder() / "name-1.2.3.tgz" and integrity(path) == package.integrity
+    assert path == cache_path("npm") / "name-1.2.3.tgz" and integrity(path) == package.integrity
     assert fetch(package, offline=True) == path
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -59,7 +60,7 @@ def test_file_of_another_hash_is_refused_and_not_kept(registry: Path) -> None:
     package = replace(publish(registry, "name", ["a.mjs"]), integrity=PACKAGES[0].integrity)
     with pytest.raises(MachineError, match=r"name-1.2.3.tgz is not the pinned name 1.2.3: sha512-.* instead of sha512-.* nothing was kept"):
         fetch(package, offline=False)
-    assert not list(page.cache_folder().iterdir())
+    assert not list(cache_path("npm").iterdir())
 
 
 def test_broken_cache_is_mended_by_the_registry_and_named_offline(registry: Path) -> None:
@@ -74,7 +75,7 @@ def test_broken_cache_is_mended_by_the_registry_and_named_offline(registry: Path
 def test_package_that_the_registry_does_not_have_is_one_sentence(registry: Path) -> None:
     with pytest.raises(MachineError, match=r"onnxruntime-web-.*tgz cannot be had \(HTTP Error 404.*NPM_CONFIG_REGISTRY=URL, or copy"):
         fetch(PACKAGES[0], offline=False)
-    assert not list(page.cache_folder().iterdir())
+    assert not list(cache_path("npm").iterdir())
 
 
 def test_offline_without_cache_publishes_nothing(
