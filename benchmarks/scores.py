@@ -135,6 +135,13 @@ def half_interval(runs: list[dict[str, Any]], key: str) -> float:
     return float(1.96 * np.sqrt(prompts + seeds))
 
 
+def ratio_of_distances(mine: dict[str, Any], reference: dict[str, Any], key: str) -> tuple[float, float, float]:
+    """mine / reference of a distance on the same prompts, and its 95 % interval, by the jackknife over prompts (see `half_interval`)."""
+    value, without = mine[key] / reference[key], np.divide(mine["without"][key], reference["without"][key])
+    half = float(1.96 * np.sqrt((len(without) - 1) * np.var(without)))
+    return float(value), float(value) - half, float(value) + half
+
+
 def ratio_interval(passed: NDArray[np.float64], reference: NDArray[np.float64]) -> tuple[float, float, float]:
     """mean(passed) / mean(reference), both [prompts] on the same prompts, and its 95 % bootstrap interval."""
     rng = np.random.default_rng(0)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.shapes artifacts/shapes
 
-Prompts and noise are of a stream that no stage draws from; intervals are 95 %, bootstrapped over prompts.
+Prompts and noise are of a stream that no stage draws from; intervals are 95 %, over prompts: bootstrapped, those of distances
+from the jackknife.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.scores import Bar, Meter, Ruler, ratio_interval, report
+from benchmarks.scores import Bar, Meter, Ruler, ratio_interval, ratio_of_distances, report
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.progress import say, warn
@@ -26,7 +27,7 @@ from flashgen.training.matching import Matcher
 from flashgen.training.prompts import prompt_pool
 from flashgen.training.trajectories import Replay
 
-PER_TASK, FEW = 100, 20
+PER_TASK, FEW = 100, 60
 STUDENTS = ("student", "finetuned", "student-2", "student-8")
 
 
@@ -60,7 +61,7 @@ def forwards_per_update(teacher: Artifact, student: Artifact) -> float:
 def main(out: Path) -> None:
     teacher = open_artifact("shapes", ("teacher",))
     assert teacher.manifest.sampler is not None
-    folder = out / "bars" / teacher.manifest.digest[:12]
+    folder = out / "bars" / f"{teacher.manifest.digest[:12]}-{PER_TASK}-{FEW}"
     folder.mkdir(parents=True, exist_ok=True)
     ruler = Ruler(load_pipeline(teacher.path), teacher.manifest.sampler, folder, PER_TASK, FEW)
     found = {"teacher": scores(teacher, ruler, folder)}
@@ -70,13 +71,16 @@ def main(out: Path) -> None:
     for name in there:
         found[name] = scores(open_artifact(out / name, ("student",)), ruler, folder)
     passed = {name: np.array(row["passed"], float) for name, row in found.items()}
-    few = {name: {key: found[name][key] / found["teacher"][key] for key in ("fd_true", "diversity")} for name in there}
     bars = []
     for name in there:
         value, low, high = ratio_interval(passed[name], passed["teacher"])
         bars.append(Bar(f"{name}: composition / teacher's", value, ">= 0.95" if name == "student-2" else ">= 1.00", low, high))
-    bars += [Bar(f"{name}: Frechet distance to true / teacher's", few[name]["fd_true"], "<= 1.25") for name in there[:2]]
-    bars += [Bar(f"{name}: diversity / teacher's", few[name]["diversity"], ">= 0.80") for name in there]
+    for name in there[:2]:
+        value, low, high = ratio_of_distances(found[name], found["teacher"], "fd_true")
+        bars.append(Bar(f"{name}: Frechet distance to true / teacher's", value, "<= 1.25", low, high))
+    for name in there:
+        value, low, high = ratio_of_distances(found[name], found["teacher"], "diversity")
+        bars.append(Bar(f"{name}: diversity / teacher's", value, ">= 0.80", low, high))
     bars.append(Bar("forwards of one student update, F", forwards_per_update(teacher, open_artifact(out / "student")), "<= 16"))
     tasks = {name: dict(zip(TASKS, p.reshape(len(TASKS), -1).mean(1).round(3).tolist(), strict=True)) for name, p in passed.items()}
     for name, row in found.items():

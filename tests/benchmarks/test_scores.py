@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.scores import Bar, Meter, half_interval, interval, ratio_interval
+from benchmarks.scores import Bar, Meter, half_interval, interval, ratio_interval, ratio_of_distances
 
 
 def test_jackknife_of_a_mean_is_its_standard_error() -> None:
@@ -32,6 +32,14 @@ def test_interval_holds_the_mean_and_widens_with_disagreeing_runs() -> None:
 def test_ratio_of_equal_verdicts_is_one_for_sure() -> None:
     passed = (np.arange(50) % 5 > 0).astype(float)
     assert ratio_interval(passed, passed) == (1.0, 1.0, 1.0)
+
+
+def test_a_distance_over_itself_is_one_and_prompts_that_disagree_widen_the_interval() -> None:
+    one: dict[str, Any] = {"fd": 2.0, "without": {"fd": [1.9, 2.0, 2.1] * 3 + [2.0]}}
+    assert ratio_of_distances(one, one, "fd") == (1.0, 1.0, 1.0)
+    steady: dict[str, Any] = {"fd": 1.0, "without": {"fd": [1.0] * 10}}
+    value, low, high = ratio_of_distances(one, steady, "fd")
+    assert value == 2 and 2 - low == pytest.approx(high - 2) == pytest.approx(half_interval([one], "fd"))
 
 
 @pytest.mark.parametrize(("measured", "bar", "met"), [(1.0, ">= 1.00", True), (0.99, ">= 1.00", False), (16.0, "<= 16", True)])
