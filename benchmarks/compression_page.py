@@ -71,30 +71,22 @@ def cells(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _called(name: str) -> str:
+    return "flashgen" if name.startswith("flashgen") else name
+
+
 def draw(kept: dict[str, Any], path: Path) -> None:
-    """Mean latent error with its interval against mean bits."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    """Mean latent error with its interval, a line a quantizer, fewest bits on top."""
+    rows = [(float(row["mean_bits"]), name, row) for name, row in kept["weights"].items() if name not in ("student, fp32", *CHAIN)]
+    rows.sort(key=lambda row: row[0], reverse=True)
+    figure = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    shown: list[tuple[float, float]] = []
-    for name, row in kept["weights"].items():
-        if name in ("student, fp32", *CHAIN):
-            continue
-        own, bits = name.startswith("flashgen"), float(row["mean_bits"])
+    for place, (_, name, row) in enumerate(rows):
         value, low, high = _mean(row["latent_error"])
         error: NDArray[np.float64] = np.array([[value - low], [high - value]])
-        axes.errorbar(bits, value, yerr=error, fmt="o", color="C0" if own else "C7", capsize=3)
-        crowded = any(abs(bits - b) < 0.1 and abs(value / v - 1) < 0.2 for b, v in shown)
-        side, height = ("right", -8) if bits > 6 else ("left", 8), -11 if crowded else 4
-        axes.annotate(
-            name.removeprefix("flashgen, "), (bits, value), xytext=(side[1], height), textcoords="offset points", fontsize=8, ha=side[0],
-            color="C0" if own else "black",
-        )  # fmt: skip
-        shown.append((bits, value))
-    axes.plot([], [], "o", color="C0", label="flashgen")
-    axes.plot([], [], "o", color="C7", label="peers")
-    axes.legend(loc="lower right")
-    axes.set_yscale("log")
-    axes.set_xlabel("mean bits a weight, scales and zero points included")
-    axes.set_ylabel("error of the final latents, 95 %")
+        axes.errorbar(value, place, xerr=error, fmt="o", color="C0" if name.startswith("flashgen") else "C7", capsize=3)
+    axes.set_yticks(range(len(rows)), [f"{_called(name)} ({bits:.2f})" for bits, name, _ in rows])
+    axes.set_xscale("log")
+    axes.set_xlabel("error of the final latents, 95 % (mean bits a weight, with scales and zero points)", fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Array = NDArray[Any]
-COMPILED = 16  # components whose compiled form the user's cache holds at most, four artifacts without T5
+COMPILED = 8  # networks whose compiled form the user's cache holds at most, a transformer and a decoder of four artifacts
 GROUP = 128  # activations that share a scale in OpenVINO's 8 bits; 32 to 256 are alike, without groups they lose accuracy
 
 
@@ -127,7 +127,7 @@ class Engine:
         self.path, self.threads, self.name = artifact.path, threads, name
         self.laps = laps or Laps()
         self._files = {file.path: file.sha256 for file in artifact.manifest.files}
-        # Whoever exported with 8-bit activations takes that rounding, but not in text encoders, whose errors stay in every step.
+        # Whoever exported with 8-bit activations takes that rounding.
         self._rounded = artifact.manifest.extra.get("accuracy_level") == 4
         self._checked: set[str] = set()
         self._open: tuple[str, Network] | None = None
@@ -137,9 +137,10 @@ class Engine:
             self._open = None
             self._check(component)
             with self.laps.lap("load"):
-                rounded, digest = self._rounded and not component.startswith("text_encoder"), self._digest(component)
-                network = NETWORKS[self.name](self.path / component / "model.onnx", self.threads, rounded, digest)
-                self._open = (component, network)
+                # Text encoders run once a prompt, so loading decides; and their errors would stay in every step.
+                name = "onnxruntime" if component.startswith("text_encoder") else self.name
+                model, digest = self.path / component / "model.onnx", self._digest(component)
+                self._open = (component, NETWORKS[name](model, self.threads, self._rounded, digest))
         return self._open[1]
 
     def run(self, component: str, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
