@@ -87,6 +87,6 @@ def draw(kept: dict[str, Any], path: Path) -> None:
         axes.errorbar(value, place, xerr=error, fmt="o", color="C0" if name.startswith("flashgen") else "C7", capsize=3)
     axes.set_yticks(range(len(rows)), [f"{_called(name)} ({bits:.2f})" for bits, name, _ in rows])
     axes.set_xscale("log")
-    axes.set_xlabel("error of the final latents, 95 % (mean bits a weight, with scales and zero points)", fontsize=9)
+    axes.set_xlabel("error of the final latents, 95 %\n(mean bits a weight, scales and zero points included)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
