@@ -91,7 +91,7 @@ def halve_scales(model: ir.Model) -> None:
     bytes, nothing lost (see `quant.pack`). To be called after every pass that folds constants.
     """
     graph = model.graph
-    scales = [node.inputs[place] for node in graph if node.op_type == "MatMulNBits" for place in (2, 3)]
+    scales = [value for node in graph if node.op_type == "MatMulNBits" for value in node.inputs[2:4]]
     bases = [value for name, value in graph.initializers.items() if name.endswith(".basis")]
     for value in (*scales, *bases):
         if value is None or value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:

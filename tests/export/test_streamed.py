@@ -23,12 +23,14 @@ def test_weights_of_whole_students_are_halved_too(tiny_student: Artifact, tmp_pa
         assert stored < 0.85 * whole.manifest.metrics["bytes"][part], part
 
 
+@pytest.mark.parametrize("symmetric", [False, True])  # without zero points and bias a product has no inputs behind its scales
 def test_quantized_encoders_and_halved_constants_compute_what_torch_does(
-    tiny_student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    symmetric: bool, tiny_student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write, "HALF_BYTES", 0)
     monkeypatch.setattr(write, "EXTERNAL_BYTES", 0)
-    recipe = load("shapes-demo", ["quantize.group=16", "quantize.encoder_bits=4", "bench.per_task=0"])
+    settings = ["quantize.group=16", "quantize.encoder_bits=4", "bench.per_task=0", f"quantize.symmetric={str(symmetric).lower()}"]
+    recipe = load("shapes-demo", settings)
     int4 = quantize.run(str(tiny_student.path), tmp_path / "int4", recipe, 0, False)
     assert set(int4.manifest.metrics["encoders"]) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
     made = export.run(str(int4.path), tmp_path / "device", recipe, 0, False)
