@@ -188,7 +188,9 @@ class QuantizeRecipe(Model):
     bits: Literal[2, 3, 4, 8] = Field(4, description="of every Linear that is not protected")
     encoder_bits: Literal[0, 4, 8] = Field(0, description="of every Linear of the text encoders; 0 leaves them whole")
     group: Literal["channel", 16, 32, 64, 128, 256] = Field(
-        64, description="weights that share a scale; channel: all of an output, for the device's int8 products (8 bits, symmetric)"
+        64,
+        description="weights that share a scale; channel: all of an output, for the device's int8 products "
+        "(8 bits, symmetric; 64 in text encoders)",
     )
     symmetric: bool = False
     protect: list[str] = Field(
@@ -209,6 +211,11 @@ class QuantizeRecipe(Model):
     def group_of(self, inputs: int) -> int:
         """Weights that share a scale in a layer of so many inputs."""
         return inputs if self.group == "channel" else self.group
+
+    @property
+    def encoder_group(self) -> int:
+        """The same of text encoders: they run once a prompt, so that integer products are not for them."""
+        return 64 if self.group == "channel" else self.group
 
     @field_validator("budget", mode="before")
     @classmethod

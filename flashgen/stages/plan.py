@@ -238,7 +238,7 @@ def _streamed(part: Tensors, config: QuantizeRecipe, name: str) -> tuple[Parts, 
         if layer in part.linears:
             own = 8 if layer.startswith(tuple(config.protect)) else config.bits
             bits = own if name == "transformer" else config.encoder_bits
-            group = config.group_of(shape[1])
+            group = config.group_of(shape[1]) if name == "transformer" else config.encoder_group
             blocks = shape[0] * -(-shape[1] // group)
             codes += blocks * (group * bits / 8 + 4 + (0 if config.symmetric else bits / 8))
             passing = count * (size + 2 + 12) + blocks * group  # and in fp32, dequantized and their difference

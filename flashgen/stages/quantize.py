@@ -128,7 +128,7 @@ def _encoder(source: Path, part: str, draft: Draft, config: QuantizeRecipe) -> d
         if own != "weight" or layer not in layers:
             return weight
         weight = weight.float()
-        codes[layer] = quantize_groups(weight, config.encoder_bits, config.group_of(weight.shape[1]), config.symmetric)
+        codes[layer] = quantize_groups(weight, config.encoder_bits, config.encoder_group, config.symmetric)
         made = dequantize(codes[layer])
         error.append(relative_error(made, weight))
         return made

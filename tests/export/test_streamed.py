@@ -43,3 +43,13 @@ def test_quantized_encoders_and_halved_constants_compute_what_torch_does(
         assert ir.DataType.FLOAT16 in kinds
     generate.run(str(made.path), ["a red circle"], tmp_path / "a.png")
     assert (tmp_path / "a.png").is_file()
+
+
+def test_encoders_beside_integer_products_have_groups(tiny_student: Artifact, tmp_path: Path) -> None:
+    settings = ["bits=8", "group=channel", "symmetric=true", "encoder_bits=4"]
+    recipe = load("shapes-demo", [f"quantize.{setting}" for setting in settings] + ["bench.per_task=0", "export.psnr_floor_int8_db=1"])
+    int8 = quantize.run(str(tiny_student.path), tmp_path / "int8", recipe, 0, False)
+    made = export.run(str(int8.path), tmp_path / "device", recipe, 0, False)
+    kinds = {part: {node.op_type for node in ir.load(made.path / part / "model.onnx").graph} for part in ("text_encoder", "transformer")}
+    assert "MatMulNBits" in kinds["text_encoder"] and "DynamicQuantizeMatMul" in kinds["transformer"]
+    assert made.manifest.metrics["psnr_db"]["text_encoder"] >= 60
