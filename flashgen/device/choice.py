@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashgen.artifact.store import Artifact
-from flashgen.cache import cache_path
+from flashgen.cache import cache_path, remember
 from flashgen.device.engine import NETWORKS, Array, Engine, default_threads
 from flashgen.errors import ArtifactError
 from flashgen.progress import say, warn
@@ -109,10 +108,5 @@ def _read() -> dict[str, dict[str, Seconds]]:
 
 def _keep(known: Mapping[str, Any]) -> None:
     file = cache_path(ENGINES)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known, indent=1))
-        os.replace(temporary, file)
-    except OSError as error:
+    if error := remember(file, json.dumps(known, indent=1)):
         say(f"{file} cannot be written ({error.strerror}), so the engines are measured again next time")

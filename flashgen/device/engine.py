@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from flashgen.artifact.files import sha256
 from flashgen.artifact.store import Artifact
-from flashgen.cache import cache_path
+from flashgen.cache import cache_path, remember
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.timing import Laps
 
@@ -117,7 +118,8 @@ NETWORKS: dict[str, Callable[[Path, int | None, bool, str], Network]] = {"onnxru
 class Engine:
     """Runs the components of one exported artifact. Opening a component closes the one before.
 
-    A file has the manifest's sha256 before it is used the first time: weights of another artifact can have the right size.
+    A file has the manifest's sha256 before it is used the first time: weights of another artifact can have the right size. The user's
+    cache remembers which files had, and they are read again when the file system says that they changed.
     Raises UsageError for an engine that is not installed and ArtifactError for a file that is not the manifest's.
     """
 
@@ -158,12 +160,26 @@ class Engine:
     def _check(self, component: str) -> None:
         if component in self._checked:
             return
-        if f"{component}/model.onnx" not in self._files:
+        own = {name: digest for name, digest in self._files.items() if name.startswith(f"{component}/")}
+        if f"{component}/model.onnx" not in own:
             raise ArtifactError(f"{self.path}: its manifest names no {component}; take the artifact from its source again")
-        for name, digest in self._files.items():
-            if name.startswith(f"{component}/") and sha256(self.path / name) != digest:
+        known, states = cache_path("checked") / self._digest(component), json.dumps([_state(self.path / name) for name in own])
+        try:
+            seen = known.read_text() == states
+        except OSError:
+            seen = False
+        for name, digest in own.items():
+            if not seen and sha256(self.path / name) != digest:
                 raise ArtifactError(
                     f"{self.path}: {name} was altered or comes from another artifact (sha256 differs from the manifest's); "
                     "take the artifact from its source again"
                 )
+        if not seen:
+            remember(known, states)
         self._checked.add(component)
+
+
+def _state(file: Path) -> tuple[str, int, int, int]:
+    """What changes when a file does; the time of change is the system's own, which copying tools cannot set."""
+    state = file.stat()
+    return str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
