@@ -45,7 +45,7 @@ demo: install
 	$(FLASHGEN) bench shapes $(DEMO)/student $(DEMO)/slim $(DEMO)/device $(RECIPE) --set bench.per_task=60 --out $(DEMO)/bench
 	$(BIN)/python -m benchmarks.bars $(DEMO)
 
-# The numbers that we report on the embedded world: four steps with and without finetune, two steps, eight. Two hours at most.
+# The numbers that we report on the embedded world: four steps with and without finetune (two hours at most), two steps, eight.
 shapes: install
 	$(FLASHGEN) distill shapes --recipe shapes --out $(SHAPES)/student
 	$(FLASHGEN) finetune $(SHAPES)/student --recipe shapes --out $(SHAPES)/finetuned
@@ -75,7 +75,7 @@ $(PEERS)/.installed: $(INSTALLED)
 bench-device: $(PEERS)/.installed
 	$(PEERS)/bin/python -m benchmarks.device artifacts/device-bench --page docs/device.md
 
-# docs/job.md and .json: prompt to PNG, whole processes, after make fullsize and make shapes. Ten minutes.
+# docs/job.md and .json: prompt to PNG, whole processes, after make fullsize and make shapes. Half an hour the first time.
 bench-job: $(PEERS)/.installed
 	OMP_NUM_THREADS=2 $(PEERS)/bin/python -m benchmarks.job artifacts/fullsize $(SHAPES) --page docs/job.md
 

@@ -38,7 +38,7 @@ def page(kept: dict[str, Any], plot: str) -> str:
     lines += ["", STEP, ""]
     rows = kept["weights"]
     peers = [name for name in rows if name not in CHAIN]
-    lines += ["## B. Weights", "", f"![damage against bytes]({plot})", "", *_weights(rows, peers), ""]
+    lines += ["## B. Weights", "", f"![error of the final latents, quantizer by quantizer]({plot})", "", *_weights(rows, peers), ""]
     chain = _weights(rows, [name for name in (*CHAIN, "flashgen, 4.25 bits") if name in rows])
     lines += ["## C. What each ingredient adds, at 4.25 mean bits", "", *chain, "", "The last row adds repair scalars."]
     return "\n".join(lines)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 
 def cache_path(name: str) -> Path:
-    """~/.cache/flashgen/`name`, or below XDG_CACHE_HOME where that is set; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashgen" / name
+    """~/.cache/flashgen/`name`, or below XDG_CACHE_HOME where that is set; it need not exist, and cannot where a user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashgen" / name
+    except RuntimeError:
+        return Path(os.devnull, "flashgen", name)
 
 
 def remember(file: Path, text: str) -> OSError | None:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, Draft, begin
+from flashgen.cache import cache_path
 from flashgen.flow.grid import few_step_grid
 from flashgen.recipe.schema import ExportRecipe, QuantizeRecipe, Recipe
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache is none of the tests' business, but for the libraries of the web page, which may not be there to download."""
+    root, packages = tmp_path_factory.mktemp("cache"), cache_path("npm")
+    if packages.is_dir():
+        (root / "flashgen").mkdir()
+        (root / "flashgen" / "npm").symlink_to(packages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def choose(artifact: Artifact, steps: int, names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     machine = platform.processor() or platform.machine()
-    key = " ".join([artifact.manifest.digest, machine, str(default_threads()), *map(_version, names)])
+    key = " ".join(["2", artifact.manifest.digest, machine, str(default_threads()), *map(_version, names)])
     known = _read()
     if not known.get(key):
         known[key] = {}
@@ -73,7 +73,7 @@ def measure(artifact: Artifact, name: str) -> Seconds:
         engine.run("transformer", ["out_hidden_states"], feeds)
         laps.append(time.perf_counter() - start)
     step = float(np.median(laps[1:]))
-    return Seconds(laps[0] - step, step)
+    return Seconds(max(laps[0] - step, 0.0), step)
 
 
 def one_step(artifact: Artifact) -> dict[str, Array]:

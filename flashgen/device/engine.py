@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,7 +63,7 @@ def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
 class OnnxRuntimeNetwork:
     """`rounded` has no meaning here: the graph itself says how products are computed."""
 
-    def __init__(self, model: Path, threads: int | None, rounded: bool, digest: str = "") -> None:
+    def __init__(self, model: Path, threads: int | None, rounded: bool, key: str = "") -> None:
         self.session = open_session(model, threads)
         self.outputs = [output.name for output in self.session.get_outputs()]
 
@@ -73,10 +74,10 @@ class OnnxRuntimeNetwork:
 class OpenVinoNetwork:
     """The same file, in fp32; `rounded` allows bf16, where the processor has it, and activations of 8 bits before quantized weights.
 
-    Compiling takes seconds a gigabyte, so what it gives is kept in the user's cache under `digest`, when that is given.
+    Compiling takes seconds a gigabyte, so what it gives is kept in the user's cache under `key`, when that is given.
     """
 
-    def __init__(self, model: Path, threads: int | None, rounded: bool, digest: str = "") -> None:
+    def __init__(self, model: Path, threads: int | None, rounded: bool, key: str = "") -> None:
         import openvino as ov
 
         core = ov.Core()
@@ -86,12 +87,14 @@ class OpenVinoNetwork:
             "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if rounded else 0,
         }
-        if digest and (folder := compiled(digest)):
-            hints["CACHE_DIR"] = str(folder)
+        folder = compiled(key) if key else None
         try:
-            self.model = core.compile_model(str(model), "CPU", hints)
-        except RuntimeError as error:
-            raise _broken("openvino", model, error) from error
+            self.model = core.compile_model(str(model), "CPU", hints | ({"CACHE_DIR": str(folder)} if folder else {}))
+        except RuntimeError:
+            try:  # whatever is wrong with the cache, a picture can do without
+                self.model = core.compile_model(str(model), "CPU", hints)
+            except RuntimeError as error:
+                raise _broken("openvino", model, error) from error
         self.outputs = [output.get_any_name() for output in self.model.outputs]
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
@@ -99,13 +102,14 @@ class OpenVinoNetwork:
         return [np.array(found[name]) for name in outputs]  # the engine reuses its own buffers
 
 
-def compiled(digest: str) -> Path | None:
+def compiled(key: str) -> Path | None:
     """Where the compiled form of a component belongs, the least recently used one gone; None where nothing can be written."""
-    folder = cache_path("openvino") / digest
+    folder = cache_path("openvino") / key
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
-        for old in sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-COMPILED]:
+        others = sorted((path for path in folder.parent.iterdir() if path != folder), key=lambda path: path.stat().st_mtime)
+        for old in others[: 1 - COMPILED]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError:  # a cache is no reason to fail; another process may be at it, too
         return None
@@ -141,8 +145,8 @@ class Engine:
             with self.laps.lap("load"):
                 # Text encoders run once a prompt, so loading decides; and their errors would stay in every step.
                 name = "onnxruntime" if component.startswith("text_encoder") else self.name
-                model, digest = self.path / component / "model.onnx", self._digest(component)
-                self._open = (component, NETWORKS[name](model, self.threads, self._rounded, digest))
+                model, key = self.path / component / "model.onnx", self._key(component)
+                self._open = (component, NETWORKS[name](model, self.threads, self._rounded, key))
         return self._open[1]
 
     def run(self, component: str, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
@@ -153,9 +157,10 @@ class Engine:
     def close(self) -> None:
         self._open = None
 
-    def _digest(self, component: str) -> str:
+    def _key(self, component: str) -> str:
+        """Of the user's cache: where the component is and what it holds."""
         own = sorted(f"{name} {digest}" for name, digest in self._files.items() if name.startswith(f"{component}/"))
-        return hashlib.sha256("\n".join(own).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join([str(self.path.resolve()), *own]).encode()).hexdigest()[:16]
 
     def _check(self, component: str) -> None:
         if component in self._checked:
@@ -163,10 +168,10 @@ class Engine:
         own = {name: digest for name, digest in self._files.items() if name.startswith(f"{component}/")}
         if f"{component}/model.onnx" not in own:
             raise ArtifactError(f"{self.path}: its manifest names no {component}; take the artifact from its source again")
-        known, states = cache_path("checked") / self._digest(component), json.dumps([_state(self.path / name) for name in own])
+        known, states = cache_path("checked") / self._key(component), json.dumps([_state(self.path / name) for name in own])
         try:
-            seen = known.read_text() == states
-        except OSError:
+            seen = known.read_text() == states and sys.platform != "win32"  # which has no time of change
+        except (OSError, ValueError):
             seen = False
         for name, digest in own.items():
             if not seen and sha256(self.path / name) != digest:

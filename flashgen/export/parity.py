@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from flashgen.errors import NumericsError
 from flashgen.export.components import Component
@@ -33,3 +37,32 @@ def check(component: Component, reference: list[NDArray[np.float32]], model: Pat
             "written. Accept it with --set export.psnr_floor_db=... (psnr_floor_int8_db at accuracy level 4), or report it as a bug."
         )
     return found[worst]
+
+
+@contextmanager
+def largest_output(network: nn.Module) -> Iterator[dict[str, float]]:
+    """Inside, the greatest absolute value that each layer of `network` puts out is kept under the layer's name; infinity for NaN."""
+    found: dict[str, float] = {}
+
+    def look(name: str, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and output.numel():
+            found[name] = max(found.get(name, 0.0), float(output.abs().max().nan_to_num(nan=torch.inf)))
+
+    layers = [(name, layer) for name, layer in network.named_modules() if not any(layer.children())]
+    handles = [layer.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def why_no_half(largest: dict[str, tuple[str, float]]) -> str:
+    """One sentence on why an artifact has no graph that computes in fp16, from the layer of each component that puts out most."""
+    part = max(largest, key=lambda name: largest[name][1])
+    layer, value = largest[part]
+    limit = float(torch.finfo(torch.float16).max)
+    seen = f"{part}'s {layer} puts out {value:.4g} on the prompts and noise levels of the parity check, and fp16 ends at {limit:.0f}"
+    if not value < limit:
+        return f"no fp16 graph: {seen}"
+    return f"no fp16 graph: the engines here compute on the CPU, which multiplies fp16 more slowly than fp32; its range would do: {seen}"

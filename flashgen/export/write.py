@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flashgen.errors import ArtifactError
 from flashgen.export.attention import fuse_attention
 from flashgen.export.components import Component, crop_positions, trace
-from flashgen.export.parity import check
+from flashgen.export.parity import check, largest_output
 from flashgen.export.rewrite import halve_scales, halve_weights, quantize_linears, turn_weights
 from flashgen.models.factored import factor
 from flashgen.models.networks import parameter_names
@@ -34,14 +34,16 @@ HALF_BYTES = 1 << 20  # of a constant that the artifact keeps in 16 bits, above 
 
 def write_component(
     part: Component, layers: Mapping[str, QuantizedLinear], folder: Path, accuracy_level: int, floor_db: float, source: Path | None = None
-) -> float:
-    """Trace, quantize `layers`, optimize, save and check one component; returns its worst output's PSNR in dB.
+) -> tuple[float, tuple[str, float]]:
+    """Trace, quantize `layers`, optimize, save and check one component; returns its worst output's PSNR in dB, and the layer that puts
+    out the greatest number in torch, with that number.
 
     Weights are read from `source`, the component's folder, one at a time as they are written; those that the module itself has (all,
     without `source`) come from there. Afterwards it is on `meta`, its position table cropped, its attention
     fused. Raises NumericsError below `floor_db`.
     """
-    reference = [value.numpy() for value in part.reference()]  # before the crop, so that parity covers it
+    with largest_output(part.module.net) as outputs:
+        reference = [value.numpy() for value in part.reference()]  # before the crop, so that parity covers it
     if part.name == "transformer":
         crop_positions(part.module.net, part.inputs["hidden_states"].shape[-1])
         fuse_attention(part.module.net)
@@ -67,7 +69,7 @@ def write_component(
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     ir.save(model, path, external_data="model.onnx_data" if size > EXTERNAL_BYTES else None)
     del model
-    return check(part, reference, path, floor_db)
+    return check(part, reference, path, floor_db), max(outputs.items(), key=lambda item: item[1])
 
 
 def _weights(module: nn.Module, source: Path | None) -> dict[str, Callable[[], Tensor]]:

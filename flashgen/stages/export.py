@@ -51,6 +51,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
         return draft
     from flashgen.export.components import components
     from flashgen.export.page import write_page
+    from flashgen.export.parity import why_no_half
     from flashgen.export.write import put_factors, read_codes, write_component
     from flashgen.models.sample import load_pipeline
 
@@ -60,17 +61,17 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     quantized = source.manifest.kind == "quantized"
     layers = read_codes(source.path) if quantized else {}
     put_factors(pipe.transformer, layers, source.path)
-    psnr = {}
+    psnr, largest = {}, {}
     parts = list(components(pipe, sampler, config.vae_encoder))
     for part in track(parts, "export", total=len(parts)):
         encoder = quantized and part.name.startswith("text_encoder")
         codes = layers if part.name == "transformer" else read_codes(source.path, part.name) if encoder else {}
         floor = config.psnr_floor_int8_db if codes and _level(codes, config) == 4 else config.psnr_floor_db
         stored = source.path / ("vae" if part.name.startswith("vae") else part.name)
-        psnr[part.name] = write_component(part, codes, draft.path, config.accuracy_level, floor, stored)
+        psnr[part.name], largest[part.name] = write_component(part, codes, draft.path, config.accuracy_level, floor, stored)
         _write_config(part, draft.path)
         gc.collect()
-    extra = _runtime_files(pipe, sampler, source.path, draft.path)
+    extra = _runtime_files(pipe, sampler, source.path, draft.path) | {"fp16": why_no_half(largest)}
     sizes = {part.name: sum(f.stat().st_size for f in (draft.path / part.name).glob("model.onnx*")) for part in parts}
     metrics = {"psnr_db": {k: round(v, 2) for k, v in psnr.items()}, "bytes": sizes, "quantized_layers": len(layers)}
     artifact = draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": _level(layers, config)} | page)

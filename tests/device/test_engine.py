@@ -30,7 +30,7 @@ def test_an_engine_that_is_not_installed_is_one_sentence(tiny_device: Artifact, 
 
 @pytest.mark.parametrize(("level", "floor_db"), [(0, 60), (4, 25)])
 def test_openvino_draws_what_onnxruntime_draws(tiny_quantized: Artifact, tmp_path: Path, level: int, floor_db: float) -> None:
-    """In fp32, but for a transformer whose artifact allows rounded activations."""
+    """In fp32, but where the artifact allows rounded activations, and bf16 with them."""
     pytest.importorskip("openvino")
     recipe = Recipe(name="test", export=ExportRecipe(accuracy_level=level, psnr_floor_int8_db=1))
     device = export.run(str(tiny_quantized.path), tmp_path / "device", recipe, 0, False)

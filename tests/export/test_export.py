@@ -14,7 +14,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.device.engine import open_session
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.export.components import Call, Component, trace
-from flashgen.export.parity import psnr_db
+from flashgen.export.parity import largest_output, psnr_db, why_no_half
 from flashgen.export.rewrite import linears, quantize_linears
 from flashgen.export.write import read_codes, write_component
 from flashgen.models.sample import load_pipeline
@@ -57,6 +57,7 @@ def test_every_component_reaches_its_floor_and_says_so(tiny_device: Artifact, ti
         psnr = artifact.manifest.metrics["psnr_db"]
         assert sorted(psnr) == PARTS
         assert min(psnr.values()) >= 60, psnr
+        assert artifact.manifest.extra["fp16"].startswith("no fp16 graph: the engines here compute on the CPU")
 
 
 def test_position_table_is_cropped_to_the_pictures_size(tiny_device: Artifact) -> None:
@@ -135,6 +136,23 @@ def test_psnr_is_range_over_rms_error() -> None:
     assert np.isnan(psnr_db(reference, np.array([np.nan, 0], np.float32)))
 
 
+def test_the_layer_that_leaves_fp16_is_named() -> None:
+    loud = nn.Linear(2, 2)
+    loud.weight.data.fill_(1e6)
+    network = nn.Sequential(nn.Linear(2, 2), loud)
+    with largest_output(network) as found, torch.no_grad():
+        network(torch.ones(1, 2))
+        network(torch.full((1, 2), torch.nan))
+    assert found == {"0": np.inf, "1": np.inf}  # what is no number counts as too large, and stays
+    with largest_output(network) as found, torch.no_grad():
+        network(torch.ones(1, 2))
+    assert found["0"] < 10 and found["1"] > 65504
+    network(torch.full((1, 2), 1e9))
+    assert found["1"] < 1e9, "outside nobody looks"
+    assert why_no_half({"vae_decoder": ("a", 7.0), "transformer": ("1", found["1"])}).startswith("no fp16 graph: transformer's 1 puts out")
+    assert "its range would do: vae_decoder's a puts out 7 on" in why_no_half({"vae_decoder": ("a", 7.0), "transformer": ("1", 2.0)})
+
+
 class Block(nn.Module):
     """Both shapes in which a Linear leaves the exporter: Gemm (2-D input) and MatMul (3-D), with and without bias."""
 
@@ -162,7 +180,7 @@ def block_component() -> tuple[Component, dict[str, QuantizedLinear]]:
 @pytest.mark.parametrize("accuracy_level", [0, 1])
 def test_rewritten_linears_compute_what_the_dequantized_ones_do(tmp_path: Path, accuracy_level: int) -> None:
     component, layers = block_component()
-    assert write_component(component, layers, tmp_path, accuracy_level, 100) > 100
+    assert write_component(component, layers, tmp_path, accuracy_level, 100)[0] > 100
     nodes = [n.op_type for n in ir.load(tmp_path / "block" / "model.onnx").graph]
     assert nodes.count("MatMulNBits") == 3
     assert "Gemm" not in nodes and "MatMul" not in nodes
