@@ -71,10 +71,6 @@ def cells(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _called(name: str) -> str:
-    return "flashgen" if name.startswith("flashgen") else name
-
-
 def draw(kept: dict[str, Any], path: Path) -> None:
     """Mean latent error with its interval, a line a quantizer, fewest bits on top."""
     rows = [(float(row["mean_bits"]), name, row) for name, row in kept["weights"].items() if name not in ("student, fp32", *CHAIN)]
@@ -85,7 +81,9 @@ def draw(kept: dict[str, Any], path: Path) -> None:
         value, low, high = _mean(row["latent_error"])
         error: NDArray[np.float64] = np.array([[value - low], [high - value]])
         axes.errorbar(value, place, xerr=error, fmt="o", color="C0" if name.startswith("flashgen") else "C7", capsize=3)
-    axes.set_yticks(range(len(rows)), [f"{_called(name)} ({bits:.2f})" for bits, name, _ in rows])
+    axes.set_yticks(
+        range(len(rows)), [f"{name.partition(',')[0] if name.startswith('flashgen') else name} ({bits:.2f})" for bits, name, _ in rows]
+    )
     axes.set_xscale("log")
     axes.set_xlabel("error of the final latents, 95 %\n(mean bits a weight, scales and zero points included)")
     axes.grid(alpha=0.3)

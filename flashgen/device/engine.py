@@ -184,7 +184,7 @@ class Engine:
         self._checked.add(component)
 
 
-def _state(file: Path) -> tuple[str, int, int, int]:
+def _state(file: Path) -> tuple[int, int, int]:
     """What changes when a file does; the time of change is the system's own, which copying tools cannot set."""
     state = file.stat()
-    return str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
