@@ -23,13 +23,14 @@ ALLOWED |= {
     "device": {"device", "flow", "artifact"},
     "__main__": {"cli"},
     "__init__": set(),
+    "cache": set(),
     "errors": set(),
     "progress": set(),
     "randomness": set(),
     "processes": set(),
     "timing": set(),
 }
-COMMON = {"errors", "processes", "progress", "randomness", "timing", "__version__"}
+COMMON = {"cache", "errors", "processes", "progress", "randomness", "timing", "__version__"}
 
 
 def imports(path: Path) -> Iterator[str]:
