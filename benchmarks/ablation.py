@@ -47,7 +47,7 @@ from flashgen.training.loop import save_state
 from flashgen.training.matching import Matcher, roll_out, train_matching
 from flashgen.training.prompts import PromptPool, prompt_pool
 from flashgen.training.ranks import Draws
-from flashgen.training.trajectories import Replay, train_on_trajectories, velocity
+from flashgen.training.trajectories import train_on_trajectories, velocity
 
 # What each row changes in `distill.matching` of the recipe. Rows that are not here are made by hand below.
 MATCHING: dict[str, dict[str, Any]] = {
@@ -111,7 +111,7 @@ class Bench:
         self.pool: PromptPool = prompt_pool(self.pipe, recipe.distill.matching.prompts, self.seed + 1, taught.t5_tokens)
         finest = few_step_grid(task.finest, taught.shift)
         replay = cached(self.pipe, self.teacher, finest, taught, recipe, self.seed, task.work / f"seed{self.seed}")
-        self.replay = Replay(replay.states[:, [finest.index(node) for node in self.nodes]], replay.pool)
+        self.replay = replay.on([finest.index(node) for node in self.nodes])
 
     @property
     def base(self) -> nn.Module:

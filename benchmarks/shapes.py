@@ -50,7 +50,7 @@ def forwards_per_update(teacher: Artifact, student: Artifact) -> float:
     network = copy.deepcopy(pipe.transformer).requires_grad_(True)
     shape = latent_shape(pipe, sampler.size_px)
     pool = prompt_pool(pipe, 4, 0, sampler.t5_tokens)
-    replay = Replay(torch.zeros(4, len(sampler.sigmas), *shape), pool)
+    replay = Replay.along(torch.zeros(4, len(sampler.sigmas), *shape), pool)
     matcher = Matcher("cost", network, pipe.transformer, pool, sampler.sigmas, config, shape, 0, t5_drop=0.0, replay=replay)
     with Meter().on(matcher.student, matcher.proxy, matcher.teacher) as meter:
         for step in range(updates):

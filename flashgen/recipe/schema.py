@@ -48,17 +48,26 @@ class FlowTraining(Model):
     compile: bool = Field(True, description="torch.compile the transformer; 1.2 to 1.3 x faster here, needs a C++ compiler")
 
 
-class TrajectoryTraining(Model):
-    """Stage 1: trajectory guidance."""
-
-    teacher_steps: int = Field(32, ge=2, description="must be a multiple of the student's steps, so that the grids nest")
-    prompts: int = Field(2048, ge=1, description="teacher trajectories in the cache, one prompt and noise each")
-    iterations: int = Field(1500, ge=0)
+class Regression(Model):
+    iterations: int = Field(0, ge=0)
     batch: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
     muon_lr: float = Field(0.0, ge=0, description="of Muon on the matrices inside blocks; 0 leaves them to AdamW")
+
+
+class TrajectoryTraining(Regression):
+    """Stage 1: trajectory guidance."""
+
+    iterations: int = Field(1500, ge=0)
+    teacher_steps: int = Field(32, ge=2, description="must be a multiple of the student's steps, so that the grids nest")
+    prompts: int = Field(2048, ge=1, description="teacher trajectories in the cache, one prompt and noise each")
     guidance: float = Field(4.5, ge=1, description="v_u + guidance (v_c - v_u)")
-    verified: bool = Field(False, description="learn only from trajectories whose picture shows its prompt, by the shapes world's judge")
+
+
+class CorrectionTraining(Regression):
+    """After it, from the student's own states on the same prompts: where the teacher would go from there. And on the trajectories."""
+
+    iterations: int = Field(0, ge=0, description="0 leaves it out")
 
 
 class AdversarialTraining(Model):
@@ -139,6 +148,7 @@ class DistillRecipe(Model):
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
     lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three whole networks")
     trajectory: TrajectoryTraining = TrajectoryTraining()
+    correction: CorrectionTraining = CorrectionTraining()
     matching: MatchingTraining = MatchingTraining()
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""flashgen distill: trajectory guidance, then distribution matching with timestep sharing."""
+"""flashgen distill: trajectory guidance, corrections of the student's own steps, then distribution matching with timestep sharing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin
-from flashgen.errors import NumericsError, UsageError
+from flashgen.errors import UsageError
 from flashgen.processes import sharded
 from flashgen.recipe.schema import MatchingTraining, Recipe
 from flashgen.stages.plan import check
-from flashgen.stages.prompts import check_judged, own_prompts, prompts_key
+from flashgen.stages.prompts import own_prompts, prompts_key
 from flashgen.stages.teacher import open_teacher
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
-    from torch import Tensor, nn
+    from torch import nn
 
     from flashgen.training.trajectories import Replay
 
@@ -31,7 +31,6 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError(f"{given}; the grids must nest")
     if config.matching.watch_every and not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
-    check_judged(recipe)
     if sharded():
         _check_sharded(recipe)
     parent = open_teacher(teacher, out)
@@ -58,7 +57,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     assert parent.manifest.sampler is not None
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
     nodes = few_step_grid(config.steps, taught.shift)
-    needs_replay = config.trajectory.iterations > 0 or wants_replay(config.matching, config.steps)
+    needs_replay = config.trajectory.iterations + config.correction.iterations > 0 or wants_replay(config.matching, config.steps)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
     for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + needs_replay]:
         prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work, own_prompts(recipe))
@@ -79,6 +78,9 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         shard(teacher_net)
     if replay and config.trajectory.iterations:
         train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work)
+    if replay and config.correction.iterations:
+        replay = replay.and_also(cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work, student))
+        train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction")
 
     pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work, own_prompts(recipe))
     matcher = Matcher(
@@ -101,6 +103,7 @@ def _check_sharded(recipe: Recipe) -> None:
     config, mend = recipe.distill, "set it, or launch with --multi_gpu, which shares out batches only"
     wants = {
         "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
+        "distill.correction.iterations=0": config.correction.iterations > 0,  # each process follows prompts of its own
         "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises whole matrices
         "distill.matching.muon_lr=0": config.matching.muon_lr > 0,
         "distill.matching.proxy_muon_lr=0": config.matching.proxy_muon_lr > 0,
@@ -111,9 +114,16 @@ def _check_sharded(recipe: Recipe) -> None:
 
 
 def cached(
-    pipe: StableDiffusion3Pipeline, teacher: nn.Module, nodes: list[float], taught: Sampler, recipe: Recipe, seed: int, work: Path
+    pipe: StableDiffusion3Pipeline,
+    teacher: nn.Module,
+    nodes: list[float],
+    taught: Sampler,
+    recipe: Recipe,
+    seed: int,
+    work: Path,
+    student: nn.Module | None = None,
 ) -> Replay:
-    """The teacher's trajectories over `nodes` for `distill.trajectory`, a share of the prompts without T5."""
+    """The teacher's trajectories over `nodes`, or its corrections of `student`; a share of the prompts without T5."""
     from flashgen.flow.grid import teacher_grid
     from flashgen.models.sample import latent_shape
     from flashgen.randomness import generator
@@ -125,38 +135,7 @@ def cached(
     pool = whole.dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
     shape = latent_shape(pipe, taught.size_px)
     fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
-    replay = cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work)
-    return replay.only(_verified(pipe, replay, recipe, seed, work)) if config.trajectory.verified else replay
-
-
-def _verified(pipe: StableDiffusion3Pipeline, replay: Replay, recipe: Recipe, seed: int, work: Path) -> Tensor:
-    """Which trajectories end in a picture of their prompt, bool [N]; judged once and kept in work/verified.pt.
-
-    Our choice, and a reward in all but name: the student then learns from the teacher's good pictures, and may pass it.
-    """
-    import torch
-
-    from flashgen.models.sample import decode
-    from flashgen.processes import rank, wait_for_all
-    from flashgen.progress import say, track
-    from flashgen.shapes.scene import parse
-    from flashgen.shapes.verify import judge
-    from flashgen.training.loop import save_state
-    from flashgen.training.prompts import training_captions
-
-    path = work / "verified.pt"
-    if rank() == 0 and not path.exists():
-        captions, ends = training_captions(len(replay.pool), seed), replay.states[:, -1]
-        starts = range(0, len(ends), 64)
-        images = [image for i in track(starts, "judge trajectories", total=len(starts)) for image in decode(pipe, ends[i : i + 64].float())]
-        passed = torch.tensor([judge(image, parse(caption)).passed for image, caption in zip(images, captions, strict=True)])
-        if not passed.any():
-            raise NumericsError("no trajectory shows its prompt: the teacher is too weak for distill.trajectory.verified=true")
-        say(f"{passed.float().mean():.1%} of {len(passed)} trajectories show their prompt")
-        save_state({"passed": passed}, path)
-    wait_for_all()
-    kept: Tensor = torch.load(path, weights_only=True)["passed"]
-    return kept
+    return cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work, student=student)
 
 
 def replay_for(

@@ -11,9 +11,9 @@ from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.processes import sharded
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
-from flashgen.stages.distill import replay_for, wants_replay
+from flashgen.stages.distill import replay_for
 from flashgen.stages.plan import check
-from flashgen.stages.prompts import check_judged, own_prompts, prompts_key
+from flashgen.stages.prompts import own_prompts, prompts_key
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -40,8 +40,6 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError("finetune merges whole networks in float32; leave finetune.lora.base out")
     if config.lora and config.matching.proxy_coupling < 1:
         raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
-    if wants_replay(config.matching, len(sampler.sigmas) - 1):
-        check_judged(recipe)
     check("finetune", parent, recipe, out)
     draft = begin(
         out, kind="student", stage="finetune", recipe=config.model_dump() | _borrowed(recipe) | prompts_key(recipe), seed=seed,

@@ -143,7 +143,12 @@ def adapter_count(transformer: Tensors, lora: LoraTraining) -> int:
 def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
     config: DistillRecipe = recipe.distill
     transformer, lora = parts["transformer"], config.lora
-    one, matching, trajectory = forward(source, transformer, config.size_px), config.matching, config.trajectory
+    one, matching, trajectory, correction = (
+        forward(source, transformer, config.size_px),
+        config.matching,
+        config.trajectory,
+        config.correction,
+    )
     size = 2 if lora and lora.base == "bfloat16" else 4
     learned = adapter_count(transformer, lora) if lora else transformer.count
     train = Parts(program=PROGRAM, vae=4 * parts["vae"].count)
@@ -151,17 +156,19 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     train |= {"average": 4 * learned, "a step's temporaries": 8 * learned}  # of AdamW, over all tensors at once
     again, own = lora is not None and lora.checkpointing, ADAPTED if lora else KEPT
     kept = own + one.blocks if again else own * one.blocks
-    batch = max(matching.batch, trajectory.batch if trajectory.iterations else 0)
+    batch = max(matching.batch, *(part.batch for part in (trajectory, correction) if part.iterations), 0)
     train["activations"] = batch * one.hidden * kept * size
     rounds = matching.iterations + matching.proxy_warmup
     learning = 4 if again else 3
     forwards = rounds * (config.steps + learning * matching.proxy_updates) + matching.iterations * (learning + 3)
     prompts = matching.prompts
     cached = 0
-    if trajectory.iterations:
+    if trajectory.iterations or correction.iterations:
         prompts += trajectory.prompts
-        cached = 2 * trajectory.teacher_steps * trajectory.prompts
-    work = cached + forwards * matching.batch + trajectory.iterations * learning * trajectory.batch
+        caches = 1 + (correction.iterations > 0)
+        cached = (2 * caches * trajectory.teacher_steps + (caches - 1) * config.steps) * trajectory.prompts
+    regressed = sum(part.iterations * part.batch for part in (trajectory, correction))
+    work = cached + forwards * matching.batch + regressed * learning
     text, adds = embedding(source, parts, prompts)
     sampler = source.manifest.sampler
     assert sampler is not None

@@ -28,9 +28,3 @@ def own_prompts(recipe: Recipe) -> list[str] | None:
 def prompts_key(recipe: Recipe) -> dict[str, object]:
     """What the result of a stage depends on besides its own section, for `begin`."""
     return {} if own_prompts(recipe) is None or recipe.prompts_file is None else {"prompts_file": sha256(recipe.prompts_file)}
-
-
-def check_judged(recipe: Recipe) -> None:
-    """Raises UsageError where trajectories of one's own prompts would go to the shapes world's judge."""
-    if recipe.prompts_file and recipe.distill.trajectory.verified:
-        raise UsageError("distill.trajectory.verified asks the shapes world's judge, which knows no prompts_file; leave out one of the two")

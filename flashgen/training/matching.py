@@ -256,11 +256,12 @@ class Matcher:
     def fit_heads(self, fake: Tensor, sigma: Tensor, cond: Conditioning, g: Draws, step: int, kept: Tensor) -> dict[str, float]:
         """Real pictures are the teacher's cached ones, noised to the fakes' own levels."""
         assert self.heads is not None and self.replay is not None
-        rows = g.randint(len(self.replay.states))[kept]
-        real = add_noise(self.replay.states[rows, -1].float(), g.randn(*self.shape)[kept], sigma)
+        rows = g.randint(len(self.replay))[kept]
+        _, picture, cond_real = self.replay.at(rows, torch.full_like(rows, len(self.nodes) - 2))
+        real = add_noise(picture, g.randn(*self.shape)[kept], sigma)
         features = []
         with torch.no_grad(), Tap(self.proxy, self.heads.blocks) as tap:
-            for x, said in ((real, self.replay.pool[rows]), (fake, cond)):
+            for x, said in ((real, cond_real), (fake, cond)):
                 velocity(self.proxy, x, sigma, said)
                 features.append(tap.read())
         logit_real, logit_fake = (self.heads(f) for f in features)
@@ -275,10 +276,9 @@ class Matcher:
         weights = self.weights["trajectory"]
         own = weights[self.choices]
         node = self.choices[g.choice(own)]
-        rows = g.randint(len(self.replay.states))
-        x_from, x_to = (self.replay.states[rows, node + k].float() for k in (0, 1))
+        x_from, x_to, cond = self.replay.at(g.randint(len(self.replay)), node)
         sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
-        v = velocity(self.student, x_from, sigma, self.replay.pool[rows])
+        v = velocity(self.student, x_from, sigma, cond)
         return own.mean() * trajectory_loss(v, x_from, x_to, sigma, sigma_next)
 
 

@@ -37,10 +37,6 @@ class PromptPool:
         cond = self.cond[rows]
         return cond if self.dropped is None else cond.without_t5(self.dropped[rows], self.clip_tokens)
 
-    def only(self, rows: Tensor) -> PromptPool:
-        """The prompts that bool `rows` [N] names."""
-        return replace(self, cond=self.cond[rows], dropped=None if self.dropped is None else self.dropped[rows])
-
     def dropping_t5(self, share: float, g: torch.Generator) -> PromptPool:
         """The same prompts, a random `share` of them without its T5 part for good."""
         drawn = torch.rand(len(self), generator=g) < share

@@ -60,7 +60,7 @@ def own_trajectories(full: nn.Module, pool: PromptPool, nodes: list[float], shap
         cond = pool[slice(start, start + ROLLOUT_BATCH)]
         noise = torch.randn((len(cond.pooled), *shape), generator=generator(seed, ROLLOUT_STREAM, start))
         found.append(torch.stack(roll_out(lambda _: full, noise, cond, nodes).states, 1).half())
-    return Replay(torch.cat(found), pool)
+    return Replay.along(torch.cat(found), pool)
 
 
 def pruned_loss(student: nn.Module, replay: Replay, nodes: list[float]) -> Loss:
@@ -103,7 +103,7 @@ def embedding_loss(encoder: T5EncoderModel, pool: PromptPool, ids: Tensor) -> Lo
 def _following(replay: Replay, rows: Tensor, predict: Predict, nodes: list[float], g: Draws) -> Tensor:
     """Velocity error of `predict` at one node each of those trajectories."""
     sigmas, node = torch.tensor(nodes), g.randint(len(nodes) - 1)
-    x, x_next = (replay.states[rows, node + k].float() for k in (0, 1))
+    x, x_next, _ = replay.at(rows, node)
     return trajectory_loss(predict(x, sigmas[node]), x, x_next, sigmas[node], sigmas[node + 1])
 
 

@@ -1,10 +1,15 @@
-"""Cached teacher trajectories and the student's regression onto them (stage 1, trajectory guidance)."""
+"""Cached steps of the teacher and the student's regression onto them (stage 1, trajectory guidance).
+
+First along the teacher's own trajectories, then from where the student's lead it (`distill.correction`): a student that has only ever seen
+the teacher's states does not mend its own errors.
+"""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +22,15 @@ from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.processes import rank, wait_for_all, world
 from flashgen.progress import track
 from flashgen.randomness import generator
-from flashgen.recipe.schema import TrajectoryTraining
+from flashgen.recipe.schema import Regression
 from flashgen.training.loop import Ema, descend, fit, save_state
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
 from flashgen.training.schedule import cosine
 
-CACHE_STREAM, TRAJECTORY_STREAM = 10, 11
+CACHE_STREAM, CORRECTION_STREAM = 10, 18  # of noise
+DRAWS = {"trajectory": 11, "correction": 19}
 SHARD = 128
 
 
@@ -36,14 +42,34 @@ def velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Te
 
 @dataclass(frozen=True)
 class Replay:
-    """Cached teacher trajectories: fp16 `states` [N, nodes, C, H, W], and the prompts they were drawn for, row by row."""
+    """Cached steps: fp16 `starts` at a student's nodes and `ends` at the next ones, both [N, steps, C, H, W].
 
-    states: Tensor
+    Row i is of prompt i of `pool`, or of i modulo its length where there are more rows than prompts.
+    """
+
+    starts: Tensor
+    ends: Tensor
     pool: PromptPool
 
-    def only(self, rows: Tensor) -> Replay:
-        """The trajectories that bool `rows` [N] names."""
-        return Replay(self.states[rows], self.pool.only(rows))
+    @classmethod
+    def along(cls, states: Tensor, pool: PromptPool) -> Replay:
+        """Of trajectories, [N, steps + 1, C, H, W] with the start noise first."""
+        return cls(states[:, :-1], states[:, 1:], pool)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def at(self, rows: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
+        """(start, end, what the prompt says) of the step of `rows` [B] at `node` [B], in fp32."""
+        return self.starts[rows, node].float(), self.ends[rows, node].float(), self.pool[rows % len(self.pool)]
+
+    def on(self, nodes: list[int]) -> Replay:
+        """The same trajectories for a student with those of our nodes alone, the first and the last among them."""
+        return Replay(self.starts[:, nodes[:-1]], self.ends[:, [node - 1 for node in nodes[1:]]], self.pool)
+
+    def and_also(self, other: Replay) -> Replay:
+        """Both, where the other's prompts are the same."""
+        return Replay(torch.cat([self.starts, other.starts]), torch.cat([self.ends, other.ends]), self.pool)
 
 
 def teacher_velocities(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning) -> tuple[Tensor, Tensor]:
@@ -68,65 +94,82 @@ def cache_trajectories(
     guidance: float,
     seed: int,
     work: Path,
+    *,
+    student: nn.Module | None = None,
 ) -> Replay:
-    """The guided teacher's states at the student's `nodes`, one noise a prompt.
+    """The guided teacher's steps between the student's `nodes`, one noise a prompt.
 
-    `fine` is the teacher's grid and must contain every node. Written in shards, shared out over the
-    processes; a resumed run computes the missing ones.
+    From its own states, or from those that `student` walks through (DAgger, 1011.0686; for a sampler our choice): its own next state
+    is then its own step's, and the teacher's serves as the answer only. `fine` is the teacher's grid and must contain every node.
+    Written in shards, shared out over the processes; a resumed run computes the missing ones.
     """
     if not set(nodes) <= set(fine):
         raise UsageError("distill.trajectory.teacher_steps must be a multiple of distill.steps, so that the grids nest")
-    folder = work / "trajectories"
+    name, what, stream = (
+        ("corrections", "teacher's corrections", CORRECTION_STREAM) if student else ("trajectories", "teacher trajectories", CACHE_STREAM)
+    )
+    folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(pool), SHARD)
     own = starts[rank() :: world()]
-    for start in track(own, "teacher trajectories", total=len(own)):
+    for start in track(own, what, total=len(own)):
         path = folder / f"{start:06d}.pt"
         if not path.exists():
             cond = pool[slice(start, start + SHARD)]
             batch = len(cond.pooled)
-            x = torch.randn((batch, *shape), generator=generator(seed, CACHE_STREAM, start))
-            states = [x]
-            for s, s_next in itertools.pairwise(fine):
-                sigma, sigma_next = torch.full((batch,), s), torch.full((batch,), s_next)
-                x = move(x, guided_velocity(teacher, x, sigma, cond, pool.empty_rows(batch), guidance), sigma, sigma_next)
-                if s_next in nodes:
+            empty = pool.empty_rows(batch)
+            x = torch.randn((batch, *shape), generator=generator(seed, stream, start))
+            states, ends = [x], []
+            for node, next_node in itertools.pairwise(nodes):
+                x = states[-1]
+                for s, s_next in itertools.pairwise(s for s in fine if next_node <= s <= node):
+                    sigma, sigma_next = torch.full((batch,), s), torch.full((batch,), s_next)
+                    x = move(x, guided_velocity(teacher, x, sigma, cond, empty, guidance), sigma, sigma_next)
+                ends.append(x)
+                if student is None:
                     states.append(x)
-            save_state({"states": torch.stack(states, 1).half()}, path)
+                else:
+                    sigma, sigma_next = torch.full((batch,), node), torch.full((batch,), next_node)
+                    states.append(move(states[-1], velocity(student, states[-1], sigma, cond), sigma, sigma_next))
+            kept = {"states": torch.stack(states, 1).half()}
+            save_state(kept if student is None else {"starts": kept["states"][:, :-1].clone(), "ends": torch.stack(ends, 1).half()}, path)
     wait_for_all()
-    return Replay(torch.cat([torch.load(folder / f"{start:06d}.pt", weights_only=True)["states"] for start in starts]), pool)
+    shards = [torch.load(folder / f"{start:06d}.pt", weights_only=True) for start in starts]
+    if student is None:
+        return Replay.along(torch.cat([shard["states"] for shard in shards]), pool)
+    return Replay(torch.cat([shard["starts"] for shard in shards]), torch.cat([shard["ends"] for shard in shards]), pool)
 
 
 def train_on_trajectories(
     student: nn.Module,
     replay: Replay,
     nodes: list[float],
-    config: TrajectoryTraining,
+    config: Regression,
     seed: int,
     work: Path,
+    name: Literal["trajectory", "correction"] = "trajectory",
 ) -> None:
-    """Regress average velocities; `student` ends with the EMA weights. States are the teacher's (our choice: teacher forcing).
+    """Regress average velocities; `student` ends with the EMA weights. States are those of `replay`.
 
     The student sees the text that the teacher saw: a regression onto what its own text cannot tell would end in a blur.
     """
-    sigmas, states = torch.tensor(nodes), replay.states
+    sigmas = torch.tensor(nodes)
     parameters = list(student.parameters())
     optimizers = named("", muon_and_adamw(student, config.muon_lr, config.lr))
     rates = {"muon": config.muon_lr, "adamw": config.lr}
     ema = Ema(student, 0.99)
 
     def step_fn(step: int) -> dict[str, float]:
-        g = Draws(config.batch, seed, TRAJECTORY_STREAM, step)
-        for name, optimizer in optimizers.items():
+        g = Draws(config.batch, seed, DRAWS[name], step)
+        for kind, optimizer in optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = cosine(rates[name], step, config.iterations, warmup=20)
-        rows = g.randint(len(states))
-        node = g.randint(len(nodes) - 1)
-        x_from, x_to = states[rows, node].float(), states[rows, node + 1].float()
-        loss = trajectory_loss(velocity(student, x_from, sigmas[node], replay.pool[rows]), x_from, x_to, sigmas[node], sigmas[node + 1])
-        norm = descend(loss, parameters, optimizers.values(), clip=1.0, where=f"trajectory step {step}")
+                group["lr"] = cosine(rates[kind], step, config.iterations, warmup=20)
+        rows, node = g.randint(len(replay)), g.randint(len(nodes) - 1)
+        x_from, x_to, cond = replay.at(rows, node)
+        loss = trajectory_loss(velocity(student, x_from, sigmas[node], cond), x_from, x_to, sigmas[node], sigmas[node + 1])
+        norm = descend(loss, parameters, optimizers.values(), clip=1.0, where=f"{name} step {step}")
         ema.update(student, step)
         return {"loss": loss.item(), "grad_norm": norm}
 
-    fit("trajectory", config.iterations, step_fn, {"student": student, "ema": ema, **optimizers}, work)
+    fit(name, config.iterations, step_fn, {"student": student, "ema": ema, **optimizers}, work)
     ema.copy_to(student)

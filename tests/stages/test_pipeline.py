@@ -21,12 +21,8 @@ from flashgen.models.sample import load_pipeline
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
-from flashgen.shapes import verify
-from flashgen.shapes.scene import Request
-from flashgen.shapes.verify import Verdict
 from flashgen.stages import distill, export, finetune, quantize, report, restructure, teacher
 from flashgen.training import loop, matching
-from flashgen.training.prompts import training_captions
 
 MICRO = [
     "distill.trajectory.prompts=16", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=3", "distill.trajectory.batch=4",
@@ -330,29 +326,17 @@ def test_a_look_leaves_a_grid(chain: Chain, tmp_path: Path) -> None:
     assert {f.path for f in student.manifest.files} >= {"samples/matching-000001.png", "samples/matching-000002.png"}
 
 
-def test_only_trajectories_that_show_their_prompt_are_learned_from(
-    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_corrections_change_the_student_and_a_sharded_run_refuses_them(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = micro("distill.trajectory.verified=true")
-    taught = chain.teacher.manifest.sampler
-    assert taught is not None
-    with pytest.raises(NumericsError, match="no trajectory shows its prompt"):  # a random teacher
-        distill.run(str(chain.teacher.path), tmp_path / "none", recipe, 0, False)
-    seen: list[Request] = []
-
-    def every_third(_: object, request: Request) -> Verdict:
-        seen.append(request)
-        return Verdict(len(seen) % 3 == 0)
-
-    monkeypatch.setattr(verify, "judge", every_third)
-    pipe = load_pipeline(chain.teacher.path)
-    nodes = few_step_grid(4, taught.shift)
-    every = distill.cached(pipe, pipe.transformer, nodes, taught, micro(), 0, tmp_path)
-    for _ in range(2):  # judged once
-        kept = distill.cached(pipe, pipe.transformer, nodes, taught, recipe, 0, tmp_path)
-        assert torch.equal(kept.states, every.states[2::3]) and torch.equal(kept.pool.cond.embeds, every.pool.cond.embeds[2::3])
-    assert [request.caption() for request in seen] == training_captions(16, 0)
-    assert "31.2% of 16 trajectories" in capsys.readouterr().err
+    recipe = micro("distill.correction.iterations=2", "distill.correction.batch=4")
+    student = distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
+    assert digests(student)[TRANSFORMER] != digests(chain.student)[TRANSFORMER]
+    phases = [json.loads(line)["phase"] for line in (student.path / "stats.jsonl").read_text().splitlines()]
+    assert phases == ["trajectory", "correction", "matching"]
+    monkeypatch.setattr(distill, "sharded", lambda: True)
+    with pytest.raises(UsageError, match=r"distill\.correction\.iterations=0"):
+        distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
 
 
 def test_the_adversarys_real_pictures_are_cached_for_finetune_too(chain: Chain, tmp_path: Path) -> None:
@@ -478,6 +462,3 @@ def test_prompts_of_ones_own(chain: Chain, tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(UsageError, match=r"prompts_file=.* has no prompts"):
         distill.run(str(chain.teacher.path), tmp_path / "student", recipe, 0, False)
-    judged = load("shapes-demo", [f"prompts_file={file}", "distill.trajectory.verified=true"])
-    with pytest.raises(UsageError, match="knows no prompts_file"):
-        distill.run(str(chain.teacher.path), tmp_path / "student", judged, 0, False)

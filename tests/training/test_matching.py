@@ -190,7 +190,7 @@ def test_proxy_warmup_moves_the_proxy_only(transformer: Build, pool: PromptPool,
 
 
 def replay(pool: PromptPool) -> Replay:
-    return Replay(torch.randn(len(pool), len(NODES), *SHAPE, generator=torch.Generator().manual_seed(5)).half(), pool)
+    return Replay.along(torch.randn(len(pool), len(NODES), *SHAPE, generator=torch.Generator().manual_seed(5)).half(), pool)
 
 
 @pytest.mark.parametrize("point", ["shared", "renoise", "interval"])
@@ -317,7 +317,7 @@ def test_the_trajectory_term_pulls_towards_the_cache_on_its_nodes(transformer: B
 
     def loss(node: int) -> float:
         s, s_next = (torch.full((8,), NODES[node + k]) for k in (0, 1))
-        x, to = cached.states[:, node].float(), cached.states[:, node + 1].float()
+        x, to = cached.starts[:, node].float(), cached.ends[:, node].float()
         with torch.no_grad():
             return float(trajectory_loss(velocity(student, x, s, pool.cond), x, to, s, s_next))
 

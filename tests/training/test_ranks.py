@@ -52,7 +52,12 @@ FSDP = ["--config_file", str(Path(__file__).parents[2] / "recipes" / "accelerate
 @pytest.mark.parametrize(
     ("options", "settings", "word"),
     [
-        pytest.param(MULTI, [], "matching: each batch shared out over 2 processes", id="shared batches"),
+        pytest.param(
+            MULTI,
+            ["distill.correction.iterations=10", "distill.correction.batch=8"],
+            "matching: each batch shared out over 2 processes",
+            id="shared batches",
+        ),
         pytest.param(FSDP, ["distill.trajectory.muon_lr=0"], "FSDP2: the first process keeps", id="FSDP2"),
     ],
 )

@@ -75,11 +75,11 @@ def test_recovery_shows_the_student_clip_tokens_only(transformer: Build, pool: P
 def test_own_trajectories_are_the_students_own_steps(transformer: Build, pool: PromptPool) -> None:
     full = transformer(0)
     replay = own_trajectories(full, pool, NODES, SHAPE, 0)
-    assert replay.states.shape == (len(pool), len(NODES), *SHAPE) and replay.states.dtype == torch.float16
+    assert replay.starts.shape == replay.ends.shape == (len(pool), len(NODES) - 1, *SHAPE) and replay.starts.dtype == torch.float16
     with torch.no_grad():
-        v = velocity(full, replay.states[:, 1].float(), torch.full((len(pool),), NODES[1]), pool.cond)
-    assert torch.allclose(replay.states[:, 2].float(), replay.states[:, 1].float() + (NODES[2] - NODES[1]) * v, atol=1e-2)
-    assert not torch.equal(replay.states, own_trajectories(full, pool, NODES, SHAPE, 1).states)
+        v = velocity(full, replay.starts[:, 1].float(), torch.full((len(pool),), NODES[1]), pool.cond)
+    assert torch.allclose(replay.ends[:, 1].float(), replay.starts[:, 1].float() + (NODES[2] - NODES[1]) * v, atol=1e-2)
+    assert not torch.equal(replay.starts, own_trajectories(full, pool, NODES, SHAPE, 1).starts)
     loss = pruned_loss(full, replay, NODES)(Draws(8, 3))  # it lacks what it was painted from
     assert loss.item() > 1e-6
 

@@ -20,7 +20,15 @@ from flashgen.stages.finetune import merge
 from flashgen.training import trajectories
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
-from flashgen.training.trajectories import CACHE_STREAM, Replay, cache_trajectories, guided_velocity, train_on_trajectories, velocity
+from flashgen.training.trajectories import (
+    CACHE_STREAM,
+    CORRECTION_STREAM,
+    Replay,
+    cache_trajectories,
+    guided_velocity,
+    train_on_trajectories,
+    velocity,
+)
 
 SHAPE = (16, 4, 4)
 Build = Callable[[int], nn.Module]
@@ -45,8 +53,18 @@ def test_guided_velocity_is_two_forwards_in_one(transformer: Build, pool: Prompt
     assert not torch.allclose(both, guide(velocity(net, x, sigma, pool.cond), velocity(net, x, sigma, empty), 4.5), atol=1e-2)
 
 
+def cached(
+    net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0, student: nn.Module | None = None
+) -> Replay:
+    nodes, grid = few_step_grid(steps, 3.0), teacher_grid(fine, 3.0)
+    return cache_trajectories(net, pool, nodes, grid, SHAPE, 2.0, seed, work, student=student)
+
+
 def cache(net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0) -> Tensor:
-    return cache_trajectories(net, pool, few_step_grid(steps, 3.0), teacher_grid(fine, 3.0), SHAPE, 2.0, seed, work).states
+    """States [N, steps + 1, C, H, W]."""
+    replay = cached(net, pool, work, steps=steps, fine=fine, seed=seed)
+    assert torch.equal(replay.starts[:, 1:], replay.ends[:, :-1])
+    return torch.cat([replay.starts, replay.ends[:, -1:]], 1)
 
 
 def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
@@ -101,9 +119,45 @@ def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer:
             return float((velocity(net, states[:, 0].float(), torch.ones(8), pool.cond) - target).square().mean())
 
     start = loss(student)
-    train_on_trajectories(student, Replay(states, pool), nodes, config, 0, tmp_path)
+    train_on_trajectories(student, Replay.along(states, pool), nodes, config, 0, tmp_path)
     assert loss(student) < 0.9 * start
     assert same(weights(teacher), before) and all(p.grad is None for p in teacher.parameters())
+
+
+def test_corrections_start_where_the_student_stands_and_end_where_the_teacher_goes_from_there(
+    transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectories, "SHARD", 8)  # all prompts
+    teacher, student, nodes, fine = transformer(0), transformer(1), few_step_grid(2, 3.0), teacher_grid(4, 3.0)
+    replay = cached(teacher, pool, tmp_path, student=student)
+    noise = torch.randn((8, *SHAPE), generator=generator(0, CORRECTION_STREAM, 0))
+    with torch.no_grad():
+        reached = noise + (nodes[1] - nodes[0]) * velocity(student, noise, torch.ones(8), pool.cond)
+        x = reached
+        for s, s_next in itertools.pairwise(fine[2:]):
+            x = x + (s_next - s) * guided_velocity(teacher, x, torch.full((8,), s), pool.cond, pool.empty_rows(8), 2.0)
+    assert torch.allclose(replay.starts.float(), torch.stack([noise, reached], 1), atol=2e-3, rtol=1e-3)
+    assert torch.allclose(replay.ends[:, 1].float(), x, atol=2e-3, rtol=1e-3) and not torch.allclose(
+        replay.ends[:, 0].float(), reached, atol=1e-2
+    )
+    assert [p.name for p in (tmp_path / "corrections").iterdir()] == ["000000.pt"]
+    own = cached(teacher, pool, tmp_path, student=teacher)  # of another student, but kept: what a resumed run computes is the same
+    assert torch.equal(own.starts, replay.starts)
+
+
+def test_two_sets_of_steps_share_their_prompts(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    along = cached(transformer(0), pool, tmp_path)
+    both = along.and_also(cached(transformer(0), pool, tmp_path, student=transformer(1)))
+    rows, node = torch.tensor([3, 11]), torch.tensor([1, 0])  # the third prompt's in either
+    start, end, cond = both.at(rows, node)
+    assert len(both) == 16 and torch.equal(cond.embeds[0], cond.embeds[1])
+    assert torch.equal(start[0], along.starts[3, 1].float()) and torch.equal(end[1], both.ends[11, 0].float())
+
+
+def test_a_coarser_student_reads_the_same_trajectories(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    fine, coarse = (cached(transformer(0), pool, tmp_path / str(n), steps=n) for n in (4, 2))
+    read = fine.on([0, 2, 4])
+    assert torch.equal(read.starts, coarse.starts) and torch.equal(read.ends, coarse.ends)
 
 
 def test_prompts_are_drawn_with_their_own_t5_drop(pool: PromptPool) -> None:
@@ -123,7 +177,6 @@ def test_a_pool_can_drop_t5_for_good(pool: PromptPool) -> None:
     assert 0 < dropped.sum() < len(pool) and not (pool.cond.embeds == 0).any()
     assert torch.equal(half[every].embeds[~dropped], pool.cond.embeds[~dropped]) and torch.equal(half[every].pooled, pool.cond.pooled)
     assert torch.equal(half.dropping_t5(0.0, generator(3))[every].embeds, half[every].embeds)
-    assert torch.equal(half.only(dropped)[every].embeds, half[dropped].embeds)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
