@@ -68,6 +68,7 @@ class CorrectionTraining(Regression):
     """After it, from the student's own states on the same prompts: where the teacher would go from there. And on the trajectories."""
 
     iterations: int = Field(0, ge=0, description="0 leaves it out")
+    prompts: int = Field(2048, ge=1, description="the first so many of `trajectory.prompts`, with other noise")
 
 
 class AdversarialTraining(Model):
@@ -154,6 +155,8 @@ class DistillRecipe(Model):
     @model_validator(mode="after")
     def _one_weight_or_one_a_step(self) -> DistillRecipe:
         self.matching.node_weights(self.steps)
+        if self.correction.iterations and self.correction.prompts > self.trajectory.prompts:
+            raise ValueError(f"correction.prompts={self.correction.prompts} are the first of trajectory.prompts={self.trajectory.prompts}")
         return self
 
 

@@ -79,7 +79,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if replay and config.trajectory.iterations:
         train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work)
     if replay and config.correction.iterations:
-        replay = replay.and_also(cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work, student))
+        replay = replay.and_also(cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work, student=student))
         train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction")
 
     pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work, own_prompts(recipe))
@@ -135,6 +135,8 @@ def cached(
     pool = whole.dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
     shape = latent_shape(pipe, taught.size_px)
     fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
+    if student is not None:
+        pool = pool.first(config.correction.prompts)
     return cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work, student=student)
 
 

@@ -165,8 +165,9 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     cached = 0
     if trajectory.iterations or correction.iterations:
         prompts += trajectory.prompts
-        caches = 1 + (correction.iterations > 0)
-        cached = (2 * caches * trajectory.teacher_steps + (caches - 1) * config.steps) * trajectory.prompts
+        cached = 2 * trajectory.teacher_steps * trajectory.prompts
+    if correction.iterations:
+        cached += (2 * trajectory.teacher_steps + config.steps) * correction.prompts
     regressed = sum(part.iterations * part.batch for part in (trajectory, correction))
     work = cached + forwards * matching.batch + regressed * learning
     text, adds = embedding(source, parts, prompts)

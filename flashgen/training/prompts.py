@@ -37,6 +37,10 @@ class PromptPool:
         cond = self.cond[rows]
         return cond if self.dropped is None else cond.without_t5(self.dropped[rows], self.clip_tokens)
 
+    def first(self, count: int) -> PromptPool:
+        """The first `count` prompts."""
+        return replace(self, cond=self.cond[slice(count)], dropped=None if self.dropped is None else self.dropped[:count])
+
     def dropping_t5(self, share: float, g: torch.Generator) -> PromptPool:
         """The same prompts, a random `share` of them without its T5 part for good."""
         drawn = torch.rand(len(self), generator=g) < share

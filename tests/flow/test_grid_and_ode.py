@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from flashgen.flow.grid import few_step_grid, shift, teacher_grid, unshift
-from flashgen.flow.ode import euler, guide
+from flashgen.flow.ode import euler, guide, second_order
 
 
 def test_few_step_grid_is_the_one_of_method_1_2() -> None:
@@ -34,6 +37,20 @@ def test_euler_is_exact_on_straight_paths_and_passes_each_node() -> None:
 
     np.testing.assert_allclose(euler(eps, velocity, [1.0, 0.9, 0.5, 0.0]), x0)
     assert seen == [(1.0, 0), (0.9, 1), (0.5, 2)]
+
+
+@pytest.mark.parametrize(("second", "halves_by"), [(False, 2), (True, 4)])
+def test_a_second_order_step_costs_nothing_and_its_error_falls_by_four(second: bool, halves_by: int) -> None:
+    """dx/dsigma = x from 1 to 0, which ends at exp(-1), on the shifted grid of a teacher."""
+
+    def error(steps: int) -> float:
+        x, before = 1.0, None
+        for s, s_next in pairwise(teacher_grid(steps, 3.0)):
+            moved = second_order(x, s_next - s, before) if second else x
+            before, x = (x, s_next - s), x + (s_next - s) * moved
+        return abs(x - math.exp(-1))
+
+    assert error(64) / error(128) == pytest.approx(halves_by, rel=0.1)
 
 
 def test_scales_are_of_the_state_and_of_the_velocity_step_by_step() -> None:
