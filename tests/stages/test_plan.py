@@ -10,6 +10,7 @@ import torch
 from flashgen.artifact.store import Artifact
 from flashgen.errors import MachineError
 from flashgen.models.sample import load_pipeline
+from flashgen.quant.layer import plain_bits
 from flashgen.quant.rounding import quantize_groups
 from flashgen.recipe.load import load
 from flashgen.stages import distill, plan, quantize, restructure
@@ -48,7 +49,7 @@ def test_codes_are_counted_as_they_are_stored(tiny_student: Artifact) -> None:
     _, codes = plan._streamed(parts["transformer"], recipe.quantize, "transformer")
     stored = 0.0
     for name, (n, k) in parts["transformer"].linears.items():
-        q = quantize_groups(torch.randn(n, k), quantize._uniform(name, recipe.quantize), 16, False)
+        q = quantize_groups(torch.randn(n, k), plain_bits(name, recipe.quantize), 16, False)
         assert q.zeros is not None
         stored += q.codes.nbytes + q.scales.nbytes + q.zeros.nbytes
     assert codes == pytest.approx(stored, rel=0.02)

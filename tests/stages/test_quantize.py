@@ -24,7 +24,7 @@ from flashgen.flow.grid import few_step_grid
 from flashgen.models.sample import load_pipeline, sample
 from flashgen.recipe.schema import Recipe
 from flashgen.stages import export, quantize
-from flashgen.stages.quantize import budget_bytes
+from flashgen.stages.calibrate import budget_bytes
 from flashgen.training import calibration
 
 
