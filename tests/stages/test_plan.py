@@ -9,6 +9,7 @@ import torch
 
 from flashgen.artifact.store import Artifact
 from flashgen.errors import MachineError
+from flashgen.models.footprint import tensors
 from flashgen.models.sample import load_pipeline
 from flashgen.quant.layer import plain_bits
 from flashgen.quant.rounding import quantize_groups
@@ -45,7 +46,7 @@ def test_forwards_are_those_of_the_recipe(tiny_teacher: Artifact) -> None:
 
 def test_codes_are_counted_as_they_are_stored(tiny_student: Artifact) -> None:
     recipe = load("shapes-demo", ["quantize.group=16"])
-    parts = plan.tensors(tiny_student)
+    parts = tensors(tiny_student)
     _, codes = plan._streamed(parts["transformer"], recipe.quantize, "transformer")
     stored = 0.0
     for name, (n, k) in parts["transformer"].linears.items():
