@@ -329,11 +329,13 @@ def test_a_look_leaves_a_grid(chain: Chain, tmp_path: Path) -> None:
 def test_corrections_change_the_student_and_a_sharded_run_refuses_them(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = micro("distill.correction.iterations=2", "distill.correction.batch=4")
+    recipe = micro("distill.correction.iterations=2", "distill.correction.batch=4", "distill.correction.prompts=8")
     student = distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
     assert digests(student)[TRANSFORMER] != digests(chain.student)[TRANSFORMER]
     phases = [json.loads(line)["phase"] for line in (student.path / "stats.jsonl").read_text().splitlines()]
     assert phases == ["trajectory", "correction", "matching"]
+    with pytest.raises(UsageError, match=r"correction\.prompts=17 are the first of trajectory\.prompts=16"):
+        micro("distill.correction.iterations=2", "distill.correction.prompts=17")
     monkeypatch.setattr(distill, "sharded", lambda: True)
     with pytest.raises(UsageError, match=r"distill\.correction\.iterations=0"):
         distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)

@@ -215,7 +215,7 @@ def test_a_distillation_killed_at_random_moments_ends_in_the_same_bytes(tmp_path
     teacher.random("tiny", tmp_path / "teacher", 0, False)
     settings = ["distill.trajectory.prompts=300", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=60",
                 "distill.trajectory.batch=8", "distill.correction.iterations=30", "distill.correction.batch=8",
-                "distill.matching.iterations=40", "distill.matching.prompts=16",
+                "distill.correction.prompts=150", "distill.matching.iterations=40", "distill.matching.prompts=16",
                 "distill.matching.batch=4", "bench.per_task=1"]  # fmt: skip
 
     def start(out: Path) -> subprocess.Popen[bytes]:

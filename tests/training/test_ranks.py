@@ -54,7 +54,7 @@ FSDP = ["--config_file", str(Path(__file__).parents[2] / "recipes" / "accelerate
     [
         pytest.param(
             MULTI,
-            ["distill.correction.iterations=10", "distill.correction.batch=8"],
+            ["distill.correction.iterations=10", "distill.correction.batch=8", "distill.correction.prompts=150"],
             "matching: each batch shared out over 2 processes",
             id="shared batches",
         ),
