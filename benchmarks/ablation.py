@@ -44,10 +44,10 @@ from flashgen.stages.distill import cached
 from flashgen.stages.finetune import merge
 from flashgen.stages.report import verdicts
 from flashgen.training.loop import save_state
-from flashgen.training.matching import Matcher, roll_out, train_matching
+from flashgen.training.matching import Matcher, train_matching
 from flashgen.training.prompts import PromptPool, prompt_pool
 from flashgen.training.ranks import Draws
-from flashgen.training.trajectories import train_on_trajectories, velocity
+from flashgen.training.trajectories import roll_out, train_on_trajectories, velocity
 
 # What each row changes in `distill.matching` of the recipe. Rows that are not here are made by hand below.
 MATCHING: dict[str, dict[str, Any]] = {

@@ -41,7 +41,8 @@ def second_order(v: Array, step: float, before: tuple[Array, float] | None) -> A
     if before is None:
         return v
     now: Any = v
-    return now + (step / (2 * before[1])) * (now - before[0])  # type: ignore[no-any-return]
+    ahead: Array = now + (step / (2 * before[1])) * (now - before[0])
+    return ahead
 
 
 def guide(unconditional: Array, conditional: Array, weight: float) -> Array:

@@ -49,7 +49,9 @@ class FlowTraining(Model):
 
 
 class Regression(Model):
-    iterations: int = Field(0, ge=0)
+    """Of the student onto steps of the teacher."""
+
+    iterations: int = Field(0, ge=0, description="0 leaves it out")
     batch: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
     muon_lr: float = Field(0.0, ge=0, description="of Muon on the matrices inside blocks; 0 leaves them to AdamW")
@@ -67,7 +69,6 @@ class TrajectoryTraining(Regression):
 class CorrectionTraining(Regression):
     """After it, from the student's own states on the same prompts: where the teacher would go from there. And on the trajectories."""
 
-    iterations: int = Field(0, ge=0, description="0 leaves it out")
     prompts: int = Field(2048, ge=1, description="the first so many of `trajectory.prompts`, with other noise")
 
 

@@ -18,8 +18,7 @@ from flashgen.models.text import Conditioning
 from flashgen.progress import track
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.training.loop import save_state
-from flashgen.training.matching import roll_out
-from flashgen.training.trajectories import velocity
+from flashgen.training.trajectories import roll_out, velocity
 
 BATCH = 32
 CLASSES = {

@@ -7,10 +7,8 @@ its own (`augmentation`), what the proxy is fitted on (`proxy_target`), and how 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +30,10 @@ from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
 from flashgen.training.schedule import hold_then_decay
 from flashgen.training.shards import cut
-from flashgen.training.trajectories import Replay, teacher_velocities, velocity
+from flashgen.training.trajectories import Replay, Rollout, roll_out, teacher_velocities, velocity
 
 MATCHING_STREAM = 12
 BETAS = (0.0, 0.99)  # of AdamW: no momentum, since what is followed moves with the student (DMD2, SenseFlow)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """The student's states at its nodes, N+1 tensors [B, C, H, W]; the last one is the finished sample."""
-
-    states: list[Tensor]
-    cond: Conditioning
-
-    def at(self, node: Tensor) -> Tensor:
-        """State of each sample at its own node [B]."""
-        return torch.stack(self.states, 1)[torch.arange(len(node)), node]
-
-
-@torch.no_grad()
-def roll_out(net_at: Callable[[float], nn.Module], noise: Tensor, cond: Conditioning, nodes: list[float]) -> Rollout:
-    """Deterministic Euler steps; `net_at(sigma)` names the network of a node (split branches differ by sigma)."""
-    states = [noise]
-    for s, s_next in itertools.pairwise(nodes):
-        sigma, sigma_next = torch.full((len(noise),), s), torch.full((len(noise),), s_next)
-        states.append(move(states[-1], velocity(net_at(s), states[-1], sigma, cond), sigma, sigma_next))
-    return Rollout(states, cond)
 
 
 @contextmanager

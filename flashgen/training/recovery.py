@@ -17,12 +17,11 @@ from flashgen.progress import track
 from flashgen.randomness import generator
 from flashgen.recipe.schema import RestructureRecipe
 from flashgen.training.loop import Ema, descend, fit
-from flashgen.training.matching import roll_out
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
 from flashgen.training.schedule import cosine
-from flashgen.training.trajectories import Replay, velocity
+from flashgen.training.trajectories import Replay, roll_out, velocity
 
 RECOVERY_STREAM, ROLLOUT_STREAM = 13, 17
 ROLLOUT_BATCH = 64

@@ -7,6 +7,7 @@ the teacher's states does not mend its own errors.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,28 @@ def velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Te
     """v [B, C, H, W] of one forward; sigma [B]."""
     v: Tensor = net(x, cond.embeds.to(x.dtype), cond.pooled.to(x.dtype), 1000 * sigma, return_dict=False)[0]
     return v
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The student's states at its nodes, N+1 tensors [B, C, H, W]; the last one is the finished sample."""
+
+    states: list[Tensor]
+    cond: Conditioning
+
+    def at(self, node: Tensor) -> Tensor:
+        """State of each sample at its own node [B]."""
+        return torch.stack(self.states, 1)[torch.arange(len(node)), node]
+
+
+@torch.no_grad()
+def roll_out(net_at: Callable[[float], nn.Module], noise: Tensor, cond: Conditioning, nodes: list[float]) -> Rollout:
+    """Deterministic Euler steps; `net_at(sigma)` names the network of a node (split branches differ by sigma)."""
+    states = [noise]
+    for s, s_next in itertools.pairwise(nodes):
+        sigma, sigma_next = torch.full((len(noise),), s), torch.full((len(noise),), s_next)
+        states.append(move(states[-1], velocity(net_at(s), states[-1], sigma, cond), sigma, sigma_next))
+    return Rollout(states, cond)
 
 
 @dataclass(frozen=True)
@@ -120,22 +143,19 @@ def cache_trajectories(
             batch = len(cond.pooled)
             empty = pool.empty_rows(batch)
             x = torch.randn((batch, *shape), generator=generator(seed, stream, start))
-            states, ends = [x], []
-            before = None
-            for node, next_node in itertools.pairwise(nodes):
-                x = states[-1]
+            begun = [x] if student is None else roll_out(lambda _: student, x, cond, nodes[:-1]).states
+            ends, before = list[Tensor](), None
+            for step, (node, next_node) in enumerate(itertools.pairwise(nodes)):
+                if student is not None:
+                    x, before = begun[step], None
                 for s, s_next in itertools.pairwise(s for s in fine if next_node <= s <= node):
                     sigma, sigma_next = torch.full((batch,), s), torch.full((batch,), s_next)
                     v = guided_velocity(teacher, x, sigma, cond, empty, guidance)
                     x = move(x, second_order(v, s_next - s, before), sigma, sigma_next)
                     before = (v, s_next - s)
                 ends.append(x)
-                if student is not None:
-                    sigma, sigma_next = torch.full((batch,), node), torch.full((batch,), next_node)
-                    x, before = move(states[-1], velocity(student, states[-1], sigma, cond), sigma, sigma_next), None
-                states.append(x)
-            kept = {"states": torch.stack(states, 1).half()}
-            save_state(kept if student is None else {"starts": kept["states"][:, :-1].clone(), "ends": torch.stack(ends, 1).half()}, path)
+            kept = {"states": begun + ends} if student is None else {"starts": begun, "ends": ends}
+            save_state({key: torch.stack(held, 1).half() for key, held in kept.items()}, path)
     wait_for_all()
     shards = [torch.load(folder / f"{start:06d}.pt", weights_only=True) for start in starts]
     if student is None:

@@ -19,9 +19,9 @@ from flashgen.randomness import generator
 from flashgen.recipe.schema import MatchingTraining
 from flashgen.training import loop, matching
 from flashgen.training.discriminator import Heads
-from flashgen.training.matching import Matcher, couple, fenced, roll_out, train_matching
+from flashgen.training.matching import Matcher, couple, fenced, train_matching
 from flashgen.training.prompts import PromptPool
-from flashgen.training.trajectories import Replay, velocity
+from flashgen.training.trajectories import Replay, roll_out, velocity
 
 NODES = [1.0, 0.9, 0.75, 0.5, 0.0]
 SHAPE = (16, 4, 4)
