@@ -50,6 +50,7 @@ def page(kept: dict[str, Any], plot: str) -> str:
     """The whole report in Markdown; rows in the order of the runs."""
     teacher, runs = kept["teacher"], kept["runs"]
     lines = ["# Ablation", "", f"`make ablation` writes this page, [its raw numbers](ablation.json) and the plot. {ABOUT}", ""]
+    lines += [kept["note"], ""] if "note" in kept else []
     distances = f"FD to true scenes {teacher['fd_true']:.2f}, recall of true scenes {teacher['recall_true']:.2f}"
     lines += [f"The teacher, 28 steps, guided: composition {np.mean(teacher['passed']):.3f}, {distances}, "
               f"diversity {teacher['diversity']:.2f}.", "", f"![composition]({plot})", ""]  # fmt: skip
@@ -66,6 +67,9 @@ def page(kept: dict[str, Any], plot: str) -> str:
         lines += ["", *_table(["row", *COLUMNS])]
         lines += [_cells(row, *(_mean(own, key) for key in COLUMNS.values())) for row, own in rows.items() if own]
         lines += ["", *_differences(rows), ""]
+    if len({r["steps"] for r in runs}) > 1:
+        every = {row: [r for r in runs if r["row"] == row] for row in _rows(runs)}
+        lines += ["## All of these steps and seeds together", "", *_differences(every), ""]
     return "\n".join(lines)
 
 
@@ -84,13 +88,13 @@ def _mean(own: list[dict[str, Any]], key: str) -> str:
 
 
 def _differences(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Differences in composition, same seed, same prompts, same noise."""
+    """Differences in composition, same steps and seed, same prompts, same noise."""
     lines = []
     for a, b in PAIRS:
-        ours, theirs = ({r["seed"]: r for r in rows.get(row, [])} for row in (a, b))
+        ours, theirs = ({(r["steps"], r["seed"]): r for r in rows.get(row, [])} for row in (a, b))
         both = sorted(ours.keys() & theirs.keys())
         if both:
-            value, low, high = interval(table([ours[s] for s in both]) - table([theirs[s] for s in both]))
+            value, low, high = interval(table([ours[run] for run in both]) - table([theirs[run] for run in both]))
             lines.append(f"* {a} minus {b}: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
     return lines
 
