@@ -30,13 +30,11 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from benchmarks.ablation_page import draw, page
-from benchmarks.scores import Meter, Ruler
+from benchmarks.scores import Meter, Ruler, gradient_variance
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import open_artifact
-from flashgen.flow.convert import x0_from_v
 from flashgen.flow.grid import few_step_grid
 from flashgen.models.sample import latent_shape, load_pipeline
-from flashgen.objectives.evaluation import evaluation_point, evaluation_sigma
 from flashgen.progress import say
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import MatchingTraining
@@ -46,8 +44,7 @@ from flashgen.stages.report import verdicts
 from flashgen.training.loop import save_state
 from flashgen.training.matching import Matcher, train_matching
 from flashgen.training.prompts import PromptPool, prompt_pool
-from flashgen.training.ranks import Draws
-from flashgen.training.trajectories import roll_out, train_on_trajectories, velocity
+from flashgen.training.trajectories import train_on_trajectories
 
 # What each row changes in `distill.matching` of the recipe. Rows that are not here are made by hand below.
 MATCHING: dict[str, dict[str, Any]] = {
@@ -257,36 +254,6 @@ def score_teacher(task: Task) -> dict[str, Any]:
 def cache(task: Task) -> None:
     """The trajectories of the task's seed."""
     bench_of(task)
-
-
-@torch.no_grad()
-def gradient_variance(matcher: Matcher, prompts: int = 8, redraws: int = 8) -> dict[str, float]:
-    """Mean variance an element of the direction at x0 over redraws, prompt by prompt, averaged over all nodes but the last.
-
-    `variance` redraws the start noise and everything after it; `variance_given_z` only what is random once the start noise is
-    fixed (nothing, for `shared` with tied augmentation; its last node has no next level to share, so it is left out for all).
-    Both over the mean square of the direction, so that scales cancel.
-    """
-    config, found = matcher.config, {}
-    said = matcher.pool.cond[torch.arange(prompts).repeat_interleave(redraws)]
-    count = prompts * redraws
-    for name, fixed in (("variance", False), ("variance_given_z", True)):
-        g, parts = Draws(count, matcher.seed, 99), []
-        noise = g.randn(*matcher.shape)
-        if fixed:
-            noise = noise[::redraws].repeat_interleave(redraws, 0)
-        rollout = roll_out(matcher.net_at, noise, said, matcher.nodes)
-        for index in range(len(matcher.nodes) - 2):
-            node = torch.full((count,), index)
-            sigma, sigma_next, x = matcher.sigmas[node], matcher.sigmas[node + 1], rollout.states[index]
-            v = velocity(matcher.student, x, sigma, said)
-            sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, g.rand())
-            x_eval = evaluation_point(config.point, x, v, sigma, sigma_next, sigma_eval, g.randn(*matcher.shape), config.last)
-            direction, _ = matcher.direction(x0_from_v(x, v, sigma), x_eval, sigma, sigma_eval, node, said, g)
-            drawn = direction.reshape(prompts, redraws, -1)
-            parts.append((drawn.var(1).mean() / drawn.square().mean()).item())
-        found[name] = float(np.mean(parts))
-    return found
 
 
 def keep(path: Path, kept: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks measure of a network: verdicts on test prompts, distances between sets of pictures, diversity."""
+"""What the benchmarks measure of a network: verdicts on test prompts, distances between sets of pictures, diversity, forwards, noise."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flashgen.artifact.manifest import Sampler
+from flashgen.flow.convert import x0_from_v
 from flashgen.metrics.distribution import Features, Space, diversity, frechet_distance, pooled_latents, recall
 from flashgen.models.sample import sample
+from flashgen.objectives.evaluation import evaluation_point, evaluation_sigma
 from flashgen.shapes.render import render
 from flashgen.shapes.scene import Request, prompt_set, realise
 from flashgen.shapes.verify import judge
+from flashgen.training.matching import Matcher
+from flashgen.training.ranks import Draws
+from flashgen.training.trajectories import roll_out, velocity
 
 TEST_SEED = 4000  # a stream of prompts and noise that no stage draws from; single captions do occur in training, the world is small
 TENTHS = 10  # parts of the prompts that the jackknife leaves out in turn
@@ -112,6 +118,36 @@ class Meter:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@torch.no_grad()
+def gradient_variance(matcher: Matcher, prompts: int = 8, redraws: int = 8) -> dict[str, float]:
+    """Mean variance an element of the direction at x0 over redraws, prompt by prompt, averaged over all nodes but the last.
+
+    `variance` redraws the start noise and everything after it; `variance_given_z` only what is random once the start noise is
+    fixed (nothing, for `shared` with tied augmentation; its last node has no next level to share, so it is left out for all).
+    Both over the mean square of the direction, so that scales cancel.
+    """
+    config, found = matcher.config, {}
+    said = matcher.pool.cond[torch.arange(prompts).repeat_interleave(redraws)]
+    count = prompts * redraws
+    for name, fixed in (("variance", False), ("variance_given_z", True)):
+        g, parts = Draws(count, matcher.seed, 99), []
+        noise = g.randn(*matcher.shape)
+        if fixed:
+            noise = noise[::redraws].repeat_interleave(redraws, 0)
+        rollout = roll_out(matcher.net_at, noise, said, matcher.nodes)
+        for index in range(len(matcher.nodes) - 2):
+            node = torch.full((count,), index)
+            sigma, sigma_next, x = matcher.sigmas[node], matcher.sigmas[node + 1], rollout.states[index]
+            v = velocity(matcher.student, x, sigma, said)
+            sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, g.rand())
+            x_eval = evaluation_point(config.point, x, v, sigma, sigma_next, sigma_eval, g.randn(*matcher.shape), config.last)
+            direction, _ = matcher.direction(x0_from_v(x, v, sigma), x_eval, sigma, sigma_eval, node, said, g)
+            drawn = direction.reshape(prompts, redraws, -1)
+            parts.append((drawn.var(1).mean() / drawn.square().mean()).item())
+        found[name] = float(np.mean(parts))
+    return found
 
 
 def interval(table: NDArray[np.float64]) -> tuple[float, float, float]:
