@@ -1,0 +1,55 @@
+"""The ablation's page: differences between rows pair runs of the same steps and seed, also over all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablation_page import draw, page
+from flashgen.shapes.scene import TASKS
+
+DISTANCES = {"fd_teacher": 1.0, "fd_true": 2.0, "recall_teacher": 0.9, "recall_true": 0.8, "diversity": 9.0}
+
+
+def scored(right: int, **others: Any) -> dict[str, Any]:
+    """A run of two prompts a task, the first `right` of which pass."""
+    prompts = 2 * len(TASKS)
+    without = {key: [value] * 10 for key, value in DISTANCES.items()}
+    return {"passed": [1] * right + [0] * (prompts - right), **DISTANCES, "without": without, "forwards": 600.0, "seconds": 1.0, **others}
+
+
+def kept(right: dict[tuple[int, int], tuple[int, int]]) -> dict[str, Any]:
+    """`right` prompts of (trajectory, shared) by (steps, seed)."""
+    runs = [
+        scored(of[place], row=row, steps=steps, seed=seed)
+        for place, row in enumerate(("trajectory", "shared"))
+        for (steps, seed), of in right.items()
+    ]
+    return {"teacher": scored(12), "runs": runs}
+
+
+def differences(text: str) -> list[float]:
+    return [float(line.split(": ")[1].split()[0]) for line in text.splitlines() if line.startswith("* shared minus trajectory")]
+
+
+def test_differences_by_steps_then_of_all_runs_together() -> None:
+    text = page(kept({(4, 0): (6, 12), (2, 0): (6, 9), (2, 1): (9, 9)}), "plot.png")
+    assert differences(text) == [0.5, 0.125, 0.25]  # 4 steps; 2 steps, two seeds; the three runs
+    assert text.index("## 4 steps") < text.index("## 2 steps") < text.index("## All of these")
+
+
+def test_runs_without_their_pair_do_not_count() -> None:
+    runs = kept({(4, 0): (6, 12), (2, 0): (6, 9)})
+    runs["runs"] = [run for run in runs["runs"] if (run["row"], run["steps"]) != ("trajectory", 2)]
+    assert differences(page(runs, "plot.png")) == [0.5, 0.5]
+
+
+def test_one_number_of_steps_has_no_sum_and_a_note_is_shown() -> None:
+    text = page(kept({(4, 0): (6, 12)}) | {"note": "Made by hand."}, "plot.png")
+    assert "together" not in text
+    assert "Made by hand." in text
+
+
+def test_the_plot_has_a_panel_a_number_of_steps(tmp_path: Path) -> None:
+    draw(kept({(4, 0): (6, 12), (2, 0): (6, 9)}), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
