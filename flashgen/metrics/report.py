@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os.path
 import textwrap
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 MARGIN, HEAD, GUTTER = 4, 44, 92  # pixels: between pictures, for prompts above, for labels on the left
+
+
+def short_names(refs: list[str]) -> list[str]:
+    """`refs` without the folders that all paths among them lie in, as far as names stay apart; the embedded teacher's name is no path."""
+    paths = [PurePath(ref) for ref in refs]
+    folders = [path.parent for path in paths if len(path.parts) > 1]
+    if len(folders) < 2 or len({folder.is_absolute() for folder in folders}) > 1:
+        return refs
+    shared = os.path.commonpath(folders)
+    if shared == os.sep:
+        return refs
+    names = [str(path.relative_to(shared)) if len(path.parts) > 1 else str(path) for path in paths]
+    return names if len(set(names)) == len(set(refs)) else refs
 
 
 def contact_sheet(rows: list[list[NDArray[np.uint8]]], labels: list[str], path: Path, prompts: list[str]) -> None:
@@ -42,12 +56,12 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("artifact", max_width=22, overflow="fold")
-    for name in ("engine", "steps", "MiB", "load s", "step ms", "total s", "peak MiB", "score %"):
-        table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
-    for row in results:
+    for head in ("engine", "steps", "MiB", "load s", "step ms", "total s", "peak MiB", "score %"):
+        table.add_column(head, justify="left" if head == "engine" else "right", no_wrap=True)
+    for name, row in zip(short_names([row["artifact"] for row in results]), results, strict=True):
         latency, score = row["latency_s"], row["quality"].get("composition", {}).get("overall")
         table.add_row(
-            row["artifact"],
+            name,
             {"onnxruntime": "ort"}.get(row["engine"], row["engine"]),
             str(row["steps"]),
             f"{row['size_mib']:.1f}",

@@ -12,7 +12,7 @@ from typing import Any
 from flashgen.artifact.store import open_artifact
 from flashgen.errors import UsageError
 from flashgen.metrics.latency import Job, measure_apart
-from flashgen.metrics.report import contact_sheet, print_table
+from flashgen.metrics.report import contact_sheet, print_table, short_names
 from flashgen.progress import say, track
 from flashgen.recipe.schema import Recipe
 from flashgen.shapes.scene import prompt_set
@@ -54,7 +54,7 @@ def run(artifacts: list[str], out: Path | None, recipe: Recipe, seed: int, per_t
     if out is not None:
         settings = {"seed": seed, "per_task": count, **recipe.bench.model_dump(exclude={"per_task"})}
         (out / "bench.json").write_text(json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1) + "\n")
-        contact_sheet(pictures, [str(ref) for ref in artifacts], out / "contact-sheet.png", prompts[::every][:SHEET_COLUMNS])
+        contact_sheet(pictures, short_names([str(ref) for ref in artifacts]), out / "contact-sheet.png", prompts[::every][:SHEET_COLUMNS])
         say(f"written: {out / 'bench.json'}, {out / 'contact-sheet.png'}")
     return {"results": results}
 

@@ -10,7 +10,7 @@ from PIL import Image
 from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, MachineError, UsageError
 from flashgen.metrics.latency import Job, measure_apart, peak_rss_mib, summarise
-from flashgen.metrics.report import contact_sheet, print_table
+from flashgen.metrics.report import contact_sheet, print_table, short_names
 from flashgen.recipe.schema import Recipe
 from flashgen.shapes.scene import TASKS
 from flashgen.stages import bench
@@ -101,3 +101,19 @@ def test_table_fits_80_columns_when_names_are_long(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().err.splitlines()
     assert max(map(len, lines)) <= 80
     assert "12345.6" in "".join(lines) and "90.0" in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("refs", "names"),
+    [
+        (["shapes", "artifacts/demo/student", "artifacts/demo/slim"], ["shapes", "student", "slim"]),
+        (["a/student/v0001", "a/student/v0002", "a/slim"], ["student/v0001", "student/v0002", "slim"]),
+        (["shapes", "a/shapes", "a/student"], ["shapes", "a/shapes", "a/student"]),  # two of one name
+        (["/x/student", "y/student"], ["/x/student", "y/student"]),
+        (["/x/student", "/y/slim"], ["/x/student", "/y/slim"]),
+        (["x/student", "y/slim"], ["x/student", "y/slim"]),
+        (["shapes", "a/student@v0002"], ["shapes", "a/student@v0002"]),
+    ],
+)
+def test_names_leave_out_the_folders_that_all_share(refs: list[str], names: list[str]) -> None:
+    assert short_names(refs) == names
