@@ -66,10 +66,9 @@ def page(kept: dict[str, Any], plot: str) -> str:
                 lines.append(_cells(row, f"{value:.3f} [{low:.3f}, {high:.3f}]", *(f"{t:.2f}" for t in tasks)))
         lines += ["", *_table(["row", *COLUMNS])]
         lines += [_cells(row, *(_mean(own, key) for key in COLUMNS.values())) for row, own in rows.items() if own]
-        lines += ["", *_differences(rows), ""]
+        lines += ["", *_differences(mine), ""]
     if len({r["steps"] for r in runs}) > 1:
-        every = {row: [r for r in runs if r["row"] == row] for row in _rows(runs)}
-        lines += ["## All of these steps and seeds together", "", *_differences(every), ""]
+        lines += ["## All of these steps and seeds together", "", *_differences(runs), ""]
     return "\n".join(lines)
 
 
@@ -87,11 +86,11 @@ def _mean(own: list[dict[str, Any]], key: str) -> str:
     return f"{np.mean(values):.{0 if np.mean(values) >= 100 else 2}f}{spread}" if values else ""
 
 
-def _differences(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _differences(runs: list[dict[str, Any]]) -> list[str]:
     """Differences in composition, same steps and seed, same prompts, same noise."""
     lines = []
     for a, b in PAIRS:
-        ours, theirs = ({(r["steps"], r["seed"]): r for r in rows.get(row, [])} for row in (a, b))
+        ours, theirs = ({(r["steps"], r["seed"]): r for r in runs if r["row"] == row} for row in (a, b))
         both = sorted(ours.keys() & theirs.keys())
         if both:
             value, low, high = interval(table([ours[run] for run in both]) - table([theirs[run] for run in both]))

@@ -17,16 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flashgen.artifact.manifest import Sampler
-from flashgen.flow.convert import x0_from_v
 from flashgen.metrics.distribution import Features, Space, diversity, frechet_distance, pooled_latents, recall
 from flashgen.models.sample import sample
-from flashgen.objectives.evaluation import evaluation_point, evaluation_sigma
 from flashgen.shapes.render import render
 from flashgen.shapes.scene import Request, prompt_set, realise
 from flashgen.shapes.verify import judge
 from flashgen.training.matching import Matcher
 from flashgen.training.ranks import Draws
-from flashgen.training.trajectories import roll_out, velocity
+from flashgen.training.trajectories import roll_out
 
 TEST_SEED = 4000  # a stream of prompts and noise that no stage draws from; single captions do occur in training, the world is small
 TENTHS = 10  # parts of the prompts that the jackknife leaves out in turn
@@ -128,7 +126,7 @@ def gradient_variance(matcher: Matcher, prompts: int = 8, redraws: int = 8) -> d
     fixed (nothing, for `shared` with tied augmentation; its last node has no next level to share, so it is left out for all).
     Both over the mean square of the direction, so that scales cancel.
     """
-    config, found = matcher.config, {}
+    found = {}
     said = matcher.pool.cond[torch.arange(prompts).repeat_interleave(redraws)]
     count = prompts * redraws
     for name, fixed in (("variance", False), ("variance_given_z", True)):
@@ -139,11 +137,8 @@ def gradient_variance(matcher: Matcher, prompts: int = 8, redraws: int = 8) -> d
         rollout = roll_out(matcher.net_at, noise, said, matcher.nodes)
         for index in range(len(matcher.nodes) - 2):
             node = torch.full((count,), index)
-            sigma, sigma_next, x = matcher.sigmas[node], matcher.sigmas[node + 1], rollout.states[index]
-            v = velocity(matcher.student, x, sigma, said)
-            sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, g.rand())
-            x_eval = evaluation_point(config.point, x, v, sigma, sigma_next, sigma_eval, g.randn(*matcher.shape), config.last)
-            direction, _ = matcher.direction(x0_from_v(x, v, sigma), x_eval, sigma, sigma_eval, node, said, g)
+            x0, x_eval, sigma_eval = matcher.estimate(rollout.states[index], node, said, g.rand(), g.randn(*matcher.shape))
+            direction, _ = matcher.direction(x0, x_eval, matcher.sigmas[node], sigma_eval, node, said, g)
             drawn = direction.reshape(prompts, redraws, -1)
             parts.append((drawn.var(1).mean() / drawn.square().mean()).item())
         found[name] = float(np.mean(parts))

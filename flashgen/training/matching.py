@@ -140,10 +140,7 @@ class Matcher:
         uniform, eps, kept = g.rand(), g.randn(*self.shape), self._with_weight(node)
         x, cond, node, eps = rollout.at(node)[kept], rollout.cond[kept], node[kept], eps[kept]
         sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
-        sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, uniform[kept])
-        v = velocity(self.student, x, sigma, cond)
-        x0 = x0_from_v(x, v, sigma)
-        x_eval = evaluation_point(config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps, config.last)
+        x0, x_eval, sigma_eval = self.estimate(x, node, cond, uniform[kept], eps)
         direction, metrics = self.direction(x0.detach(), x_eval, sigma, sigma_eval, node, cond, g, kept)
         if self.heads:
             rows = self.weights["adversarial"][node] > 0
@@ -163,6 +160,15 @@ class Matcher:
         if self.heads:
             metrics |= self.fit_heads(x_eval, sigma_eval, cond, g, step, kept)
         return {**metrics, "direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
+
+    def estimate(self, x: Tensor, node: Tensor, cond: Conditioning, uniform: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0, x_eval, sigma_eval): what the student takes `x` at its `node` [B] for, and the state and level at which scores of that are
+        compared. Gradient: through x0 to the student. `uniform` [B] and `eps` are what is random about the point."""
+        sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
+        v = velocity(self.student, x, sigma, cond)
+        sigma_eval = evaluation_sigma(self.config.point, sigma, sigma_next, uniform)
+        x_eval = evaluation_point(self.config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps, self.config.last)
+        return x0_from_v(x, v, sigma), x_eval, sigma_eval
 
     def _with_weight(self, node: Tensor) -> Tensor:
         """Rows whose node has a weight beside the trajectory term's; at least one, so that every process asks every network."""
