@@ -55,6 +55,7 @@ class Regression(Model):
     batch: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
     muon_lr: float = Field(0.0, ge=0, description="of Muon on the matrices inside blocks; 0 leaves them to AdamW")
+    huber: float = Field(0.0, ge=0, description="c of the pseudo-Huber loss of a sample's velocity; 0 is the squared error")
 
 
 class TrajectoryTraining(Regression):
@@ -149,6 +150,7 @@ class DistillRecipe(Model):
     size_px: int | None = Field(None, ge=16, description="of the pictures to train on; none: the teacher's")
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
     lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three whole networks")
+    compile: bool = Field(False, description="torch.compile what follows and learns trajectories; needs a C++ compiler")
     trajectory: TrajectoryTraining = TrajectoryTraining()
     correction: CorrectionTraining = CorrectionTraining()
     matching: MatchingTraining = MatchingTraining()
@@ -156,6 +158,8 @@ class DistillRecipe(Model):
     @model_validator(mode="after")
     def _one_weight_or_one_a_step(self) -> DistillRecipe:
         self.matching.node_weights(self.steps)
+        if self.compile and self.lora:
+            raise ValueError("compile=true does not go with lora, whose roles take turns in one network")
         if self.correction.iterations and self.correction.prompts > self.trajectory.prompts:
             raise ValueError(f"correction.prompts={self.correction.prompts} are the first of trajectory.prompts={self.trajectory.prompts}")
         return self

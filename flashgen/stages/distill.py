@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin
 from flashgen.errors import UsageError
 from flashgen.processes import sharded
 from flashgen.recipe.schema import MatchingTraining, Recipe
-from flashgen.stages.plan import check
+from flashgen.stages.plan import check, check_compiler
 from flashgen.stages.prompts import own_prompts, prompts_key
 from flashgen.stages.teacher import open_teacher
 
@@ -42,6 +42,8 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
+    if config.compile:
+        check_compiler("distill.compile=false")
     import torch
 
     from flashgen.flow.grid import few_step_grid
@@ -77,10 +79,10 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
         shard(teacher_net)
     if replay and config.trajectory.iterations:
-        train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work)
+        train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work, compiled=config.compile)
     if replay and config.correction.iterations:
         replay = replay.and_also(cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work, student=student))
-        train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction")
+        train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled=config.compile)
 
     pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work, own_prompts(recipe))
     matcher = Matcher(
@@ -103,6 +105,7 @@ def _check_sharded(recipe: Recipe) -> None:
     config, mend = recipe.distill, "set it, or launch with --multi_gpu, which shares out batches only"
     wants = {
         "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
+        "distill.compile=false": config.compile,  # the cut network has not been tried
         "distill.correction.iterations=0": config.correction.iterations > 0,  # each process follows prompts of its own
         "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises whole matrices
         "distill.matching.muon_lr=0": config.matching.muon_lr > 0,
@@ -124,6 +127,8 @@ def cached(
     student: nn.Module | None = None,
 ) -> Replay:
     """The teacher's trajectories over `nodes`, or its corrections of `student`; a share of the prompts without T5."""
+    import torch
+
     from flashgen.flow.grid import teacher_grid
     from flashgen.models.sample import latent_shape
     from flashgen.randomness import generator
@@ -137,7 +142,8 @@ def cached(
     fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
     if student is not None:
         pool = pool.first(config.correction.prompts)
-    return cache_trajectories(teacher, pool, nodes, fine, shape, config.trajectory.guidance, seed, work, student=student)
+    follows: Any = torch.compile(teacher) if config.compile else teacher
+    return cache_trajectories(follows, pool, nodes, fine, shape, config.trajectory.guidance, seed, work, student=student)
 
 
 def replay_for(

@@ -121,8 +121,8 @@ def _branches(
 
 def _borrowed(recipe: Recipe) -> dict[str, object]:
     """Fields of other sections that the result depends on."""
-    trajectory = recipe.distill.trajectory.model_dump()
-    return {"t5_drop": recipe.distill.t5_drop, "trajectory": trajectory, "per_task": recipe.bench.per_task}
+    distill = recipe.distill.model_dump(include={"t5_drop", "trajectory", "compile"})
+    return distill | {"per_task": recipe.bench.per_task}
 
 
 def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float) -> None:

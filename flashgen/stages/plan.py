@@ -6,7 +6,10 @@ sums with what was measured.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from math import prod
@@ -205,6 +208,14 @@ def check(stage: str, source: Artifact, recipe: Recipe, out: Path, **extra: Any)
         most = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
         needs = f"{stage} needs {plan.peak / 2**30:.1f} GiB of memory in its phase '{phase}' (GiB: {most})"
         raise MachineError(f"{needs}, {free / 2**30:.1f} are there; {MEND[stage]}")
+
+
+def check_compiler(without: str) -> None:
+    """Raises MachineError where torch.compile would miss its C++ compiler minutes later; `without` is the setting that wants none."""
+    name, *_ = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()  # torch._inductor.config.cpp.cxx
+    if shutil.which(name) is None:
+        missing = f"torch.compile needs a C++ compiler and there is no {name}"
+        raise MachineError(f"{missing}; install one (CXX names another), or --set {without}")
 
 
 def memory_bytes() -> int | None:

@@ -14,6 +14,7 @@ from flashgen.errors import ArtifactError
 from flashgen.flow.grid import teacher_grid
 from flashgen.models.specs import SPECS, Spec, spec
 from flashgen.recipe.schema import Recipe
+from flashgen.stages.plan import check_compiler
 
 TEACHER_STEPS = 28
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
@@ -37,6 +38,8 @@ def train(recipe: Recipe, out: Path, seed: int, force: bool) -> Artifact:
     draft = begin(out, kind="teacher", stage="teacher", recipe=recipe.teacher.model_dump(), seed=seed, parents=[], force=force)
     if isinstance(draft, Artifact):
         return draft
+    if recipe.teacher.flow.compile:
+        check_compiler("teacher.flow.compile=false")
     from flashgen.models.build import SHIFT, build_pipeline
     from flashgen.models.save import save_pipeline
     from flashgen.stages.report import finish

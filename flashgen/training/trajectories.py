@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,7 @@ def train_on_trajectories(
     seed: int,
     work: Path,
     name: Literal["trajectory", "correction"] = "trajectory",
+    compiled: bool = False,
 ) -> None:
     """Regress average velocities; `student` ends with the EMA weights. States are those of `replay`.
 
@@ -181,6 +182,7 @@ def train_on_trajectories(
     optimizers = named("", muon_and_adamw(student, config.muon_lr, config.lr))
     rates = {"muon": config.muon_lr, "adamw": config.lr}
     ema = Ema(student, 0.99)
+    learner: Any = torch.compile(student) if compiled else student  # the same parameters
 
     def step_fn(step: int) -> dict[str, float]:
         g = Draws(config.batch, seed, DRAWS[name], step)
@@ -189,7 +191,8 @@ def train_on_trajectories(
                 group["lr"] = cosine(rates[kind], step, config.iterations, warmup=20)
         rows, node = g.randint(len(replay)), g.randint(len(nodes) - 1)
         x_from, x_to, cond = replay.at(rows, node)
-        loss = trajectory_loss(velocity(student, x_from, sigmas[node], cond), x_from, x_to, sigmas[node], sigmas[node + 1])
+        v = velocity(learner, x_from, sigmas[node], cond)
+        loss = trajectory_loss(v, x_from, x_to, sigmas[node], sigmas[node + 1], config.huber)
         norm = descend(loss, parameters, optimizers.values(), clip=1.0, where=f"{name} step {step}")
         ema.update(student, step)
         return {"loss": loss.item(), "grad_norm": norm}

@@ -28,3 +28,25 @@ def test_trajectory_loss_gives_gradient_to_the_student_only() -> None:
         expected = 2 * (v - average_velocity(x_from, x_to, s, s_next)) / v.numel()
     assert v.grad is not None and torch.allclose(v.grad, expected, rtol=1e-12)
     assert all(t.grad is None for t in (x_from, x_to, s, s_next))
+
+
+def test_huber_is_the_squared_error_of_small_misses_and_the_root_of_large_ones() -> None:
+    x_from, x_to, v = draw(), draw(), draw()
+    d = (v - average_velocity(x_from, x_to, FROM, TO)).square().mean((1, 2, 3))
+    assert torch.allclose(trajectory_loss(v, x_from, x_to, FROM, TO, 1e4), (d / 2e4).mean(), rtol=1e-5)
+    assert torch.allclose(trajectory_loss(v, x_from, x_to, FROM, TO, 1e-6), d.sqrt().mean(), rtol=1e-5)
+
+
+def test_huber_settles_where_most_samples_are() -> None:
+    """Of seven trajectories that go one way and three that go another the squared error wants the mean, a small c the majority."""
+    zero, one = torch.zeros(10, 1, 2, 2, dtype=torch.float64), torch.ones(10, dtype=torch.float64)
+    ends = zero.clone()
+    ends[:3] = 1.0  # their velocity is -1
+    for huber, wanted in ((0.0, -0.3), (0.01, 0.0)):
+        v = torch.full((), -0.5, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([v], lr=0.01)
+        for _ in range(1500):
+            optimizer.zero_grad()
+            trajectory_loss(v.expand(10, 1, 2, 2), zero, ends, one, 0 * one, huber).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        assert abs(v.item() - wanted) < 0.02

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashgen.artifact.store import Artifact, open_artifact, versions
-from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
 from flashgen.flow.grid import few_step_grid, teacher_grid
 from flashgen.models.sample import load_pipeline
 from flashgen.quant.pack import QuantizedLinear, dequantize
@@ -339,6 +339,20 @@ def test_corrections_change_the_student_and_a_sharded_run_refuses_them(
     monkeypatch.setattr(distill, "sharded", lambda: True)
     with pytest.raises(UsageError, match=r"distill\.correction\.iterations=0"):
         distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
+
+
+def test_compiling_wants_a_compiler_and_networks_of_their_own(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = micro("distill.compile=true")
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    with pytest.raises(MachineError, match=r"there is no no-such-compiler; .* --set distill\.compile=false"):
+        distill.run(str(chain.teacher.path), tmp_path / "out", recipe, 0, False)
+    with pytest.raises(MachineError, match=r"--set teacher\.flow\.compile=false"):
+        teacher.train(micro("teacher.flow.compile=true"), tmp_path / "teacher", 0, False)
+    with pytest.raises(UsageError, match="compile=true does not go with lora"):
+        micro("distill.compile=true", "distill.lora.rank=4")
+    monkeypatch.setattr(distill, "sharded", lambda: True)
+    with pytest.raises(UsageError, match=r"distill\.compile=false"):
+        distill.run(str(chain.teacher.path), tmp_path / "out", recipe, 0, False)
 
 
 def test_the_adversarys_real_pictures_are_cached_for_finetune_too(chain: Chain, tmp_path: Path) -> None:

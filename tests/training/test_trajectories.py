@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,30 @@ def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer:
     train_on_trajectories(student, Replay.along(states, pool), nodes, config, 0, tmp_path)
     assert loss(student) < 0.9 * start
     assert same(weights(teacher), before) and all(p.grad is None for p in teacher.parameters())
+
+
+def test_compiled_training_learns_the_same_and_leaves_an_ordinary_network(
+    transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as for a compiler, but not compiled, which takes a minute: that is torch's to test."""
+    traced: list[nn.Module] = []
+
+    def trace(net: nn.Module) -> Any:
+        traced.append(net)
+        return compile_(net, backend="eager")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", trace)
+    replay = Replay.along(cache(transformer(0), pool, tmp_path / "cache"), pool)
+    config, learned = TrajectoryTraining(iterations=2, batch=4, lr=1e-3), []
+    for compiled in (False, True):
+        student = transformer(0).requires_grad_(True)
+        train_on_trajectories(student, replay, few_step_grid(2, 3.0), config, 0, tmp_path / str(compiled), compiled=compiled)
+        learned.append(dict(student.state_dict()))
+    eager, fused = learned
+    assert len(traced) == 1 and traced[0] is student
+    assert not same(list(eager.values()), weights(transformer(0)))
+    assert eager.keys() == fused.keys() and all(torch.allclose(eager[key], fused[key], atol=1e-5) for key in eager)
 
 
 def test_corrections_start_where_the_student_stands_and_end_where_the_teacher_goes_from_there(
