@@ -27,7 +27,7 @@ from flashgen.training.matching import Matcher
 from flashgen.training.prompts import prompt_pool
 from flashgen.training.trajectories import Replay
 
-PER_TASK, FEW = 100, 60
+PER_TASK, FEW = 480, 60  # with 100 the interval of a ratio is .026 either way, with 480 .011
 STUDENTS = ("student", "finetuned", "student-2", "student-8")
 
 

@@ -148,6 +148,7 @@ class LoraTraining(Model):
 class DistillRecipe(Model):
     steps: int = Field(4, ge=1, le=16, description="student steps")
     size_px: int | None = Field(None, ge=16, description="of the pictures to train on; none: the teacher's")
+    strides: list[Annotated[int, Field(ge=1)]] = Field([], description="teacher steps that each student step covers; none: as many each")
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
     lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three whole networks")
     compile: bool = Field(False, description="torch.compile what follows and learns trajectories; needs a C++ compiler")
@@ -158,6 +159,9 @@ class DistillRecipe(Model):
     @model_validator(mode="after")
     def _one_weight_or_one_a_step(self) -> DistillRecipe:
         self.matching.node_weights(self.steps)
+        whole = self.trajectory.teacher_steps
+        if self.strides and (len(self.strides) != self.steps or sum(self.strides) != whole):
+            raise ValueError(f"strides must be {self.steps} numbers whose sum is trajectory.teacher_steps={whole}, not {self.strides}")
         if self.compile and self.lora:
             raise ValueError("compile=true does not go with lora, whose roles take turns in one network")
         if self.correction.iterations and self.correction.prompts > self.trajectory.prompts:

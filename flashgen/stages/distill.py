@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin
 from flashgen.errors import UsageError
+from flashgen.flow.grid import teacher_grid
 from flashgen.processes import sharded
-from flashgen.recipe.schema import MatchingTraining, Recipe
+from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Recipe
 from flashgen.stages.plan import check, check_compiler
 from flashgen.stages.prompts import own_prompts, prompts_key
 from flashgen.stages.teacher import open_teacher
@@ -26,7 +28,7 @@ T5_STREAM = 14
 
 def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
     config = recipe.distill
-    if config.trajectory.teacher_steps % config.steps:
+    if not config.strides and config.trajectory.teacher_steps % config.steps:
         given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
         raise UsageError(f"{given}; the grids must nest")
     if config.matching.watch_every and not recipe.bench.per_task:
@@ -46,7 +48,6 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         check_compiler("distill.compile=false")
     import torch
 
-    from flashgen.flow.grid import few_step_grid
     from flashgen.models.sample import latent_shape, load_pipeline
     from flashgen.models.save import save_changed, save_tensors
     from flashgen.stages.report import finish, watcher
@@ -58,7 +59,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
 
     assert parent.manifest.sampler is not None
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
-    nodes = few_step_grid(config.steps, taught.shift)
+    nodes = student_grid(config, taught.shift)
     needs_replay = config.trajectory.iterations + config.correction.iterations > 0 or wants_replay(config.matching, config.steps)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
     for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + needs_replay]:
@@ -100,6 +101,13 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     return finish(draft, sampler, recipe.bench, metrics={"watched": kept} if kept else {})
 
 
+def student_grid(config: DistillRecipe, shift: float) -> list[float]:
+    """Sigmas of the student's steps, those of the teacher's that `strides` lead to."""
+    whole = config.trajectory.teacher_steps
+    fine, strides = teacher_grid(whole, shift), config.strides or [whole // config.steps] * config.steps
+    return [fine[at] for at in accumulate(strides, initial=0)]
+
+
 def _check_sharded(recipe: Recipe) -> None:
     """Raises UsageError for what FSDP2 cannot do."""
     config, mend = recipe.distill, "set it, or launch with --multi_gpu, which shares out batches only"
@@ -129,7 +137,6 @@ def cached(
     """The teacher's trajectories over `nodes`, or its corrections of `student`; a share of the prompts without T5."""
     import torch
 
-    from flashgen.flow.grid import teacher_grid
     from flashgen.models.sample import latent_shape
     from flashgen.randomness import generator
     from flashgen.training.prompts import prompt_pool

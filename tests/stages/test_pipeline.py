@@ -341,6 +341,17 @@ def test_corrections_change_the_student_and_a_sharded_run_refuses_them(
         distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
 
 
+def test_strides_say_which_of_the_teachers_steps_the_student_takes(chain: Chain, tmp_path: Path) -> None:
+    recipe = micro("distill.trajectory.teacher_steps=6", "distill.strides=[2, 1, 1, 2]")
+    student = distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
+    fine = teacher_grid(6, 3.0)
+    assert student.manifest.sampler is not None and student.manifest.sampler.sigmas == [fine[at] for at in (0, 2, 3, 4, 6)]
+    assert distill.student_grid(micro("distill.trajectory.teacher_steps=12").distill, 3.0) == few_step_grid(4, 3.0)
+    for wrong in ("[2, 2, 2]", "[2, 1, 1, 1]"):
+        with pytest.raises(UsageError, match=r"strides must be 4 numbers whose sum is trajectory\.teacher_steps=6"):
+            micro("distill.trajectory.teacher_steps=6", f"distill.strides={wrong}")
+
+
 def test_compiling_wants_a_compiler_and_networks_of_their_own(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = micro("distill.compile=true")
     monkeypatch.setenv("CXX", "no-such-compiler -O3")
