@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flashgen.errors import UsageError
+
 
 def shift(u: float, k: float) -> float:
     """SD3's timestep shift (SD3 eq. 23): [0, 1] to itself; k > 1 moves nodes towards noise."""
@@ -21,3 +23,12 @@ def few_step_grid(n: int, k: float) -> list[float]:
 def teacher_grid(n: int, k: float) -> list[float]:
     """The teacher's grid: linspace(1, 1/n, n) shifted, then 0. These are the nodes of `few_step_grid`, so student grids nest in it."""
     return few_step_grid(n, k)
+
+
+def check_nested(nodes: list[float], fine: list[float]) -> None:
+    """Raises UsageError when the teacher, which steps through `fine`, would pass by one of the student's `nodes`."""
+    if missed := [f"{node:.3g}" for node in nodes if node not in fine]:
+        steps = f"distill.trajectory.teacher_steps={len(fine) - 1}"
+        raise UsageError(
+            f"{steps} of the teacher pass by the student's sigma {', '.join(missed)}; give the number that it was distilled with"
+        )

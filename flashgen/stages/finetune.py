@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.flow.grid import check_nested, teacher_grid
 from flashgen.processes import sharded
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
-from flashgen.stages.distill import replay_for
+from flashgen.stages.distill import replay_for, wants_replay
 from flashgen.stages.plan import check
 from flashgen.stages.prompts import own_prompts, prompts_key
 
@@ -34,6 +35,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         config.matching.node_weights(len(sampler.sigmas) - 1)
     except ValueError as error:
         raise UsageError(f"finetune.matching: {error}") from error
+    if wants_replay(config.matching, len(sampler.sigmas) - 1):
+        check_nested(sampler.sigmas, teacher_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))
     if not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")
     if config.lora and config.lora.base != "float32":

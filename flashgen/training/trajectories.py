@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flashgen.errors import UsageError
 from flashgen.flow.convert import move
+from flashgen.flow.grid import check_nested
 from flashgen.flow.ode import guide, second_order
 from flashgen.models.text import Conditioning
 from flashgen.objectives.trajectory import trajectory_loss
@@ -127,8 +127,7 @@ def cache_trajectories(
     steps are of second order (our choice: 16 of them show as much of a prompt as 28 of Euler's).
     Written in shards, shared out over the processes; a resumed run computes the missing ones.
     """
-    if not set(nodes) <= set(fine):
-        raise UsageError("distill.trajectory.teacher_steps must be a multiple of distill.steps, so that the grids nest")
+    check_nested(nodes, fine)
     name, what, stream = (
         ("corrections", "teacher's corrections", CORRECTION_STREAM) if student else ("trajectories", "teacher trajectories", CACHE_STREAM)
     )

@@ -352,6 +352,13 @@ def test_strides_say_which_of_the_teachers_steps_the_student_takes(chain: Chain,
             micro("distill.trajectory.teacher_steps=6", f"distill.strides={wrong}")
 
 
+def test_finetune_follows_the_teacher_through_its_students_own_sigmas(chain: Chain, tmp_path: Path) -> None:
+    adversarial = ["finetune.matching.node_adversarial=[0, 0, 0, 1]", "distill.trajectory.teacher_steps=6"]
+    with pytest.raises(UsageError, match=r"teacher_steps=6 of the teacher pass by the student's sigma 0\.9, 0\.5; give the number"):
+        finetune.run(str(chain.student.path), tmp_path / "out", micro(*adversarial), 0, False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_compiling_wants_a_compiler_and_networks_of_their_own(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = micro("distill.compile=true")
     monkeypatch.setenv("CXX", "no-such-compiler -O3")
