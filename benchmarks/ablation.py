@@ -297,6 +297,10 @@ def main() -> None:
     source, recipe = open_artifact(given.teacher, ("teacher",)), load(given.recipe)
     taught = source.manifest.sampler
     assert taught is not None
+    if recipe.distill.strides or recipe.distill.compile:
+        raise SystemExit(
+            f"{given.recipe} has distill.strides or compile, which the rows, on even grids and in small processes, would not heed"
+        )
     identity = json.dumps([source.manifest.digest, recipe.distill.model_dump(), recipe.finetune.model_dump(), given.budget, PER_TASK, FEW])
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = given.page.with_suffix(".json")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def main(out: Path) -> None:
     folder = out / "bars" / f"{teacher.manifest.digest[:12]}-{PER_TASK}-{FEW}"
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(teacher.path)
-    pipe.transformer.compile()  # three sets of pictures in 28 guided steps are most of the work
+    if load("shapes").distill.compile and shutil.which("g++"):
+        pipe.transformer.compile()  # three sets of pictures in 28 guided steps are most of the work
     ruler = Ruler(pipe, teacher.manifest.sampler, folder, PER_TASK, FEW)
     found = {"teacher": scores(teacher, ruler, folder, ruler.teacher)}
     there = [name for name in STUDENTS if (out / name / "latest").exists()]

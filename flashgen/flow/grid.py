@@ -26,9 +26,7 @@ def teacher_grid(n: int, k: float) -> list[float]:
 
 
 def check_nested(nodes: list[float], fine: list[float]) -> None:
-    """Raises UsageError when the teacher, which steps through `fine`, would pass by one of the student's `nodes`."""
+    """Raises UsageError when the teacher, which steps through `fine`, skips one of the student's `nodes`."""
     if missed := [f"{node:.3g}" for node in nodes if node not in fine]:
-        steps = f"distill.trajectory.teacher_steps={len(fine) - 1}"
-        raise UsageError(
-            f"{steps} of the teacher pass by the student's sigma {', '.join(missed)}; give the number that it was distilled with"
-        )
+        skipped = f"distill.trajectory.teacher_steps={len(fine) - 1} skips the student's sigma {', '.join(missed)}"
+        raise UsageError(f"{skipped}; --set distill.trajectory.teacher_steps=N with the N that it was distilled with")

@@ -62,7 +62,7 @@ class TrajectoryTraining(Regression):
     """Stage 1: trajectory guidance."""
 
     iterations: int = Field(1500, ge=0)
-    teacher_steps: int = Field(32, ge=2, description="must be a multiple of the student's steps, so that the grids nest")
+    teacher_steps: int = Field(32, ge=2, description="a multiple of the student's steps, or the sum of `strides`, so that the grids nest")
     prompts: int = Field(2048, ge=1, description="teacher trajectories in the cache, one prompt and noise each")
     guidance: float = Field(4.5, ge=1, description="v_u + guidance (v_c - v_u)")
 
@@ -157,13 +157,14 @@ class DistillRecipe(Model):
     matching: MatchingTraining = MatchingTraining()
 
     @model_validator(mode="after")
-    def _one_weight_or_one_a_step(self) -> DistillRecipe:
+    def _fits_together(self) -> DistillRecipe:
         self.matching.node_weights(self.steps)
         whole = self.trajectory.teacher_steps
         if self.strides and (len(self.strides) != self.steps or sum(self.strides) != whole):
-            raise ValueError(f"strides must be {self.steps} numbers whose sum is trajectory.teacher_steps={whole}, not {self.strides}")
+            wanted = f"strides must be {self.steps} numbers whose sum is trajectory.teacher_steps={whole}"
+            raise ValueError(f"{wanted}, not {self.strides}; strides=[] makes them even")
         if self.compile and self.lora:
-            raise ValueError("compile=true does not go with lora, whose roles take turns in one network")
+            raise ValueError("compile=true does not go with lora, whose roles take turns in one network; set compile=false")
         if self.correction.iterations and self.correction.prompts > self.trajectory.prompts:
             raise ValueError(f"correction.prompts={self.correction.prompts} are the first of trajectory.prompts={self.trajectory.prompts}")
         return self

@@ -38,13 +38,14 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     parent = open_teacher(teacher, out)
     check("distill", parent, recipe, out)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
+    needs_replay = config.trajectory.iterations + config.correction.iterations > 0 or wants_replay(config.matching, config.steps)
     draft = begin(
         out, kind="student", stage="distill", recipe=config.model_dump() | looks | prompts_key(recipe), seed=seed,
         parents=[parent.as_parent("teacher")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
-    if config.compile:
+    if config.compile and needs_replay:
         check_compiler("distill.compile=false")
     import torch
 
@@ -60,7 +61,6 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     assert parent.manifest.sampler is not None
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
     nodes = student_grid(config, taught.shift)
-    needs_replay = config.trajectory.iterations + config.correction.iterations > 0 or wants_replay(config.matching, config.steps)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
     for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + needs_replay]:
         prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work, own_prompts(recipe))
@@ -149,7 +149,7 @@ def cached(
     fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
     if student is not None:
         pool = pool.first(config.correction.prompts)
-    follows: Any = torch.compile(teacher) if config.compile else teacher
+    follows: Any = torch.compile(teacher, dynamic=False) if config.compile else teacher
     return cache_trajectories(follows, pool, nodes, fine, shape, config.trajectory.guidance, seed, work, student=student)
 
 

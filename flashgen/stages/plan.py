@@ -211,11 +211,12 @@ def check(stage: str, source: Artifact, recipe: Recipe, out: Path, **extra: Any)
 
 
 def check_compiler(without: str) -> None:
-    """Raises MachineError where torch.compile would miss its C++ compiler minutes later; `without` is the setting that wants none."""
-    name, *_ = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()  # torch._inductor.config.cpp.cxx
+    """Raises MachineError when torch.compile would find no C++ compiler; `without` is what `--set` turns compiling off with."""
+    name = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # as torch._inductor looks for one
     if shutil.which(name) is None:
-        missing = f"torch.compile needs a C++ compiler and there is no {name}"
-        raise MachineError(f"{missing}; install one (CXX names another), or --set {without}")
+        raise MachineError(
+            f"torch.compile needs a C++ compiler and there is no '{name}'; install one (CXX names another), or --set {without}"
+        )
 
 
 def memory_bytes() -> int | None:

@@ -21,25 +21,27 @@ def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], st
 
 
 class Muon(torch.optim.Muon):
-    """torch's, but the matrices of one shape are orthogonalised together, and in fp32.
+    """torch's with Nesterov's momentum, but the matrices of one shape are orthogonalised together, and in their own type.
 
     torch's does it one by one in bf16, which processors without bf16 emulate: there a step of the shapes world's transformer takes
-    17 to 30 times as long as this one (docs/lab-log.md).
+    17 to 30 times as long as this one (docs/lab-log.md). `nesterov` and `adjust_lr_fn` stay at their defaults.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            lr, momentum, alike = group["lr"], group["momentum"], defaultdict[torch.Size, list[nn.Parameter]](list)
+            lr, momentum, alike = group["lr"], group["momentum"], defaultdict[torch.Size, list[tuple[nn.Parameter, Tensor]]](list)
             for p in group["params"]:
-                if p.grad is not None:
-                    held = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                    held.lerp_(p.grad, 1 - momentum)
-                    alike[p.shape].append(p)
-            for (rows, columns), matrices in alike.items():
-                ahead = [p.grad.lerp(self.state[p]["momentum_buffer"], momentum) for p in matrices if p.grad is not None]  # Nesterov's
-                updates = orthogonalise(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"])
-                for p, update in zip(matrices, updates, strict=True):
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                held = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                alike[p.shape].append((p, p.grad.lerp(held, momentum)))
+            for (rows, columns), pairs in alike.items():
+                ahead = torch.stack([update for _, update in pairs])
+                updates = orthogonalise(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for (p, _), update in zip(pairs, updates, strict=True):
                     p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
 
 

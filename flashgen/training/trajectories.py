@@ -175,13 +175,14 @@ def train_on_trajectories(
     """Regress average velocities; `student` ends with the EMA weights. States are those of `replay`.
 
     The student sees the text that the teacher saw: a regression onto what its own text cannot tell would end in a blur.
+    `compiled` runs it through torch.compile, by shapes as they are: what another run has compiled before must not decide how sums go.
     """
     sigmas = torch.tensor(nodes)
     parameters = list(student.parameters())
     optimizers = named("", muon_and_adamw(student, config.muon_lr, config.lr))
     rates = {"muon": config.muon_lr, "adamw": config.lr}
     ema = Ema(student, 0.99)
-    learner: Any = torch.compile(student) if compiled else student  # the same parameters
+    learner: Any = torch.compile(student, dynamic=False) if compiled else student
 
     def step_fn(step: int) -> dict[str, float]:
         g = Draws(config.batch, seed, DRAWS[name], step)

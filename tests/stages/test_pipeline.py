@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -354,16 +354,40 @@ def test_strides_say_which_of_the_teachers_steps_the_student_takes(chain: Chain,
 
 def test_finetune_follows_the_teacher_through_its_students_own_sigmas(chain: Chain, tmp_path: Path) -> None:
     adversarial = ["finetune.matching.node_adversarial=[0, 0, 0, 1]", "distill.trajectory.teacher_steps=6"]
-    with pytest.raises(UsageError, match=r"teacher_steps=6 of the teacher pass by the student's sigma 0\.9, 0\.5; give the number"):
+    with pytest.raises(UsageError, match=r"teacher_steps=6 skips the student's sigma 0\.9, 0\.5; --set"):
         finetune.run(str(chain.student.path), tmp_path / "out", micro(*adversarial), 0, False)
     assert not (tmp_path / "out").exists()
 
 
+def test_teacher_and_student_are_compiled_for_trajectories_and_corrections(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as for a compiler, but not compiled, which takes a minute."""
+    traced: list[torch.nn.Module] = []
+
+    def trace(net: torch.nn.Module, **options: Any) -> Any:
+        traced.append(net)
+        return compile_(net, backend="eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", trace)
+    monkeypatch.setattr(distill, "check_compiler", lambda _: None)
+    more = ["distill.correction.iterations=1", "distill.correction.batch=4", "distill.correction.prompts=8"]
+    student = distill.run(str(chain.teacher.path), tmp_path, micro("distill.compile=true", *more), 0, False)
+    top, learner = traced[:2]
+    assert [id(net) for net in traced] == [id(top), id(learner)] * 2 and top is not learner
+    assert load_pipeline(student.path).transformer.state_dict().keys() == top.state_dict().keys()
+
+
 def test_compiling_wants_a_compiler_and_networks_of_their_own(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = micro("distill.compile=true")
-    monkeypatch.setenv("CXX", "no-such-compiler -O3")
-    with pytest.raises(MachineError, match=r"there is no no-such-compiler; .* --set distill\.compile=false"):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MachineError, match=r"there is no 'no-such-compiler'; .* --set distill\.compile=false"):
         distill.run(str(chain.teacher.path), tmp_path / "out", recipe, 0, False)
+    with pytest.raises(MachineError, match=r"--set distill\.compile=false"):
+        finetune.run(
+            str(chain.student.path), tmp_path / "out", micro("distill.compile=true", "finetune.matching.node_trajectory=[1]"), 0, False
+        )
     with pytest.raises(MachineError, match=r"--set teacher\.flow\.compile=false"):
         teacher.train(micro("teacher.flow.compile=true"), tmp_path / "teacher", 0, False)
     with pytest.raises(UsageError, match="compile=true does not go with lora"):

@@ -88,7 +88,7 @@ def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transforme
 def test_grids_nest_exactly_for_every_multiple_and_are_refused_otherwise(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     for steps, factor in itertools.product(range(1, 17), range(1, 9)):
         assert set(few_step_grid(steps, 3.0)) <= set(teacher_grid(steps * factor, 3.0))
-    with pytest.raises(UsageError, match=r"teacher_steps=4 of the teacher pass by the student's sigma 0\.857, 0\.6; give"):
+    with pytest.raises(UsageError, match=r"teacher_steps=4 skips the student's sigma 0\.857, 0\.6; --set"):
         cache(transformer(0), pool, tmp_path, steps=3, fine=4)
 
 
@@ -134,9 +134,9 @@ def test_compiled_training_learns_the_same_and_leaves_an_ordinary_network(
     """Traced as for a compiler, but not compiled, which takes a minute: that is torch's to test."""
     traced: list[nn.Module] = []
 
-    def trace(net: nn.Module) -> Any:
+    def trace(net: nn.Module, **options: Any) -> Any:
         traced.append(net)
-        return compile_(net, backend="eager")
+        return compile_(net, backend="eager", **options)
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", trace)
