@@ -30,7 +30,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from benchmarks.ablation_page import draw, page
-from benchmarks.scores import Meter, Ruler, gradient_variance
+from benchmarks.scores import Meter, Ruler, gradient_variance, keep
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import open_artifact
 from flashgen.flow.grid import few_step_grid
@@ -254,11 +254,6 @@ def score_teacher(task: Task) -> dict[str, Any]:
 def cache(task: Task) -> None:
     """The trajectories of the task's seed."""
     bench_of(task)
-
-
-def keep(path: Path, kept: dict[str, Any]) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def make(missing: dict[Task, list[str]], kept: dict[str, Any], path: Path, workers: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +24,7 @@ from torch import nn
 
 from benchmarks.compression_page import draw, page
 from benchmarks.peers import bitsandbytes_nf4, nncf_int4, onnxruntime_nbits
-from benchmarks.scores import TEST_SEED
+from benchmarks.scores import TEST_SEED, keep
 from flashgen.artifact.manifest import Sampler, hash_json
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.device.sampler import slices
@@ -186,8 +185,7 @@ def main() -> None:
     kept |= {table: {} for table, key in keys.items() if kept["keys"].get(table) != key} | {"keys": keys}
 
     def save() -> None:
-        path.with_suffix(".tmp").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        keep(path, kept)
 
     work = given.folder / "compression"
     weights(student, work, kept, save)

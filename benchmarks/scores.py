@@ -43,15 +43,28 @@ class Ruler:
         self.few = [request for request in prompt_set(TEST_SEED + 1, few) for _ in range(REDRAWS)]
 
     def score(self, network: nn.Module, sampler: Sampler) -> dict[str, Any]:
-        """Verdicts prompt by prompt in task order (`passed`), and `distances`."""
+        """Verdicts and distances together."""
+        return self.verdicts(network, sampler) | self.spread(network, sampler)
+
+    def verdicts(self, network: nn.Module, sampler: Sampler) -> dict[str, Any]:
+        """`passed`, prompt by prompt in task order."""
+        with self._drawing(network):
+            images = self._draw(self.requests, 0, sampler)
+        return {"passed": [int(judge(image, request).passed) for image, request in zip(images, self.requests, strict=True)]}
+
+    def spread(self, network: nn.Module, sampler: Sampler) -> dict[str, Any]:
+        """Distances of its pictures to the teacher's and to true scenes, and their diversity."""
+        with self._drawing(network):
+            features = pooled_latents(self.pipe.vae, self._draw(self.few, 10_000, sampler))
+        return self.distances(features)
+
+    @contextmanager
+    def _drawing(self, network: nn.Module) -> Iterator[None]:
         self.pipe.transformer = network
         try:
-            images = self._draw(self.requests, 0, sampler)
-            passed = [int(judge(image, request).passed) for image, request in zip(images, self.requests, strict=True)]
-            features = pooled_latents(self.pipe.vae, self._draw(self.few, 10_000, sampler))
+            yield
         finally:
             self.pipe.transformer = self.teacher
-        return {"passed": passed, **self.distances(features)}
 
     def _draw(self, requests: list[Request], first: int, sampler: Sampler) -> NDArray[np.uint8]:
         return sample(self.pipe, sampler, [r.caption() for r in requests], list(range(first, first + len(requests))), batch=60)
@@ -70,9 +83,8 @@ class Ruler:
         path = self.folder / "references.npz"
         if not path.exists():
             rng = np.random.default_rng(TEST_SEED)
-            own, self.pipe.transformer = self.pipe.transformer, self.teacher
-            taught = pooled_latents(self.pipe.vae, self._draw(self.few, 20_000, self.taught))
-            self.pipe.transformer = own
+            with self._drawing(self.teacher):
+                taught = pooled_latents(self.pipe.vae, self._draw(self.few, 20_000, self.taught))
             true = pooled_latents(self.pipe.vae, np.stack([render(realise(request, rng)) for request in self.few]))
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.npz")  # several processes may be at it
@@ -80,6 +92,13 @@ class Ruler:
             os.replace(temporary, path)
         with np.load(path) as saved:
             return saved["teacher"], saved["true"]
+
+
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """As JSON; a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    os.replace(temporary, path)
 
 
 def _distances(teacher: Features, true: Features, mine: Features) -> dict[str, float]:

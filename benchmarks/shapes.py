@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.scores import Bar, Meter, Ruler, ratio_interval, ratio_of_distances, report
+from benchmarks.scores import Bar, Meter, Ruler, keep, ratio_interval, ratio_of_distances, report
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.progress import say, warn
@@ -34,13 +34,16 @@ STUDENTS = ("student", "finetuned", "student-2", "student-8")
 
 
 def scores(artifact: Artifact, ruler: Ruler, folder: Path, network: nn.Module | None = None) -> dict[str, Any]:
-    """Scores of one artifact's transformer, kept by its digest; `network` is that one, where it is loaded already."""
-    path = folder / f"{artifact.manifest.digest.removeprefix('sha256:')[:12]}.json"
-    if not path.exists():
-        sampler = artifact.manifest.sampler
-        assert sampler is not None
-        path.write_text(json.dumps(ruler.score(network or load_pipeline(artifact.path).transformer, sampler)))
-    found: dict[str, Any] = json.loads(path.read_text())
+    """Scores of one artifact's transformer, kept by its digest part by part; `network` is that one, where it is loaded already."""
+    sampler, name = artifact.manifest.sampler, artifact.manifest.digest.removeprefix("sha256:")[:12]
+    assert sampler is not None
+    found: dict[str, Any] = {}
+    for part, measure in (("verdicts", ruler.verdicts), ("spread", ruler.spread)):
+        path = folder / f"{name}-{part}.json"
+        if not path.exists():
+            network = network or load_pipeline(artifact.path).transformer
+            keep(path, measure(network, sampler))
+        found |= json.loads(path.read_text())
     return found
 
 
