@@ -184,9 +184,7 @@ def main() -> None:
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"keys": {}}
     kept |= {table: {} for table, key in keys.items() if kept["keys"].get(table) != key} | {"keys": keys}
 
-    def save() -> None:
-        keep(path, kept)
-
+    save = partial(keep, path, kept)
     work = given.folder / "compression"
     weights(student, work, kept, save)
     encoders(student, work, kept, save)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.progress import say, warn
 from flashgen.recipe.load import load
 from flashgen.shapes.scene import TASKS
+from flashgen.stages.plan import missing_compiler
 from flashgen.training.matching import Matcher
 from flashgen.training.prompts import prompt_pool
 from flashgen.training.trajectories import Replay
 
-PER_TASK, FEW = 480, 60  # with 100 the interval of a ratio is .026 either way, with 480 .011
+PER_TASK, FEW = 480, 60  # with 100 the interval of a ratio is .026 either way, with 480 .012
 STUDENTS = ("student", "finetuned", "student-2", "student-8")
 
 
@@ -69,7 +69,7 @@ def main(out: Path) -> None:
     folder = out / "bars" / f"{teacher.manifest.digest[:12]}-{PER_TASK}-{FEW}"
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(teacher.path)
-    if load("shapes").distill.compile and shutil.which("g++"):
+    if load("shapes").distill.compile and not missing_compiler():
         pipe.transformer.compile()  # three sets of pictures in 28 guided steps are most of the work
     ruler = Ruler(pipe, teacher.manifest.sampler, folder, PER_TASK, FEW)
     found = {"teacher": scores(teacher, ruler, folder, ruler.teacher)}

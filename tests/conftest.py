@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, Draft, begin
@@ -30,6 +33,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def recipe() -> Recipe:
     tiny = Recipe(name="test", quantize=QuantizeRecipe(group=16), export=ExportRecipe(accuracy_level=0))
     return tiny.model_copy(update={"bench": tiny.bench.model_copy(update={"per_task": 1, "repeats": 2, "warmup": 1})})
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The networks that torch.compile was given. They are traced as for a compiler, but not compiled, which takes a minute and is torch's
+    to test."""
+    found, compile_ = list[nn.Module](), torch.compile
+
+    def trace(network: nn.Module, **options: Any) -> Any:
+        found.append(network)
+        return compile_(network, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    return found
 
 
 def make_pipeline_artifact(out: Path, *, kind: str, sampler: Sampler, seed: int = 0) -> Artifact:

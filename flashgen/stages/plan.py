@@ -212,11 +212,16 @@ def check(stage: str, source: Artifact, recipe: Recipe, out: Path, **extra: Any)
 
 def check_compiler(without: str) -> None:
     """Raises MachineError when torch.compile would find no C++ compiler; `without` is what `--set` turns compiling off with."""
-    name = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # as torch._inductor looks for one
-    if shutil.which(name) is None:
+    if name := missing_compiler():
         raise MachineError(
             f"torch.compile needs a C++ compiler and there is no '{name}'; install one (CXX names another), or --set {without}"
         )
+
+
+def missing_compiler() -> str | None:
+    """The C++ compiler that torch.compile would look for, where it is not there."""
+    name = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # as torch._inductor looks for one
+    return name if shutil.which(name) is None else None
 
 
 def memory_bytes() -> int | None:

@@ -28,7 +28,7 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may evaluate the loss again
         for group in self.param_groups:
             lr, momentum, alike = group["lr"], group["momentum"], defaultdict[torch.Size, list[tuple[nn.Parameter, Tensor]]](list)
             for p in group["params"]:

@@ -47,6 +47,6 @@ def test_huber_settles_where_most_samples_are() -> None:
         optimizer = torch.optim.Adam([v], lr=0.01)
         for _ in range(1500):
             optimizer.zero_grad()
-            trajectory_loss(v.expand(10, 1, 2, 2), zero, ends, one, 0 * one, huber).backward()  # type: ignore[no-untyped-call]
+            trajectory_loss(v.expand(10, 1, 2, 2), zero, ends, one, 0 * one, huber).backward()  # type: ignore[no-untyped-call]  # torch's has no types
             optimizer.step()
         assert abs(v.item() - wanted) < 0.02

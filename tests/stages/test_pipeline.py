@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -360,17 +360,8 @@ def test_finetune_follows_the_teacher_through_its_students_own_sigmas(chain: Cha
 
 
 def test_teacher_and_student_are_compiled_for_trajectories_and_corrections(
-    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: list[torch.nn.Module]
 ) -> None:
-    """Traced as for a compiler, but not compiled, which takes a minute."""
-    traced: list[torch.nn.Module] = []
-
-    def trace(net: torch.nn.Module, **options: Any) -> Any:
-        traced.append(net)
-        return compile_(net, backend="eager", **options)
-
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", trace)
     monkeypatch.setattr(distill, "check_compiler", lambda _: None)
     more = ["distill.correction.iterations=1", "distill.correction.batch=4", "distill.correction.prompts=8"]
     student = distill.run(str(chain.teacher.path), tmp_path, micro("distill.compile=true", *more), 0, False)

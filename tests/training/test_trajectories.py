@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -129,17 +128,8 @@ def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer:
 
 
 def test_compiled_training_learns_the_same_and_leaves_an_ordinary_network(
-    transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    transformer: Build, pool: PromptPool, tmp_path: Path, traced: list[nn.Module]
 ) -> None:
-    """Traced as for a compiler, but not compiled, which takes a minute: that is torch's to test."""
-    traced: list[nn.Module] = []
-
-    def trace(net: nn.Module, **options: Any) -> Any:
-        traced.append(net)
-        return compile_(net, backend="eager", **options)
-
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", trace)
     replay = Replay.along(cache(transformer(0), pool, tmp_path / "cache"), pool)
     config, learned = TrajectoryTraining(iterations=2, batch=4, lr=1e-3), []
     for compiled in (False, True):
