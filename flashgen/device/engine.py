@@ -45,6 +45,8 @@ def open_session(model: Path, threads: int | None = None) -> InferenceSession:
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
+    # x86 without VNNI adds products of int8 in 16 bits, which overflow: there weights are made unsigned on loading, slower and exact
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

@@ -198,9 +198,9 @@ def _nbits_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, 
 def _integer_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear) -> ir.Node:
     """Activations get one scale and zero point a call, weights are signed: unsigned ones take twice as long (docs/device.md)."""
     signed = np.ascontiguousarray((q.codes[:, 0].numpy().astype(np.int16) - 128).astype(np.int8).T)
-    parts = {"codes": signed, "scales": q.scales[:, 0].numpy(), "zeros": np.zeros(linear.n, np.int8)}
+    parts = {"codes": signed, "scales": q.scales[:, 0].numpy()}
     inputs: list[ir.Value | None] = [linear.x, *(_constant(graph, f"{name}.{part}", value) for part, value in parts.items())]
-    inputs += [linear.bias] if linear.bias is not None else []
+    inputs += [None, linear.bias] if linear.bias is not None else []  # input 3 are the weights' zero points, all 0
     return ir.node("DynamicQuantizeMatMul", inputs, domain=DOMAIN, name=name)
 
 
