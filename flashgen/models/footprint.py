@@ -61,6 +61,7 @@ class Forward(NamedTuple):
     width: int
     blocks: int
     adds: float
+    latent: int  # numbers of the picture in latent space
 
     @property
     def hidden(self) -> int:
@@ -71,7 +72,8 @@ def forward(source: Artifact, transformer: Tensors, size_px: int | None = None) 
     config = json.loads((source.path / "transformer" / "config.json").read_text())
     sampler = source.manifest.sampler
     assert sampler is not None
-    image = ((size_px or sampler.size_px) // 8 // int(config["patch_size"])) ** 2
+    side = (size_px or sampler.size_px) // 8
+    image = (side // int(config["patch_size"])) ** 2
     text = sampler.clip_tokens + sampler.t5_tokens
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     adds = 0.0
@@ -80,7 +82,7 @@ def forward(source: Artifact, transformer: Tensors, size_px: int | None = None) 
         adds += prod(shape) * (1 if once else text if re.search(r"context|add_", name) else image)
     dual = len(config.get("dual_attention_layers", ()))
     adds += 2 * width * (int(config["num_layers"]) * (image + text) ** 2 + dual * image**2)
-    return Forward(image + text, width, int(config["num_layers"]), adds)
+    return Forward(image + text, width, int(config["num_layers"]), adds, int(config["in_channels"]) * side**2)
 
 
 def embedding(source: Artifact, parts: dict[str, Tensors], prompts: int) -> tuple[Parts, float]:

@@ -131,6 +131,11 @@ class MatchingTraining(Model):
             found[term] = given * steps if len(given) == 1 else given
         return found
 
+    def wants_trajectories(self, steps: int) -> bool:
+        """Whether a term needs the teacher's: the adversary's real pictures, or trajectory guidance."""
+        weights = self.node_weights(steps)
+        return any(weights["adversarial"]) or any(weights["trajectory"])
+
 
 class LoraTraining(Model):
     """Teacher, student and proxy as adapters on one frozen backbone: memory for one network and two small sets of matrices."""
@@ -155,6 +160,10 @@ class DistillRecipe(Model):
     trajectory: TrajectoryTraining = TrajectoryTraining()
     correction: CorrectionTraining = CorrectionTraining()
     matching: MatchingTraining = MatchingTraining()
+
+    @property
+    def wants_trajectories(self) -> bool:
+        return self.trajectory.iterations + self.correction.iterations > 0 or self.matching.wants_trajectories(self.steps)
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillRecipe:

@@ -38,14 +38,13 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     parent = open_teacher(teacher, out)
     check("distill", parent, recipe, out)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
-    needs_replay = config.trajectory.iterations + config.correction.iterations > 0 or wants_replay(config.matching, config.steps)
     draft = begin(
         out, kind="student", stage="distill", recipe=config.model_dump() | looks | prompts_key(recipe), seed=seed,
         parents=[parent.as_parent("teacher")], force=force,
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
-    if config.compile and needs_replay:
+    if config.compile and config.wants_trajectories:
         check_compiler("distill.compile=false")
     import torch
 
@@ -62,7 +61,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
     nodes = student_grid(config, taught.shift)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
-    for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + needs_replay]:
+    for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + config.wants_trajectories]:
         prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work, own_prompts(recipe))
     del text
     pipe = load_pipeline(parent.path, getattr(torch, config.lora.base) if config.lora else torch.float32)
@@ -75,7 +74,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         student, proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True)), None
     shape = latent_shape(pipe, taught.size_px)
 
-    replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work) if needs_replay else None
+    replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work) if config.wants_trajectories else None
     if sharded():  # now: the cache wants the whole teacher, with which each process goes its own way, and a sharded one has no copy
         proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
         shard(teacher_net)
@@ -162,11 +161,6 @@ def replay_for(
     seed: int,
     work: Path,
 ) -> Replay | None:
-    """Trajectories when a term of `matching` needs them: the adversary's real pictures, or trajectory guidance."""
-    needed = wants_replay(matching, len(sampler.sigmas) - 1)
+    """Trajectories when a term of `matching` needs them."""
+    needed = matching.wants_trajectories(len(sampler.sigmas) - 1)
     return cached(pipe, teacher, sampler.sigmas, sampler, recipe, seed, work) if needed else None
-
-
-def wants_replay(matching: MatchingTraining, steps: int) -> bool:
-    weights = matching.node_weights(steps)
-    return any(weights["adversarial"]) or any(weights["trajectory"])

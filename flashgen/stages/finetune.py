@@ -12,7 +12,7 @@ from flashgen.flow.grid import check_nested, teacher_grid
 from flashgen.processes import sharded
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
-from flashgen.stages.distill import replay_for, wants_replay
+from flashgen.stages.distill import replay_for
 from flashgen.stages.plan import check, check_compiler
 from flashgen.stages.prompts import own_prompts, prompts_key
 
@@ -35,7 +35,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         config.matching.node_weights(len(sampler.sigmas) - 1)
     except ValueError as error:
         raise UsageError(f"finetune.matching: {error}") from error
-    if follows := wants_replay(config.matching, len(sampler.sigmas) - 1):
+    if follows := config.matching.wants_trajectories(len(sampler.sigmas) - 1):
         check_nested(sampler.sigmas, teacher_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))
     if not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")

@@ -76,19 +76,22 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     learning = 4 if again else 3
     forwards = rounds * (config.steps + learning * matching.proxy_updates) + matching.iterations * (learning + 3)
     prompts = matching.prompts
-    cached = 0
-    if trajectory.iterations or correction.iterations:
+    cached = states = 0  # forwards, and what is kept of them: all nodes of a trajectory, both ends of each corrected step
+    if config.wants_trajectories:
         prompts += trajectory.prompts
         cached = 2 * trajectory.teacher_steps * trajectory.prompts
+        states = (config.steps + 1) * trajectory.prompts
     if correction.iterations:
         cached += (2 * trajectory.teacher_steps + config.steps) * correction.prompts
+        states += 2 * config.steps * correction.prompts
+    train["trajectories"] = 2 * states * one.latent
     regressed = sum(part.iterations * part.batch for part in (trajectory, correction))
     work = cached + forwards * matching.batch + regressed * learning
     text, adds = embedding(source, parts, prompts)
     sampler = source.manifest.sampler
     assert sampler is not None
     row = (sampler.clip_tokens + sampler.t5_tokens) * transformer_width(source) * (2 if parts["text_encoder_2"].bytes > 1 << 30 else 4)
-    disk = prompts * row + 2 * transformer.count + 36 * learned
+    disk = prompts * row + 2 * transformer.count + 36 * learned + train["trajectories"]
     number = "bf16" if size == 2 else "fp32"
     return Plan({"embed": text, "train": train}, disk, work, {"bf16": adds, number: adds * (number == "bf16") + work * one.adds})
 
@@ -104,8 +107,13 @@ def finetune(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Pla
     steps, matching = len(source.manifest.sampler.sigmas) - 1 if source.manifest.sampler else 4, config.matching
     rounds = 2 * (matching.iterations + matching.proxy_warmup)
     forwards = (rounds * (steps + 3 * matching.proxy_updates) + 2 * matching.iterations * 6) * matching.batch
+    trajectory, cached = recipe.distill.trajectory, 0
+    if matching.wants_trajectories(steps):
+        forwards += 2 * trajectory.teacher_steps * trajectory.prompts
+        cached = 2 * (steps + 1) * trajectory.prompts * one.latent
+    train["trajectories"] = cached
     text, _ = embedding(source, parts, matching.prompts)
-    return Plan({"embed": text, "train": train}, 2 * transformer.count + 36 * learned, forwards, {"fp32": forwards * one.adds})
+    return Plan({"embed": text, "train": train}, 2 * transformer.count + 36 * learned + cached, forwards, {"fp32": forwards * one.adds})
 
 
 def restructure(source: Artifact, parts: dict[str, Tensors], recipe: Recipe, mode: str = "prune") -> Plan:

@@ -156,7 +156,7 @@ def cache_trajectories(
             kept = {"states": begun + ends} if student is None else {"starts": begun, "ends": ends}
             save_state({key: torch.stack(held, 1).half() for key, held in kept.items()}, path)
     wait_for_all()
-    shards = [torch.load(folder / f"{start:06d}.pt", weights_only=True) for start in starts]
+    shards = [torch.load(folder / f"{start:06d}.pt", weights_only=True, mmap=True) for start in starts]
     if student is None:
         return Replay.along(torch.cat([shard["states"] for shard in shards]), pool)
     return Replay(torch.cat([shard["starts"] for shard in shards]), torch.cat([shard["ends"] for shard in shards]), pool)

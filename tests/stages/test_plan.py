@@ -44,6 +44,21 @@ def test_forwards_are_those_of_the_recipe(tiny_teacher: Artifact) -> None:
     assert found.forwards == 4 + 3 * 2 + 3 + 3  # rollout, two proxy steps, the student's own, teacher twice and proxy
 
 
+def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp_path: Path) -> None:
+    wanted = load("shapes-demo", ["distill.trajectory.prompts=3", "distill.correction.iterations=1", "distill.correction.prompts=2"])
+    unwanted = load("shapes-demo", ["distill.trajectory.iterations=0"])
+    pipe, config = load_pipeline(tiny_teacher.path), wanted.distill
+    sampler = tiny_teacher.manifest.sampler
+    assert sampler is not None
+    nodes = distill.student_grid(config, sampler.shift)
+    cached = distill.cached(pipe, pipe.transformer, nodes, sampler, wanted, 0, tmp_path)
+    cached = cached.and_also(distill.cached(pipe, pipe.transformer, nodes, sampler, wanted, 0, tmp_path, student=pipe.transformer))
+    stored = sum(state.numel() for path in tmp_path.glob("*/*.pt") for state in torch.load(path).values()) * 2
+    here, without = plan.plan_of("distill", tiny_teacher, wanted), plan.plan_of("distill", tiny_teacher, unwanted)
+    assert here.memory["train"]["trajectories"] == stored and without.memory["train"]["trajectories"] == 0
+    assert here.disk > stored and len(cached) == 5
+
+
 def test_codes_are_counted_as_they_are_stored(tiny_student: Artifact) -> None:
     recipe = load("shapes-demo", ["quantize.group=16"])
     parts = tensors(tiny_student)
