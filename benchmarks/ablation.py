@@ -107,7 +107,7 @@ class Bench:
         self.work = task.work / f"steps{self.steps}-seed{self.seed}"
         self.pool: PromptPool = prompt_pool(self.pipe, recipe.distill.matching.prompts, self.seed + 1, taught.t5_tokens)
         finest = few_step_grid(task.finest, taught.shift)
-        replay = cached(self.pipe, self.teacher, finest, taught, recipe, self.seed, task.work / f"seed{self.seed}")
+        replay = cached(self.pipe, self.teacher, finest, taught, recipe, self.seed, task.work / f"seed{self.seed}-{task.finest}")
         self.replay = replay.on([finest.index(node) for node in self.nodes])
 
     @property
@@ -296,7 +296,8 @@ def main() -> None:
         raise SystemExit(
             f"{given.recipe} has distill.strides or compile, which the rows, on even grids and in small processes, would not heed"
         )
-    identity = json.dumps([source.manifest.digest, recipe.distill.model_dump(), recipe.finetune.model_dump(), given.budget, PER_TASK, FEW])
+    settings = [recipe.distill.model_dump(), recipe.finetune.model_dump(), recipe.bench.per_task, recipe.prompts_file]
+    identity = json.dumps([source.manifest.digest, settings, given.budget, PER_TASK, FEW])
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = given.page.with_suffix(".json")
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"key": key, "teacher": None, "runs": []}

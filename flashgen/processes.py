@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from flashgen.errors import UsageError
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -16,6 +18,12 @@ def rank() -> int:
 
 def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_batch(batch: int) -> None:
+    """Raises UsageError when the processes cannot share it evenly."""
+    if batch % world():
+        raise UsageError(f"a batch of {batch} cannot be shared by {world()} processes; give a multiple of {world()}")
 
 
 def sharded() -> bool:

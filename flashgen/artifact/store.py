@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
@@ -25,7 +25,7 @@ from flashgen import __version__
 from flashgen.artifact import manifest as manifests
 from flashgen.artifact.files import flip, fsync, lock, sha256, unlock, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
-from flashgen.errors import ArtifactError, MachineError, UsageError
+from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError
 from flashgen.processes import rank, wait_for_all
 from flashgen.progress import say, warn
 
@@ -223,11 +223,20 @@ class Draft:
 
 
 def begin(
-    out: str | Path, *, kind: Kind, stage: str, recipe: dict[str, Any], seed: int, parents: Sequence[Parent], force: bool = False
+    out: str | Path,
+    *,
+    kind: Kind,
+    stage: str,
+    recipe: dict[str, Any],
+    seed: int,
+    parents: Sequence[Parent],
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Draft | Artifact:
     """Start, or resume, a version of `out`. Returns the latest one, unopened work to do, when it was made of the same
     inputs, recipe and seed (unless `force`). Everything that changes the result must be in `recipe`.
 
+    `check` sees the folder of the resume state, which need not be there, before anything is made; what it raises is raised.
     Raises UsageError when `out` cannot hold an artifact and MachineError while another process writes to it.
     """
     out = Path(out)
@@ -242,6 +251,7 @@ def begin(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         return Draft(out, staging, out / ".work" / key[:16], key, {})
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     if not force and (done := _up_to_date(out, key)):
@@ -249,6 +259,14 @@ def begin(
         wait_for_all()
         return done
     staging, work = out / ".work" / "staging", out / ".work" / key[:16]
+    if check:
+        try:
+            check(work)
+        except FlashgenError:
+            unlock(out)
+            if made:
+                out.rmdir()
+            raise
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)

@@ -106,6 +106,9 @@ def embedding(source: Artifact, parts: dict[str, Tensors], prompts: int) -> tupl
     return found | {"activations": activations}, adds
 
 
-def transformer_width(source: Artifact) -> int:
-    """Of a text token."""
-    return int(json.loads((source.path / "transformer" / "config.json").read_text())["joint_attention_dim"])
+def embedded(source: Artifact, parts: dict[str, Tensors]) -> int:
+    """Bytes of disk that a prompt takes while a stage trains: its tokens, in bf16 where the encoders are large (`prompt_pool`)."""
+    config, sampler = json.loads((source.path / "transformer" / "config.json").read_text()), source.manifest.sampler
+    assert sampler is not None
+    size = 2 if parts["text_encoder_2"].bytes > 1 << 30 else 4
+    return size * (int(config["joint_attention_dim"]) * (sampler.clip_tokens + sampler.t5_tokens) + int(config["pooled_projection_dim"]))

@@ -28,7 +28,7 @@ def evaluation_sigma(point: Point, sigma: Tensor, sigma_next: Tensor, uniform: T
         return MIN_SIGMA + uniform * (MAX_SIGMA - MIN_SIGMA)
     low = sigma_next.clamp_min(MIN_SIGMA)
     if point == "interval":
-        return low + uniform * (sigma.clamp_max(MAX_SIGMA) - low)
+        return low + uniform * (sigma.clamp_max(MAX_SIGMA) - low).clamp_min(0)  # a next node may be above MAX_SIGMA
     return torch.where(sigma_next > 0, sigma_next, below(sigma, uniform))
 
 

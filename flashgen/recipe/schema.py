@@ -134,7 +134,7 @@ class MatchingTraining(Model):
     def wants_trajectories(self, steps: int) -> bool:
         """Whether a term needs the teacher's: the adversary's real pictures, or trajectory guidance."""
         weights = self.node_weights(steps)
-        return any(weights["adversarial"]) or any(weights["trajectory"])
+        return self.iterations > 0 and any(weights["adversarial"] + weights["trajectory"])
 
 
 class LoraTraining(Model):

@@ -13,7 +13,8 @@ from flashgen.errors import UsageError
 from flashgen.flow.grid import teacher_grid
 from flashgen.processes import sharded
 from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Recipe
-from flashgen.stages.plan import check, check_compiler
+from flashgen.stages.generate import check_size
+from flashgen.stages.plan import check, check_compiler, check_grids, check_training
 from flashgen.stages.prompts import own_prompts, prompts_key
 from flashgen.stages.teacher import open_teacher
 
@@ -28,19 +29,20 @@ T5_STREAM = 14
 
 def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
     config = recipe.distill
-    if not config.strides and config.trajectory.teacher_steps % config.steps:
-        given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
-        raise UsageError(f"{given}; the grids must nest")
+    check_grids(config)
     if config.matching.watch_every and not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
     if sharded():
         _check_sharded(recipe)
     parent = open_teacher(teacher, out)
-    check("distill", parent, recipe, out)
+    assert parent.manifest.sampler is not None
+    if config.size_px:
+        check_size(parent, parent.manifest.sampler, config.size_px, "distill.size_px=")
+    check_training("distill", parent, config.matching, config.trajectory, config.correction)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
     draft = begin(
         out, kind="student", stage="distill", recipe=config.model_dump() | looks | prompts_key(recipe), seed=seed,
-        parents=[parent.as_parent("teacher")], force=force,
+        parents=[parent.as_parent("teacher")], force=force, check=lambda work: check("distill", parent, recipe, work),
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
@@ -57,11 +59,11 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.training.shards import shard, whole_network
     from flashgen.training.trajectories import train_on_trajectories
 
-    assert parent.manifest.sampler is not None
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
     nodes = student_grid(config, taught.shift)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
-    for count, own_seed in [(config.matching.prompts, seed + 1), (config.trajectory.prompts, seed)][: 1 + config.wants_trajectories]:
+    wanted = [(config.matching.prompts, seed + 1, config.matching.iterations), (config.trajectory.prompts, seed, config.wants_trajectories)]
+    for count, own_seed, _ in filter(lambda pool: pool[2], wanted):
         prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work, own_prompts(recipe))
     del text
     pipe = load_pipeline(parent.path, getattr(torch, config.lora.base) if config.lora else torch.float32)
@@ -84,13 +86,15 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         replay = replay.and_also(cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work, student=student))
         train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled=config.compile)
 
-    pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work, own_prompts(recipe))
-    matcher = Matcher(
-        "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
-    )
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
-    kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
-    del matcher  # optimizers and averages: writing needs room of its own
+    kept = {}
+    if config.matching.iterations:
+        pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work, own_prompts(recipe))
+        matcher = Matcher(
+            "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
+        )
+        kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
+        del matcher  # optimizers and averages: writing needs room of its own
 
     if isinstance(student, Role):
         save_tensors(draft.path / "transformer", parent.path / "transformer", student.merged)

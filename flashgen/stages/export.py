@@ -44,9 +44,11 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     if recipe.export.size_px:
         check_size(source, sampler, recipe.export.size_px, "export.size_px=")
         sampler = sampler.model_copy(update={"size_px": recipe.export.size_px})
-    check("export", source, recipe, out)
     settings = recipe.export.model_dump() | {"target": target}
-    draft = begin(out, kind="device", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force)
+    draft = begin(
+        out, kind="device", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force,
+        check=lambda work: check("export", source, recipe, work),
+    )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
     from flashgen.export.components import components

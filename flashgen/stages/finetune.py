@@ -13,7 +13,7 @@ from flashgen.processes import sharded
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
 from flashgen.stages.distill import replay_for
-from flashgen.stages.plan import check, check_compiler
+from flashgen.stages.plan import check, check_compiler, check_training, follows_teacher
 from flashgen.stages.prompts import own_prompts, prompts_key
 
 if TYPE_CHECKING:
@@ -31,11 +31,8 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     teacher = _teacher_of(parent)
     sampler = parent.manifest.sampler
     assert sampler is not None
-    try:
-        config.matching.node_weights(len(sampler.sigmas) - 1)
-    except ValueError as error:
-        raise UsageError(f"finetune.matching: {error}") from error
-    if follows := config.matching.wants_trajectories(len(sampler.sigmas) - 1):
+    check_training("finetune", parent, config.matching)
+    if follows := follows_teacher(config.matching, parent):
         check_nested(sampler.sigmas, teacher_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))
     if not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")
@@ -43,10 +40,10 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         raise UsageError("finetune merges whole networks in float32; leave finetune.lora.base out")
     if config.lora and config.matching.proxy_coupling < 1:
         raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
-    check("finetune", parent, recipe, out)
     draft = begin(
-        out, kind="student", stage="finetune", recipe=config.model_dump() | _borrowed(recipe) | prompts_key(recipe), seed=seed,
+        out, kind="student", stage="finetune", recipe=_recipe(recipe, follows), seed=seed,
         parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,
+        check=lambda work: check("finetune", parent, recipe, work),
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
@@ -60,7 +57,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     before = verdicts(pipe, sampler, recipe.bench)
     high, low = train_branches(pipe, load_pipeline(teacher.path).transformer, sampler, recipe, seed, draft.work)
     found = {}
-    for ratio in config.merge_high:
+    for ratio in config.merge_high if high is not low else [1.0]:
         merge(pipe.transformer, high, low, ratio)
         found[ratio] = verdicts(pipe, sampler, recipe.bench)
         say(f"merged {ratio:g} high : {1 - ratio:g} low: composition {found[ratio].mean():.3f} on {len(before)} choice prompts")
@@ -102,7 +99,7 @@ def train_branches(
         longer = config.matching.model_copy(update={"iterations": config.matching.iterations * (2 if beneath else 1)})
         turns, low = [("control", high, above + beneath, longer)], high
     for number, (name, branch, own, matching) in enumerate(turns):
-        if own:  # with two steps the low branch has no node and keeps its weights
+        if own and matching.iterations:  # with two steps the low branch has no node and keeps its weights
             matcher = Matcher(
                 name, branch, teacher, pool, nodes, matching, shape, seed + 10 + number, t5_drop=t5_drop, replay=replay,
                 proxy=proxies[number], train_nodes=own, net_at=lambda sigma: high if sigma > config.split else low,
@@ -124,10 +121,12 @@ def _branches(
     return high, low, teacher, [*proxies]
 
 
-def _borrowed(recipe: Recipe) -> dict[str, object]:
-    """Fields of other sections that the result depends on."""
-    distill = recipe.distill.model_dump(include={"t5_drop", "trajectory", "compile"})
-    return distill | {"per_task": recipe.bench.per_task}
+def _recipe(recipe: Recipe, follows: bool) -> dict[str, object]:
+    """The fields that the result depends on, those of other sections too; what is only let through is none of them."""
+    own = recipe.finetune.model_dump(exclude={"allow_worse"})
+    trajectory = recipe.distill.trajectory.model_dump(include={"teacher_steps", "prompts", "guidance"})
+    borrowed: dict[str, object] = {"t5_drop": recipe.distill.t5_drop, "per_task": recipe.bench.per_task}
+    return own | borrowed | ({"trajectory": trajectory, "compile": recipe.distill.compile} if follows else {}) | prompts_key(recipe)
 
 
 def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float) -> None:

@@ -26,10 +26,12 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
             f"{source.path} scales its steps (quantize.repair), which a GGUF cannot say and its readers would not do; quantize again "
             "with --set quantize.repair=false, or export without --target gguf"
         )
-    check_disk(out, source.size_bytes())
     floor = recipe.export.psnr_floor_db
     settings = {"target": "gguf", "psnr_floor_db": floor}
-    draft = begin(out, kind="gguf", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force)
+    draft = begin(
+        out, kind="gguf", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force,
+        check=lambda _: check_disk(out, source.size_bytes()),
+    )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
     from flashgen.export.write import read_codes

@@ -6,6 +6,7 @@ sums with what was measured.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,10 +19,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flashgen.artifact.store import Artifact, check_disk
-from flashgen.errors import MachineError
-from flashgen.models.footprint import PROGRAM, Parts, Tensors, embedding, forward, tensors, transformer_width
+from flashgen.errors import MachineError, UsageError
+from flashgen.models.footprint import PROGRAM, Parts, Tensors, embedded, embedding, forward, tensors
 from flashgen.models.specs import ENCODERS
-from flashgen.recipe.schema import DistillRecipe, LoraTraining, QuantizeRecipe, Recipe
+from flashgen.processes import check_batch
+from flashgen.recipe.schema import DistillRecipe, LoraTraining, MatchingTraining, QuantizeRecipe, Recipe, Regression
 
 KEPT = 35  # tensors the size of a block's hidden states that it keeps for its backward pass
 ADAPTED = 2 * KEPT  # and with adapters, which see their inputs in fp32
@@ -56,6 +58,7 @@ def adapter_count(transformer: Tensors, lora: LoraTraining) -> int:
 
 def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
     config: DistillRecipe = recipe.distill
+    check_grids(config)
     transformer, lora = parts["transformer"], config.lora
     one, matching, trajectory, correction = (
         forward(source, transformer, config.size_px),
@@ -70,28 +73,27 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     train |= {"average": 4 * learned, "a step's temporaries": 8 * learned}  # of AdamW, over all tensors at once
     again, own = lora is not None and lora.checkpointing, ADAPTED if lora else KEPT
     kept = own + one.blocks if again else own * one.blocks
-    batch = max(matching.batch, *(part.batch for part in (trajectory, correction) if part.iterations), 0)
+    batch = max((part.batch for part in (matching, trajectory, correction) if part.iterations), default=0)
     train["activations"] = batch * one.hidden * kept * size
-    rounds = matching.iterations + matching.proxy_warmup
+    rounds = _rounds(matching)
     learning = 4 if again else 3
     forwards = rounds * (config.steps + learning * matching.proxy_updates) + matching.iterations * (learning + 3)
-    prompts = matching.prompts
+    prompts = matching.prompts if matching.iterations else 0
     cached = states = 0  # forwards, and what is kept of them: all nodes of a trajectory, both ends of each corrected step
     if config.wants_trajectories:
         prompts += trajectory.prompts
         cached = 2 * trajectory.teacher_steps * trajectory.prompts
         states = (config.steps + 1) * trajectory.prompts
+    joined = states
     if correction.iterations:
         cached += (2 * trajectory.teacher_steps + config.steps) * correction.prompts
         states += 2 * config.steps * correction.prompts
-    train["trajectories"] = 2 * states * one.latent
+        joined = states + 2 * config.steps * (trajectory.prompts + correction.prompts)  # the parts are still there then
+    train["trajectories"] = 2 * joined * one.latent
     regressed = sum(part.iterations * part.batch for part in (trajectory, correction))
     work = cached + forwards * matching.batch + regressed * learning
     text, adds = embedding(source, parts, prompts)
-    sampler = source.manifest.sampler
-    assert sampler is not None
-    row = (sampler.clip_tokens + sampler.t5_tokens) * transformer_width(source) * (2 if parts["text_encoder_2"].bytes > 1 << 30 else 4)
-    disk = prompts * row + 2 * transformer.count + 36 * learned + train["trajectories"]
+    disk = prompts * embedded(source, parts) + 2 * transformer.count + 36 * learned + 2 * states * one.latent
     number = "bf16" if size == 2 else "fp32"
     return Plan({"embed": text, "train": train}, disk, work, {"bf16": adds, number: adds * (number == "bf16") + work * one.adds})
 
@@ -105,15 +107,21 @@ def finetune(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Pla
     train |= {"networks": 4 * copies * transformer.count, "branches and proxies": 16 * learned, "gradients": 8 * learned}
     train |= {"optimizers": 16 * learned, "average": 4 * learned, "activations": config.matching.batch * one.hidden * KEPT * one.blocks * 4}
     steps, matching = len(source.manifest.sampler.sigmas) - 1 if source.manifest.sampler else 4, config.matching
-    rounds = 2 * (matching.iterations + matching.proxy_warmup)
+    rounds = 2 * _rounds(matching)
     forwards = (rounds * (steps + 3 * matching.proxy_updates) + 2 * matching.iterations * 6) * matching.batch
-    trajectory, cached = recipe.distill.trajectory, 0
-    if matching.wants_trajectories(steps):
+    trajectory, cached, prompts = recipe.distill.trajectory, 0, matching.prompts
+    if follows_teacher(matching, source):
+        prompts += trajectory.prompts
         forwards += 2 * trajectory.teacher_steps * trajectory.prompts
         cached = 2 * (steps + 1) * trajectory.prompts * one.latent
     train["trajectories"] = cached
-    text, _ = embedding(source, parts, matching.prompts)
-    return Plan({"embed": text, "train": train}, 2 * transformer.count + 36 * learned + cached, forwards, {"fp32": forwards * one.adds})
+    text, _ = embedding(source, parts, prompts)
+    disk = prompts * embedded(source, parts) + 2 * transformer.count + 36 * learned + cached
+    return Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.adds})
+
+
+def _rounds(matching: MatchingTraining) -> int:
+    return matching.iterations + matching.proxy_warmup if matching.iterations else 0
 
 
 def restructure(source: Artifact, parts: dict[str, Tensors], recipe: Recipe, mode: str = "prune") -> Plan:
@@ -127,7 +135,8 @@ def restructure(source: Artifact, parts: dict[str, Tensors], recipe: Recipe, mod
     train["activations"] = config.batch * one.hidden * KEPT * one.blocks * 4
     forwards = config.iterations * config.batch * 8
     text, _ = embedding(source, parts, config.prompts)
-    return Plan({"embed": text, "train": train}, 2 * learned, forwards, {"fp32": forwards * one.adds})
+    disk = config.prompts * embedded(source, parts) + 2 * learned
+    return Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.adds})
 
 
 def quantize(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
@@ -206,16 +215,52 @@ def plan_of(stage: str, source: Artifact, recipe: Recipe, **extra: Any) -> Plan:
     return found
 
 
-def check(stage: str, source: Artifact, recipe: Recipe, out: Path, **extra: Any) -> None:
-    """Raises MachineError, before any work, when memory or disk are too small for the plan; it names what would fit."""
+def check(stage: str, source: Artifact, recipe: Recipe, work: Path, **extra: Any) -> None:
+    """Raises MachineError, before any work, when memory or disk are too small for the plan; it names what would fit.
+
+    What an earlier run has left in `work`, the stage's folder of resume state, needs no disk again.
+    """
     plan = plan_of(stage, source, recipe, **extra)
-    check_disk(out, int(plan.disk))
+    check_disk(work.parents[1], int(plan.disk) - held(work))
     free = memory_bytes()
     if free is not None and plan.peak > free:
         phase, parts = max(plan.memory.items(), key=lambda item: sum(item[1].values()))
         most = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
         needs = f"{stage} needs {plan.peak / 2**30:.1f} GiB of memory in its phase '{phase}' (GiB: {most})"
         raise MachineError(f"{needs}, {free / 2**30:.1f} are there; {MEND[stage]}")
+
+
+def follows_teacher(matching: MatchingTraining, student: Artifact) -> bool:
+    """Whether fine-tuning `student` needs the teacher's trajectories. Raises UsageError for weights that do not fit its steps."""
+    assert student.manifest.sampler is not None
+    try:
+        return matching.wants_trajectories(len(student.manifest.sampler.sigmas) - 1)
+    except ValueError as error:
+        raise UsageError(f"finetune.matching: {error}") from error
+
+
+def check_grids(config: DistillRecipe) -> None:
+    """Raises UsageError when even strides cannot lead through the teacher's steps."""
+    if not config.strides and config.trajectory.teacher_steps % config.steps:
+        given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
+        raise UsageError(f"{given}; the grids must nest")
+
+
+def check_training(stage: str, source: Artifact, matching: MatchingTraining, *regressions: Regression) -> None:
+    """Raises UsageError, before any work, for what neither the networks nor the processes could follow."""
+    layers = int(json.loads((source.path / "transformer" / "config.json").read_text())["num_layers"])
+    if any(not 0 <= block < layers for block in matching.adversarial.blocks):
+        given = f"{stage}.matching.adversarial.blocks={matching.adversarial.blocks}"
+        raise UsageError(f"{given}: the transformer's blocks are 0 to {layers - 1}")
+    for part in (matching, *regressions):
+        if part.iterations:
+            check_batch(part.batch)
+
+
+def held(folder: Path) -> int:
+    """Bytes of disk that the files below `folder` take; some have holes, and it need not exist."""
+    states = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(getattr(state, "st_blocks", -(-state.st_size // 512)) * 512 for state in states)
 
 
 def check_compiler(without: str) -> None:

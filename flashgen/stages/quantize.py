@@ -43,10 +43,9 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if config.scheme == "nf4":
         nf4.check_installed()
     calibrated = config.method == "gptq" or config.budget or config.basis_tolerance or config.repair
-    check("quantize", parent, recipe, out)
     draft = begin(
         out, kind="quantized", stage="quantize", recipe=config.model_dump() | (prompts_key(recipe) if calibrated else {}), seed=seed,
-        parents=[parent.as_parent("student")], force=force,
+        parents=[parent.as_parent("student")], force=force, check=lambda work: check("quantize", parent, recipe, work),
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft

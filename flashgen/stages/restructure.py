@@ -33,12 +33,11 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: s
     if sampler.encoder != "full":
         raise UsageError(f"{parent.path} is restructured already (mode {sampler.encoder}); give a student with its own T5 encoder")
     config = recipe.restructure
-    check("restructure", parent, recipe, out, mode=mode)
     untrained = mode == "zeros" or (mode == "prune" and not config.iterations)  # then nothing is loaded: files are linked or left out
     draft = begin(
         out, kind="student", stage="restructure-encoder", seed=seed,
         recipe=config.model_dump(exclude={"floor"}) | {"mode": mode} | ({} if untrained else prompts_key(recipe)),
-        parents=[parent.as_parent("student")], force=force,
+        parents=[parent.as_parent("student")], force=force, check=lambda work: check("restructure", parent, recipe, work, mode=mode),
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft

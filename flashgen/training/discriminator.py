@@ -28,7 +28,7 @@ class Heads(nn.Module):
         for head, tokens in zip(self.heads, features, strict=True):
             side = round(tokens.shape[1] ** 0.5)
             image = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
-            logits.append(head(image).mean(dim=(1, 2, 3)))
+            logits.append(head(image.float()).mean(dim=(1, 2, 3)))  # the backbone may be in bf16
         return torch.stack(logits, 1)
 
     @torch.no_grad()

@@ -126,7 +126,7 @@ def descend(
     if not (math.isfinite(norm) and math.isfinite(mean.item())):
         raise NumericsError(
             f"{where}: loss {mean.item():.4g}, gradient norm {norm:.4g}; stopped before the optimizer step. "
-            "Lower the learning rate with --set ...lr=; the last good checkpoint is kept."
+            "Lower the learning rate with --set ...lr="
         )
     for optimizer in optimizers:
         optimizer.step()

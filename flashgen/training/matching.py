@@ -144,6 +144,7 @@ class Matcher:
         direction, metrics = self.direction(x0.detach(), x_eval, sigma, sigma_eval, node, cond, g, kept)
         if self.heads:
             rows = self.weights["adversarial"][node] > 0
+            judged = rows.nonzero().flatten() if rows.any() else torch.zeros(1, dtype=torch.long)  # so that every process asks the heads
             if rows.any():
                 part = (x[rows], x0.detach()[rows], sigma[rows], sigma_next[rows], sigma_eval[rows], eps[rows], cond[rows])
                 adversarial = self.adversarial_direction(*part)
@@ -158,7 +159,8 @@ class Matcher:
         norm = descend(loss, self.student.parameters(), self.optimizers, clip=1.0, where=f"{self.name} step {step}")
         self.ema.update(self.student, step - config.proxy_warmup)
         if self.heads:
-            metrics |= self.fit_heads(x_eval, sigma_eval, cond, g, step, kept)
+            share = int(rows.sum()) / len(uniform)
+            metrics |= self.fit_heads(x_eval[judged], sigma_eval[judged], cond[judged], g, step, kept[judged], share)
         return {**metrics, "direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
 
     def estimate(self, x: Tensor, node: Tensor, cond: Conditioning, uniform: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,10 +237,12 @@ class Matcher:
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient * leaf.numel()
 
-    def fit_heads(self, fake: Tensor, sigma: Tensor, cond: Conditioning, g: Draws, step: int, kept: Tensor) -> dict[str, float]:
-        """Real pictures are the teacher's cached ones, noised to the fakes' own levels."""
+    def fit_heads(
+        self, fake: Tensor, sigma: Tensor, cond: Conditioning, g: Draws, step: int, kept: Tensor, share: float
+    ) -> dict[str, float]:
+        """Real pictures are the ends of the teacher's own trajectories, noised to the fakes' own levels; fakes are `share` of the batch."""
         assert self.heads is not None and self.replay is not None
-        rows = g.randint(len(self.replay))[kept]
+        rows = g.randint(len(self.replay.pool))[kept]  # corrections, which come behind, end where the student led
         _, picture, cond_real = self.replay.at(rows, torch.full_like(rows, len(self.nodes) - 2))
         real = add_noise(picture, g.randn(*self.shape)[kept], sigma)
         features = []
@@ -248,7 +252,7 @@ class Matcher:
                 features.append(tap.read())
         logit_real, logit_fake = (self.heads(f) for f in features)
         loss = discriminator_loss(logit_real, logit_fake)
-        descend(loss, self.heads.parameters(), [self.heads_optimizer], clip=1.0, where=f"{self.name} heads step {step}")
+        descend(share * loss, self.heads.parameters(), [self.heads_optimizer], clip=1.0, where=f"{self.name} heads step {step}")
         self.heads.refresh(self.config.adversarial.refresh, self.heads_optimizer, g.whole)
         return {"heads_loss": loss.item(), "logit_real": logit_real.mean().item(), "logit_fake": logit_fake.mean().item()}
 
@@ -289,8 +293,6 @@ def train_matching(matcher: Matcher, work: Path, watch: Callable[[str, nn.Module
         return metrics
 
     fit(matcher.name, total, step_fn, matcher.state() | {"best": best}, work)
-    if not config.iterations:
-        return {}
     matcher.ema.copy_to(matcher.student)
     if not best.shadow:
         return {}

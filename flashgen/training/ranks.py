@@ -13,8 +13,7 @@ from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flashgen.errors import UsageError
-from flashgen.processes import join, rank, world
+from flashgen.processes import check_batch, join, rank, world
 from flashgen.randomness import generator
 
 
@@ -52,8 +51,7 @@ class Draws:
     """Random numbers of one training step, a function of `key` (seed, stream, step); rows = `batch` / processes."""
 
     def __init__(self, batch: int, *key: int) -> None:
-        if batch % world():
-            raise UsageError(f"a batch of {batch} cannot be shared by {world()} processes; give a multiple of {world()}")
+        check_batch(batch)
         self.batch, self.whole = batch, generator(*key)
 
     def _own(self, drawn: Tensor) -> Tensor:

@@ -77,6 +77,26 @@ def test_publish_writes_a_one_line_file_when_links_are_not_possible(tmp_path: Pa
     assert (artifact.path / "w.safetensors").stat().st_ino != source.stat().st_ino
 
 
+def test_what_a_check_raises_leaves_nothing_and_is_not_asked_when_nothing_is_to_be_done(tmp_path: Path) -> None:
+    """`check` sees the folder of the resume state, with what an earlier run left in it."""
+    seen: list[bool] = []
+
+    def refuse(work: Path) -> None:
+        seen.append((work / "cache").exists())
+        raise MachineError("too small")
+
+    with pytest.raises(MachineError, match="too small"):
+        start(tmp_path / "new", check=refuse)
+    assert seen == [False] and not (tmp_path / "new").exists()
+    draft = draft_of(tmp_path / "old")
+    (draft.work / "cache").write_text("trajectories")
+    with pytest.raises(MachineError, match="too small"):
+        start(tmp_path / "old", check=refuse)
+    assert seen == [False, True] and (draft.work / "cache").exists()
+    publish(tmp_path / "old")
+    assert isinstance(start(tmp_path / "old", check=refuse), Artifact) and len(seen) == 2
+
+
 def test_publish_accepts_numpy_metrics_and_writes_nan_as_null(tmp_path: Path) -> None:
     import numpy as np
 

@@ -108,6 +108,11 @@ def test_nothing_is_compared_at_pure_noise() -> None:
     assert evaluation_sigma("shared", top, end, most).item() == below(top, most).item() == pytest.approx(MAX_SIGMA)
 
 
+def test_an_interval_above_the_highest_level_is_a_point_at_its_end() -> None:
+    sigma, sigma_next, drawn = torch.tensor([1.0, 0.995]), torch.tensor([0.99, 0.9]), torch.tensor([0.7, 0.5])
+    assert torch.allclose(evaluation_sigma("interval", sigma, sigma_next, drawn), torch.tensor([0.99, 0.94]))
+
+
 def test_renoise_is_dmd2s_draw() -> None:
     point, drawn, x, v, sigma, _, eps = points("renoise")
     assert torch.allclose(drawn, torch.full((4,), MIN_SIGMA + 0.3 * (MAX_SIGMA - MIN_SIGMA), dtype=torch.float64))

@@ -23,6 +23,7 @@ from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
 from flashgen.stages import distill, export, finetune, quantize, report, restructure, teacher
 from flashgen.training import loop, matching
+from flashgen.training.matching import Matcher
 
 MICRO = [
     "distill.trajectory.prompts=16", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=3", "distill.trajectory.batch=4",
@@ -220,7 +221,9 @@ def test_wrong_kinds_and_modes_are_refused_before_anything_is_written(chain: Cha
     usage: list[tuple[str, Callable[[], Artifact]]] = [
         ("--mode half .*zeros, prune", lambda: restructure.run(student, out, recipe, 0, False, "half")),
         ("is restructured already", lambda: restructure.run(zeros, out, recipe, 0, False, "prune")),
-        ("no multiple of distill.steps", lambda: distill.run(top, out, micro("distill.steps=3"), 0, False)),
+        ("no multiple of distill.steps=3", lambda: distill.run(top, out, micro("distill.steps=3"), 0, False)),
+        ("multiples of 16 px", lambda: distill.run(top, out, micro("distill.size_px=72"), 0, False)),
+        ("blocks are 0 to", lambda: distill.run(top, out, micro("distill.matching.adversarial.blocks=[30]"), 0, False)),
     ]
     for message, call in usage:
         with pytest.raises(UsageError, match=message):
@@ -302,8 +305,17 @@ def test_finetune_publishes_nothing_that_is_surely_worse_unless_told(chain: Chai
     judged(monkeypatch, 0.5, 0.49)  # within the noise of a hundred prompts
     finetune.run(str(chain.student.path), tmp_path / "noise", recipe, 0, False)
     judged(monkeypatch, 0.5, 0.3)
+    monkeypatch.setattr(Matcher, "update", lambda *_: pytest.fail("the branches are trained already"))
     told = micro("finetune.merge_high=[0.5]", "finetune.allow_worse=true")
     assert finetune.run(str(chain.student.path), out, told, 0, False).manifest.metrics["choice"]["merge 0.5"] == 0.3
+
+
+def test_no_iterations_leave_stages_of_distill_out(chain: Chain, tmp_path: Path) -> None:
+    recipe = micro("distill.trajectory.iterations=0", "distill.matching.iterations=0", "distill.matching.node_trajectory=[1.0]")
+    same = distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
+    before, after = (load_file(a.path / TRANSFORMER) for a in (chain.teacher, same))
+    assert all(torch.equal(before[name].half(), after[name].half()) for name in before)
+    assert not (same.path / "stats.jsonl").exists()
 
 
 def test_the_control_spends_the_updates_of_both_branches_on_one_network(chain: Chain, tmp_path: Path) -> None:

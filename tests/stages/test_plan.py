@@ -9,7 +9,7 @@ import torch
 
 from flashgen.artifact.store import Artifact
 from flashgen.errors import MachineError
-from flashgen.models.footprint import tensors
+from flashgen.models.footprint import embedded, tensors
 from flashgen.models.sample import load_pipeline
 from flashgen.quant.layer import plain_bits
 from flashgen.quant.rounding import quantize_groups
@@ -51,12 +51,14 @@ def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp
     sampler = tiny_teacher.manifest.sampler
     assert sampler is not None
     nodes = distill.student_grid(config, sampler.shift)
-    cached = distill.cached(pipe, pipe.transformer, nodes, sampler, wanted, 0, tmp_path)
-    cached = cached.and_also(distill.cached(pipe, pipe.transformer, nodes, sampler, wanted, 0, tmp_path, student=pipe.transformer))
-    stored = sum(state.numel() for path in tmp_path.glob("*/*.pt") for state in torch.load(path).values()) * 2
-    here, without = plan.plan_of("distill", tiny_teacher, wanted), plan.plan_of("distill", tiny_teacher, unwanted)
-    assert here.memory["train"]["trajectories"] == stored and without.memory["train"]["trajectories"] == 0
-    assert here.disk > stored and len(cached) == 5
+    own = distill.cached(pipe, pipe.transformer, nodes, sampler, wanted, 0, tmp_path)
+    joined = own.and_also(distill.cached(pipe, pipe.transformer, nodes, sampler, wanted, 0, tmp_path, student=pipe.transformer))
+    stored = sum(state.nbytes for path in tmp_path.glob("*/*.pt") for state in torch.load(path).values())
+    prompts = sum(path.stat().st_size for path in tmp_path.glob("prompts-*/*")) - embedded(tiny_teacher, tensors(tiny_teacher))  # of ""
+    here, less = plan.plan_of("distill", tiny_teacher, wanted), plan.plan_of("distill", tiny_teacher, unwanted)
+    assert here.disk - less.disk == stored + prompts
+    assert here.memory["train"]["trajectories"] == stored + joined.starts.nbytes + joined.ends.nbytes
+    assert less.memory["train"]["trajectories"] == 0
 
 
 def test_codes_are_counted_as_they_are_stored(tiny_student: Artifact) -> None:

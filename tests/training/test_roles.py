@@ -14,7 +14,7 @@ from flashgen.recipe.schema import LoraTraining, MatchingTraining
 from flashgen.training.matching import Matcher, train_matching
 from flashgen.training.prompts import PromptPool
 from flashgen.training.roles import Role, interpolate, roles_on
-from flashgen.training.trajectories import velocity
+from flashgen.training.trajectories import Replay, velocity
 
 Build = Callable[[int], nn.Module]
 SHAPE = (16, 4, 4)
@@ -139,3 +139,17 @@ def test_matching_trains_the_adapters_and_leaves_the_backbone(transformer: Build
     assert len(moved) == 4 and all(moved)
     saved = torch.load(tmp_path / "m.pt", weights_only=True)["state"]
     assert all("lora_" in name for part in ("student", "proxy") for name in saved[part])
+
+
+def test_heads_judge_a_backbone_in_bf16(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    """The recipe of SD3.5-Medium in 24 GB, with the adversarial term: heads and adapters learn in fp32."""
+    teacher, student, proxy = roles_on(transformer(0).to(torch.bfloat16), LORA, "student", "proxy", seed=0)
+    before = [p.detach().clone() for p in student.parameters()]
+    cached = Replay.along(torch.randn(len(pool), 3, *SHAPE).half(), pool)
+    config = MatchingTraining(iterations=1, batch=3, node_matching=[0.0], node_augmentation=[0.0], node_adversarial=[1.0])
+    matcher = Matcher("m", student, teacher, pool, [1.0, 0.75, 0.0], config, SHAPE, 0, t5_drop=0.0, proxy=proxy, replay=cached)
+    assert matcher.heads is not None
+    heads = [p.detach().clone() for p in matcher.heads.parameters()]
+    train_matching(matcher, tmp_path)
+    assert any(not torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
+    assert any(not torch.equal(p, b) for p, b in zip(matcher.heads.parameters(), heads, strict=True))
