@@ -16,6 +16,12 @@ if sys.platform != "win32":
     import fcntl
 
 
+def disk_bytes(folder: Path) -> int:
+    """Bytes of disk that the files below `folder` take; some have holes, and it need not exist."""
+    states = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(getattr(state, "st_blocks", -(-state.st_size // 512)) * 512 for state in states)
+
+
 def walk(path: Path) -> Iterator[tuple[str, int]]:
     """(relative path, size) of every file below `path`. Raises ArtifactError for links, devices and pickled weights."""
     for folder, folders, files in os.walk(path):

@@ -23,7 +23,7 @@ from typing import Any
 
 from flashgen import __version__
 from flashgen.artifact import manifest as manifests
-from flashgen.artifact.files import flip, fsync, lock, sha256, unlock, walk
+from flashgen.artifact.files import disk_bytes, flip, fsync, lock, sha256, unlock, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError
 from flashgen.processes import rank, wait_for_all
@@ -272,6 +272,9 @@ def begin(
     staging.mkdir(parents=True)
     if work.exists():
         say(f"{stage}: resuming from {work}")
+    elif others := [path for path in work.parent.iterdir() if not path.name.startswith("staging") and any(path.iterdir())]:
+        size = sum(map(disk_bytes, others)) / 2**20
+        say(f"{work.parent} keeps {len(others)} unfinished runs with other settings, {size:.0f} MiB; remove what you will not resume")
     work.mkdir(exist_ok=True)
     wait_for_all()
     fields = {"kind": kind, "stage": stage, "recipe": recipe, "seed": seed, "parents": list(parents)}

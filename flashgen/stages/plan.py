@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from flashgen.artifact.files import disk_bytes
 from flashgen.artifact.store import Artifact, check_disk
 from flashgen.errors import MachineError, UsageError
 from flashgen.models.footprint import PROGRAM, Parts, Tensors, embedded, embedding, forward, tensors
@@ -73,7 +74,7 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     train |= {"average": 4 * learned, "a step's temporaries": 8 * learned}  # of AdamW, over all tensors at once
     again, own = lora is not None and lora.checkpointing, ADAPTED if lora else KEPT
     kept = own + one.blocks if again else own * one.blocks
-    batch = max((part.batch for part in (matching, trajectory, correction) if part.iterations), default=0)
+    batch = max([part.batch for part in (trajectory, correction) if part.iterations] + [matching.batch] * (matching.iterations > 0) + [0])
     train["activations"] = batch * one.hidden * kept * size
     rounds = _rounds(matching)
     learning = 4 if again else 3
@@ -221,7 +222,7 @@ def check(stage: str, source: Artifact, recipe: Recipe, work: Path, **extra: Any
     What an earlier run has left in `work`, the stage's folder of resume state, needs no disk again.
     """
     plan = plan_of(stage, source, recipe, **extra)
-    check_disk(work.parents[1], int(plan.disk) - held(work))
+    check_disk(work.parents[1], int(plan.disk) - disk_bytes(work))
     free = memory_bytes()
     if free is not None and plan.peak > free:
         phase, parts = max(plan.memory.items(), key=lambda item: sum(item[1].values()))
@@ -252,15 +253,8 @@ def check_training(stage: str, source: Artifact, matching: MatchingTraining, *re
     if any(not 0 <= block < layers for block in matching.adversarial.blocks):
         given = f"{stage}.matching.adversarial.blocks={matching.adversarial.blocks}"
         raise UsageError(f"{given}: the transformer's blocks are 0 to {layers - 1}")
-    for part in (matching, *regressions):
-        if part.iterations:
-            check_batch(part.batch)
-
-
-def held(folder: Path) -> int:
-    """Bytes of disk that the files below `folder` take; some have holes, and it need not exist."""
-    states = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    return sum(getattr(state, "st_blocks", -(-state.st_size // 512)) * 512 for state in states)
+    for batch in [part.batch for part in regressions if part.iterations] + [matching.batch] * (matching.iterations > 0):
+        check_batch(batch)
 
 
 def check_compiler(without: str) -> None:

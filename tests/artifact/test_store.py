@@ -457,3 +457,9 @@ def test_check_disk_raises_when_the_disk_is_too_small(tmp_path: Path) -> None:
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert files.sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_unfinished_runs_of_other_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (draft_of(tmp_path).work / "cache").write_text("trajectories")
+    draft_of(tmp_path, seed=1)
+    assert f"{tmp_path}/.work keeps 1 unfinished runs with other settings, 0 MiB" in capsys.readouterr().err

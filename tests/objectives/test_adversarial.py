@@ -30,7 +30,7 @@ def test_the_two_players_pull_a_fake_in_opposite_directions() -> None:
 def test_the_best_discriminator_of_two_gaussians_has_the_log_ratio_as_its_logit() -> None:
     """Of logits a x, that with a = 2 is log p/q of N(1, 1) and N(-1, 1): the loss falls towards it from both sides."""
     z = torch.special.ndtri((torch.arange(4001, dtype=torch.float64) + 0.5) / 4001)  # quantiles in place of samples
-    slopes = []
+    slopes: list[torch.Tensor] = []
     for a in (1.5, 2.0, 2.5):
         factor = torch.tensor(a, dtype=torch.float64, requires_grad=True)
         slopes += torch.autograd.grad(discriminator_loss(factor * (z + 1), factor * (z - 1)), factor)
