@@ -272,7 +272,7 @@ def begin(
     staging.mkdir(parents=True)
     if work.exists():
         say(f"{stage}: resuming from {work}")
-    elif others := [path for path in work.parent.iterdir() if not path.name.startswith("staging") and any(path.iterdir())]:
+    elif others := {path.parent for path in work.parent.glob("[0-9a-f]*/*")}:
         size = sum(map(disk_bytes, others)) / 2**20
         say(f"{work.parent} keeps {len(others)} unfinished runs with other settings, {size:.0f} MiB; remove what you will not resume")
     work.mkdir(exist_ok=True)

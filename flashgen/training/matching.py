@@ -120,7 +120,7 @@ class Matcher:
 
     def fit_proxy(self, rollout: Rollout, g: Draws, step: int) -> float:
         """On finished samples, on each step's estimate of x0, or on unfinished states with the unbiased interval target; at the noise
-        levels at which it will be asked (our choice)."""
+        levels of the points of all nodes that are trained, also of those without a weight (our choice)."""
         target, x0, eps = self.config.proxy_target, rollout.states[-1], g.randn(*self.shape)
         node = self.choices[g.randint(len(self.choices))]
         s, s_next, x, x_next = self.sigmas[node], self.sigmas[node + 1], rollout.at(node), rollout.at(node + 1)
