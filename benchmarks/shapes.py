@@ -24,7 +24,7 @@ from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.progress import say, warn
 from flashgen.recipe.load import load
 from flashgen.shapes.scene import TASKS
-from flashgen.stages.plan import missing_compiler
+from flashgen.stages.checks import missing_compiler
 from flashgen.training.matching import Matcher
 from flashgen.training.prompts import prompt_pool
 from flashgen.training.trajectories import Replay

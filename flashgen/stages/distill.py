@@ -13,8 +13,9 @@ from flashgen.errors import UsageError
 from flashgen.flow.grid import teacher_grid
 from flashgen.processes import sharded
 from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Recipe
+from flashgen.stages.checks import check_compiler, check_grids, check_training
 from flashgen.stages.generate import check_size
-from flashgen.stages.plan import check, check_compiler, check_grids, check_training
+from flashgen.stages.plan import check
 from flashgen.stages.prompts import own_prompts, prompts_key
 from flashgen.stages.teacher import open_teacher
 

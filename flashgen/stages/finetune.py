@@ -12,8 +12,9 @@ from flashgen.flow.grid import check_nested, teacher_grid
 from flashgen.processes import sharded
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
+from flashgen.stages.checks import check_compiler, check_training, follows_teacher
 from flashgen.stages.distill import replay_for
-from flashgen.stages.plan import check, check_compiler, check_training, follows_teacher
+from flashgen.stages.plan import check
 from flashgen.stages.prompts import own_prompts, prompts_key
 
 if TYPE_CHECKING:

@@ -6,11 +6,7 @@ sums with what was measured.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import sys
 import time
 from collections.abc import Mapping
 from math import prod
@@ -20,11 +16,11 @@ from typing import Any, NamedTuple
 
 from flashgen.artifact.files import disk_bytes
 from flashgen.artifact.store import Artifact, check_disk
-from flashgen.errors import MachineError, UsageError
+from flashgen.errors import MachineError
 from flashgen.models.footprint import PROGRAM, Parts, Tensors, embedded, embedding, forward, tensors
 from flashgen.models.specs import ENCODERS
-from flashgen.processes import check_batch
-from flashgen.recipe.schema import DistillRecipe, LoraTraining, MatchingTraining, QuantizeRecipe, Recipe, Regression
+from flashgen.recipe.schema import DistillRecipe, LoraTraining, MatchingTraining, QuantizeRecipe, Recipe
+from flashgen.stages.checks import check_grids, follows_teacher
 
 KEPT = 35  # tensors the size of a block's hidden states that it keeps for its backward pass
 ADAPTED = 2 * KEPT  # and with adapters, which see their inputs in fp32
@@ -229,46 +225,6 @@ def check(stage: str, source: Artifact, recipe: Recipe, work: Path, **extra: Any
         most = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
         needs = f"{stage} needs {plan.peak / 2**30:.1f} GiB of memory in its phase '{phase}' (GiB: {most})"
         raise MachineError(f"{needs}, {free / 2**30:.1f} are there; {MEND[stage]}")
-
-
-def follows_teacher(matching: MatchingTraining, student: Artifact) -> bool:
-    """Whether fine-tuning `student` needs the teacher's trajectories. Raises UsageError for weights that do not fit its steps."""
-    assert student.manifest.sampler is not None
-    try:
-        return matching.wants_trajectories(len(student.manifest.sampler.sigmas) - 1)
-    except ValueError as error:
-        raise UsageError(f"finetune.matching: {error}") from error
-
-
-def check_grids(config: DistillRecipe) -> None:
-    """Raises UsageError when even strides cannot lead through the teacher's steps."""
-    if not config.strides and config.trajectory.teacher_steps % config.steps:
-        given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
-        raise UsageError(f"{given}; the grids must nest")
-
-
-def check_training(stage: str, source: Artifact, matching: MatchingTraining, *regressions: Regression) -> None:
-    """Raises UsageError, before any work, for what neither the networks nor the processes could follow."""
-    layers = int(json.loads((source.path / "transformer" / "config.json").read_text())["num_layers"])
-    if any(not 0 <= block < layers for block in matching.adversarial.blocks):
-        given = f"{stage}.matching.adversarial.blocks={matching.adversarial.blocks}"
-        raise UsageError(f"{given}: the transformer's blocks are 0 to {layers - 1}")
-    for batch in [part.batch for part in regressions if part.iterations] + [matching.batch] * (matching.iterations > 0):
-        check_batch(batch)
-
-
-def check_compiler(without: str) -> None:
-    """Raises MachineError when torch.compile would find no C++ compiler; `without` is what `--set` turns compiling off with."""
-    if name := missing_compiler():
-        raise MachineError(
-            f"torch.compile needs a C++ compiler and there is no '{name}'; install one (CXX names another), or --set {without}"
-        )
-
-
-def missing_compiler() -> str | None:
-    """The C++ compiler that torch.compile would look for, where it is not there."""
-    name = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # as torch._inductor looks for one
-    return name if shutil.which(name) is None else None
 
 
 def memory_bytes() -> int | None:

@@ -14,7 +14,7 @@ from flashgen.errors import ArtifactError
 from flashgen.flow.grid import teacher_grid
 from flashgen.models.specs import SPECS, Spec, spec
 from flashgen.recipe.schema import Recipe
-from flashgen.stages.plan import check_compiler
+from flashgen.stages.checks import check_compiler
 
 TEACHER_STEPS = 28
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
