@@ -162,6 +162,13 @@ class DistillRecipe(Model):
     matching: MatchingTraining = MatchingTraining()
 
     @property
+    def batches(self) -> list[int]:
+        """Of the trainings that are not left out."""
+        parts = ((self.trajectory.iterations, self.trajectory.batch), (self.correction.iterations, self.correction.batch),
+                 (self.matching.iterations, self.matching.batch))  # fmt: skip
+        return [batch for iterations, batch in parts if iterations]
+
+    @property
     def wants_trajectories(self) -> bool:
         return self.trajectory.iterations + self.correction.iterations > 0 or self.matching.wants_trajectories(self.steps)
 

@@ -10,7 +10,7 @@ import sys
 from flashgen.artifact.store import Artifact
 from flashgen.errors import MachineError, UsageError
 from flashgen.processes import check_batch
-from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Regression
+from flashgen.recipe.schema import DistillRecipe, MatchingTraining
 
 
 def check_grids(config: DistillRecipe) -> None:
@@ -20,13 +20,13 @@ def check_grids(config: DistillRecipe) -> None:
         raise UsageError(f"{given}; the grids must nest")
 
 
-def check_training(stage: str, source: Artifact, matching: MatchingTraining, *regressions: Regression) -> None:
+def check_training(stage: str, source: Artifact, matching: MatchingTraining, batches: list[int]) -> None:
     """Raises UsageError, before any work, for what neither the networks nor the processes could follow."""
     layers = int(json.loads((source.path / "transformer" / "config.json").read_text())["num_layers"])
     if any(not 0 <= block < layers for block in matching.adversarial.blocks):
         given = f"{stage}.matching.adversarial.blocks={matching.adversarial.blocks}"
         raise UsageError(f"{given}: the transformer's blocks are 0 to {layers - 1}")
-    for batch in [part.batch for part in regressions if part.iterations] + [matching.batch] * (matching.iterations > 0):
+    for batch in batches:
         check_batch(batch)
 
 

@@ -39,7 +39,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     assert parent.manifest.sampler is not None
     if config.size_px:
         check_size(parent, parent.manifest.sampler, config.size_px, "distill.size_px=")
-    check_training("distill", parent, config.matching, config.trajectory, config.correction)
+    check_training("distill", parent, config.matching, config.batches)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
     draft = begin(
         out, kind="student", stage="distill", recipe=config.model_dump() | looks | prompts_key(recipe), seed=seed,
@@ -63,8 +63,9 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
     nodes = student_grid(config, taught.shift)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
-    wanted = [(config.matching.prompts, seed + 1, config.matching.iterations), (config.trajectory.prompts, seed, config.wants_trajectories)]
-    for count, own_seed, _ in filter(lambda pool: pool[2], wanted):
+    pools = [(config.matching.prompts, seed + 1)] if config.matching.iterations else []
+    pools += [(config.trajectory.prompts, seed)] if config.wants_trajectories else []
+    for count, own_seed in pools:
         prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work, own_prompts(recipe))
     del text
     pipe = load_pipeline(parent.path, getattr(torch, config.lora.base) if config.lora else torch.float32)

@@ -32,7 +32,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     teacher = _teacher_of(parent)
     sampler = parent.manifest.sampler
     assert sampler is not None
-    check_training("finetune", parent, config.matching)
+    check_training("finetune", parent, config.matching, [config.matching.batch] if config.matching.iterations else [])
     if follows := follows_teacher(config.matching, parent):
         check_nested(sampler.sigmas, teacher_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))
     if not recipe.bench.per_task:

@@ -70,8 +70,7 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     train |= {"average": 4 * learned, "a step's temporaries": 8 * learned}  # of AdamW, over all tensors at once
     again, own = lora is not None and lora.checkpointing, ADAPTED if lora else KEPT
     kept = own + one.blocks if again else own * one.blocks
-    batch = max([part.batch for part in (trajectory, correction) if part.iterations] + [matching.batch] * (matching.iterations > 0) + [0])
-    train["activations"] = batch * one.hidden * kept * size
+    train["activations"] = max(config.batches, default=0) * one.hidden * kept * size
     rounds = _rounds(matching)
     learning = 4 if again else 3
     forwards = rounds * (config.steps + learning * matching.proxy_updates) + matching.iterations * (learning + 3)

@@ -49,6 +49,12 @@ def fenced(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def at_least_one(weight: Tensor) -> Tensor:
+    """Rows of `weight` [B] that are not zero, or the first where there are none, so that every process asks every network."""
+    rows = weight.nonzero().flatten()
+    return rows if len(rows) else torch.zeros(1, dtype=torch.long)
+
+
 class Matcher:
     """The networks of one run and their turns.
 
@@ -144,7 +150,6 @@ class Matcher:
         direction, metrics = self.direction(x0.detach(), x_eval, sigma, sigma_eval, node, cond, g, kept)
         if self.heads:
             rows = self.weights["adversarial"][node] > 0
-            judged = rows.nonzero().flatten() if rows.any() else torch.zeros(1, dtype=torch.long)  # so that every process asks the heads
             if rows.any():
                 part = (x[rows], x0.detach()[rows], sigma[rows], sigma_next[rows], sigma_eval[rows], eps[rows], cond[rows])
                 adversarial = self.adversarial_direction(*part)
@@ -159,7 +164,7 @@ class Matcher:
         norm = descend(loss, self.student.parameters(), self.optimizers, clip=1.0, where=f"{self.name} step {step}")
         self.ema.update(self.student, step - config.proxy_warmup)
         if self.heads:
-            share = int(rows.sum()) / len(uniform)
+            judged, share = at_least_one(rows), int(rows.sum()) / len(uniform)
             metrics |= self.fit_heads(x_eval[judged], sigma_eval[judged], cond[judged], g, step, kept[judged], share)
         return {**metrics, "direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
 
@@ -173,11 +178,10 @@ class Matcher:
         return x0_from_v(x, v, sigma), x_eval, sigma_eval
 
     def _with_weight(self, node: Tensor) -> Tensor:
-        """Rows whose node has a weight beside the trajectory term's; at least one, so that every process asks every network."""
+        """Rows whose node has a weight beside the trajectory term's; at least one."""
         weight = sum(self.weights[term][node] for term in ("matching", "augmentation", "adversarial"))
         assert isinstance(weight, Tensor)
-        rows = weight.nonzero().flatten()
-        return rows if len(rows) else torch.zeros(1, dtype=torch.long)
+        return at_least_one(weight)
 
     def _set_rates(self, step: int) -> None:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
