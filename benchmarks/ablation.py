@@ -33,7 +33,7 @@ from benchmarks.ablation_page import draw, page
 from benchmarks.scores import Meter, Ruler, gradient_variance, keep
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import open_artifact
-from flashgen.flow.grid import few_step_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.progress import say
 from flashgen.recipe.load import load
@@ -98,7 +98,7 @@ class Bench:
         taught = source.manifest.sampler
         assert taught is not None
         self.taught, self.recipe, self.steps, self.seed, self.budget = taught, recipe, task.steps, task.seed, task.budget
-        self.nodes = few_step_grid(self.steps, taught.shift)
+        self.nodes = shifted_grid(self.steps, taught.shift)
         self.pipe: StableDiffusion3Pipeline = load_pipeline(source.path)
         self.teacher: nn.Module = self.pipe.transformer
         self.shape = latent_shape(self.pipe, taught.size_px)
@@ -106,7 +106,7 @@ class Bench:
         self.ruler = Ruler(self.pipe, taught, task.work, PER_TASK, FEW)
         self.work = task.work / f"steps{self.steps}-seed{self.seed}"
         self.pool: PromptPool = prompt_pool(self.pipe, recipe.distill.matching.prompts, self.seed + 1, taught.t5_tokens)
-        finest = few_step_grid(task.finest, taught.shift)
+        finest = shifted_grid(task.finest, taught.shift)
         replay = cached(self.pipe, self.teacher, finest, taught, recipe, self.seed, task.work / f"seed{self.seed}-{task.finest}")
         self.replay = replay.on([finest.index(node) for node in self.nodes])
 
@@ -306,7 +306,7 @@ def main() -> None:
     made = {(r["steps"], r["seed"], r["row"]) for r in kept["runs"]}
     missing: dict[Task, list[str]] = {}
     for steps, seed in itertools.product(given.steps, given.seeds):
-        one_branch = few_step_grid(steps, taught.shift)[-2] > recipe.finetune.split
+        one_branch = shifted_grid(steps, taught.shift)[-2] > recipe.finetune.split
         rows = [row for row in given.rows if (steps, seed, row) not in made and not (one_branch and row in EXPERTS)]
         if rows:
             missing[Task(given.teacher, given.recipe, given.budget, given.work / key, steps, max(given.steps), seed)] = rows

@@ -13,7 +13,7 @@ from torch import nn
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, Draft, begin
 from flashgen.cache import cache_path
-from flashgen.flow.grid import few_step_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.recipe.schema import ExportRecipe, QuantizeRecipe, Recipe
 
 
@@ -66,7 +66,7 @@ def make_pipeline_artifact(out: Path, *, kind: str, sampler: Sampler, seed: int 
 
 
 def tiny_sampler(**changes: object) -> Sampler:
-    plain = {"sigmas": few_step_grid(4, 3.0), "shift": 3.0, "guidance": 1.0, "encoder": "full", "clip_tokens": 16, "t5_tokens": 16}
+    plain = {"sigmas": shifted_grid(4, 3.0), "shift": 3.0, "guidance": 1.0, "encoder": "full", "clip_tokens": 16, "t5_tokens": 16}
     return Sampler.model_validate({**plain, "size_px": 64, "trained_steps": [4], **changes})
 
 
@@ -77,7 +77,7 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    sampler = tiny_sampler(sigmas=few_step_grid(3, 3.0), guidance=4.5, trained_steps=[])
+    sampler = tiny_sampler(sigmas=shifted_grid(3, 3.0), guidance=4.5, trained_steps=[])
     return make_pipeline_artifact(tmp_path_factory.mktemp("artifacts") / "teacher", kind="teacher", sampler=sampler, seed=1)
 
 

@@ -125,7 +125,7 @@ def device_for(options: Options, call: Any, parameters: Mapping[str, Any]) -> di
 
 
 def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None, **extra: Any) -> dict[str, Any]:
-    """What a run would read, write and need. Raises what the run itself would raise for broken files."""
+    """What a run would read, write and need. Raises what the run itself would, for broken files and for recipes."""
     from flashgen.artifact.store import open_artifact, versions
 
     opened = {role: open_artifact(ref) for role, ref in inputs.items() if role != "source"}  # a source is no artifact yet
@@ -137,7 +137,10 @@ def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None
     source = next(iter(opened.values()), None)
     if source is not None and recipe is not None and (source.path / "transformer" / "config.json").is_file():
         from flashgen.stages import plan as plans
+        from flashgen.stages.checks import check_distillation, check_finetuning
 
+        if refuse := {"distill": check_distillation, "finetune": check_finetuning}.get(stage):
+            refuse(source, recipe)
         found = plans.plan_of(stage, source, recipe, **extra)
         needs |= {
             "memory": {phase: {name: int(size) for name, size in parts.items()} for phase, parts in found.memory.items()},

@@ -42,11 +42,6 @@ def eps_from_v(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return x + (1 - expand(sigma, x)) * v
 
 
-def score_from_v(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """grad log p_s(x) = -eps_hat / s."""
-    return -eps_from_v(x, v, sigma) / expand(sigma, x)
-
-
 def move(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """One Euler step from `sigma` to `sigma_next` along v."""
     return x + expand(sigma_next - sigma, x) * v

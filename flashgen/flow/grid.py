@@ -15,14 +15,12 @@ def unshift(sigma: float, k: float) -> float:
     return sigma / (k - (k - 1) * sigma)
 
 
-def few_step_grid(n: int, k: float) -> list[float]:
-    """`n` evaluations at shift(1), shift((n-1)/n), ..., shift(1/n), then 0; n = 4, k = 3: 1, .9, .75, .5, 0 (our choice)."""
+def shifted_grid(n: int, k: float) -> list[float]:
+    """`n` evaluations at shift(1), shift((n-1)/n), ..., shift(1/n), then 0; n = 4, k = 3: 1, .9, .75, .5, 0 (our choice).
+
+    Of teachers and students alike, so that a grid nests in every one of a multiple of its steps.
+    """
     return [shift(i / n, k) for i in range(n, 0, -1)] + [0.0]
-
-
-def teacher_grid(n: int, k: float) -> list[float]:
-    """The teacher's grid: linspace(1, 1/n, n) shifted, then 0. These are the nodes of `few_step_grid`, so student grids nest in it."""
-    return few_step_grid(n, k)
 
 
 def check_nested(nodes: list[float], fine: list[float]) -> None:

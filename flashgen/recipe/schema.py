@@ -154,6 +154,7 @@ class DistillRecipe(Model):
     steps: int = Field(4, ge=1, le=16, description="student steps")
     size_px: int | None = Field(None, ge=16, description="of the pictures to train on; none: the teacher's")
     strides: list[Annotated[int, Field(ge=1)]] = Field([], description="teacher steps that each student step covers; none: as many each")
+    start: str | None = Field(None, description="a student whose transformer is gone on from, of any number of steps; none: the teacher's")
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
     lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three whole networks")
     compile: bool = Field(False, description="torch.compile what follows and learns trajectories; needs a C++ compiler")
@@ -181,6 +182,8 @@ class DistillRecipe(Model):
             raise ValueError(f"{wanted}, not {self.strides}; strides=[] makes them even")
         if self.compile and self.lora:
             raise ValueError("compile=true does not go with lora, whose roles take turns in one network; set compile=false")
+        if self.start and self.lora:
+            raise ValueError("lora learns adapters of the teacher's own weights; leave it or start out")
         if self.correction.iterations and self.correction.prompts > self.trajectory.prompts:
             raise ValueError(f"correction.prompts={self.correction.prompts} are the first of trajectory.prompts={self.trajectory.prompts}")
         return self

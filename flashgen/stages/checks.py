@@ -6,28 +6,101 @@ import json
 import os
 import shutil
 import sys
+from typing import Any
 
-from flashgen.artifact.store import Artifact
+from flashgen.artifact.manifest import Sampler
+from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import MachineError, UsageError
-from flashgen.processes import check_batch
-from flashgen.recipe.schema import DistillRecipe, MatchingTraining
+from flashgen.flow.grid import check_nested, shifted_grid
+from flashgen.processes import check_batch, sharded
+from flashgen.progress import warn
+from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Recipe
 
 
-def check_grids(config: DistillRecipe) -> None:
-    """Raises UsageError when even strides cannot lead through the teacher's steps."""
+def check_recipe(recipe: Recipe) -> None:
+    """Raises UsageError for what no teacher could be distilled by; before one is fetched."""
+    config = recipe.distill
     if not config.strides and config.trajectory.teacher_steps % config.steps:
         given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
         raise UsageError(f"{given}; the grids must nest")
+    if config.matching.watch_every and not recipe.bench.per_task:
+        raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
+    if sharded():
+        _check_sharded(config)
 
 
-def check_training(stage: str, source: Artifact, matching: MatchingTraining, batches: list[int]) -> None:
-    """Raises UsageError, before any work, for what neither the networks nor the processes could follow."""
+def check_distillation(teacher: Artifact, recipe: Recipe) -> Artifact | None:
+    """The student that `distill` is to start from, if any. Raises UsageError for a recipe that it could not follow to its end."""
+    check_recipe(recipe)
+    config = recipe.distill
+    start = open_artifact(config.start, ("student",)) if config.start else None
+    if start and _shape(start) != _shape(teacher):
+        raise UsageError(f"distill.start={config.start}: its transformer is not of the teacher's shape")
+    if config.size_px:
+        assert teacher.manifest.sampler is not None
+        check_size(teacher, teacher.manifest.sampler, config.size_px, "distill.size_px=")
+    _check_matching("distill", teacher, config.matching, config.batches)
+    return start
+
+
+def _shape(artifact: Artifact) -> dict[str, Any]:
+    """The transformer's config without what its writer says of itself."""
+    config = json.loads((artifact.path / "transformer" / "config.json").read_text())
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def check_finetuning(student: Artifact, recipe: Recipe) -> None:
+    """Raises UsageError for a recipe that `finetune` could not follow to its end."""
+    config, sampler = recipe.finetune, student.manifest.sampler
+    assert sampler is not None
+    if sharded():
+        raise UsageError("only distill shards networks with FSDP; launch with --multi_gpu, which shares out batches")
+    _check_matching("finetune", student, config.matching, [config.matching.batch] if config.matching.iterations else [])
+    if follows_teacher(config.matching, student):
+        check_nested(sampler.sigmas, shifted_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))
+    if not recipe.bench.per_task:
+        raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")
+    if config.lora and config.lora.base != "float32":
+        raise UsageError("finetune merges whole networks in float32; leave finetune.lora.base out")
+    if config.lora and config.matching.proxy_coupling < 1:
+        raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
+
+
+def _check_matching(stage: str, source: Artifact, matching: MatchingTraining, batches: list[int]) -> None:
+    """Raises UsageError for what neither the networks nor the processes could follow."""
     layers = int(json.loads((source.path / "transformer" / "config.json").read_text())["num_layers"])
     if any(not 0 <= block < layers for block in matching.adversarial.blocks):
         given = f"{stage}.matching.adversarial.blocks={matching.adversarial.blocks}"
         raise UsageError(f"{given}: the transformer's blocks are 0 to {layers - 1}")
     for batch in batches:
         check_batch(batch)
+
+
+def _check_sharded(config: DistillRecipe) -> None:
+    """Raises UsageError for what FSDP2 cannot do."""
+    mend = "set it, or launch with --multi_gpu, which shares out batches only"
+    wants = {
+        "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
+        "distill.compile=false": config.compile,  # the cut network has not been tried
+        "distill.correction.iterations=0": config.correction.iterations > 0,  # each process follows prompts of its own
+        "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises whole matrices
+        "distill.matching.muon_lr=0": config.matching.muon_lr > 0,
+        "distill.matching.proxy_muon_lr=0": config.matching.proxy_muon_lr > 0,
+        "distill.matching.node_adversarial=[0]": any(config.matching.node_adversarial),  # its gradient ends inside the network
+    }
+    if wrong := [setting for setting, wanted in wants.items() if wanted]:
+        raise UsageError(f"FSDP does not go without --set {' --set '.join(wrong)}; {mend}")
+
+
+def check_size(source: Artifact, sampler: Sampler, size_px: int, option: str) -> None:
+    """Raises UsageError for a size that the networks cannot draw, and warns of one that they have not learned."""
+    transformer, vae = (json.loads((source.path / part / "config.json").read_text()) for part in ("transformer", "vae"))
+    unit = transformer["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    largest = unit * transformer["pos_embed_max_size"]
+    if size_px < unit or size_px % unit or size_px > largest:
+        raise UsageError(f"{option}{size_px}: this model draws multiples of {unit} px up to {largest}; it was trained at {sampler.size_px}")
+    if size_px != sampler.size_px:
+        warn(f"trained at {sampler.size_px} px; at {size_px} px expect worse pictures")
 
 
 def follows_teacher(matching: MatchingTraining, student: Artifact) -> bool:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin
-from flashgen.errors import UsageError
-from flashgen.flow.grid import teacher_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.processes import sharded
 from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Recipe
-from flashgen.stages.checks import check_compiler, check_grids, check_training
-from flashgen.stages.generate import check_size
+from flashgen.stages.checks import check_compiler, check_distillation, check_recipe
 from flashgen.stages.plan import check
 from flashgen.stages.prompts import own_prompts, prompts_key
 from flashgen.stages.teacher import open_teacher
@@ -30,20 +28,15 @@ T5_STREAM = 14
 
 def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
     config = recipe.distill
-    check_grids(config)
-    if config.matching.watch_every and not recipe.bench.per_task:
-        raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
-    if sharded():
-        _check_sharded(recipe)
+    check_recipe(recipe)
     parent = open_teacher(teacher, out)
     assert parent.manifest.sampler is not None
-    if config.size_px:
-        check_size(parent, parent.manifest.sampler, config.size_px, "distill.size_px=")
-    check_training("distill", parent, config.matching, config.batches)
+    start = check_distillation(parent, recipe)
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
+    parents = [parent.as_parent("teacher"), *([start.as_parent("start")] if start else [])]
     draft = begin(
         out, kind="student", stage="distill", recipe=config.model_dump() | looks | prompts_key(recipe), seed=seed,
-        parents=[parent.as_parent("teacher")], force=force, check=lambda work: check("distill", parent, recipe, work),
+        parents=parents, force=force, check=lambda work: check("distill", parent, recipe, work),
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft
@@ -75,7 +68,8 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if config.lora:
         teacher_net, student, proxy = roles_on(pipe.transformer, config.lora, "student", "proxy", seed=seed)
     else:
-        student, proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True)), None
+        begun = load_pipeline(start.path).transformer if start else copy.deepcopy(teacher_net)
+        student, proxy = shard(begun.requires_grad_(True)), None
     shape = latent_shape(pipe, taught.size_px)
 
     replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work) if config.wants_trajectories else None
@@ -109,24 +103,8 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
 def student_grid(config: DistillRecipe, shift: float) -> list[float]:
     """Sigmas of the student's steps, those of the teacher's that `strides` lead to."""
     whole = config.trajectory.teacher_steps
-    fine, strides = teacher_grid(whole, shift), config.strides or [whole // config.steps] * config.steps
+    fine, strides = shifted_grid(whole, shift), config.strides or [whole // config.steps] * config.steps
     return [fine[at] for at in accumulate(strides, initial=0)]
-
-
-def _check_sharded(recipe: Recipe) -> None:
-    """Raises UsageError for what FSDP2 cannot do."""
-    config, mend = recipe.distill, "set it, or launch with --multi_gpu, which shares out batches only"
-    wants = {
-        "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
-        "distill.compile=false": config.compile,  # the cut network has not been tried
-        "distill.correction.iterations=0": config.correction.iterations > 0,  # each process follows prompts of its own
-        "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises whole matrices
-        "distill.matching.muon_lr=0": config.matching.muon_lr > 0,
-        "distill.matching.proxy_muon_lr=0": config.matching.proxy_muon_lr > 0,
-        "distill.matching.node_adversarial=[0]": any(config.matching.node_adversarial),  # its gradient ends inside the network
-    }
-    if wrong := [setting for setting, wanted in wants.items() if wanted]:
-        raise UsageError(f"FSDP does not go without --set {' --set '.join(wrong)}; {mend}")
 
 
 def cached(
@@ -151,7 +129,7 @@ def cached(
     whole = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens, work, own_prompts(recipe))
     pool = whole.dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
     shape = latent_shape(pipe, taught.size_px)
-    fine = teacher_grid(config.trajectory.teacher_steps, taught.shift)
+    fine = shifted_grid(config.trajectory.teacher_steps, taught.shift)
     if student is not None:
         pool = pool.first(config.correction.prompts)
     follows: Any = torch.compile(teacher, dynamic=False) if config.compile else teacher

@@ -13,7 +13,7 @@ from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import ExportRecipe, Recipe
-from flashgen.stages.generate import check_size
+from flashgen.stages.checks import check_size
 from flashgen.stages.plan import check
 
 if TYPE_CHECKING:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, begin, open_artifact
-from flashgen.errors import ArtifactError, NumericsError, UsageError
-from flashgen.flow.grid import check_nested, teacher_grid
-from flashgen.processes import sharded
+from flashgen.errors import ArtifactError, NumericsError
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
-from flashgen.stages.checks import check_compiler, check_training, follows_teacher
+from flashgen.stages.checks import check_compiler, check_finetuning, follows_teacher
 from flashgen.stages.distill import replay_for
 from flashgen.stages.plan import check
 from flashgen.stages.prompts import own_prompts, prompts_key
@@ -26,21 +24,12 @@ if TYPE_CHECKING:
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
     config = recipe.finetune
-    if sharded():
-        raise UsageError("only distill shards networks with FSDP; launch with --multi_gpu, which shares out batches")
     parent = open_artifact(student, ("student",))
     teacher = _teacher_of(parent)
     sampler = parent.manifest.sampler
     assert sampler is not None
-    check_training("finetune", parent, config.matching, [config.matching.batch] if config.matching.iterations else [])
-    if follows := follows_teacher(config.matching, parent):
-        check_nested(sampler.sigmas, teacher_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))
-    if not recipe.bench.per_task:
-        raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")
-    if config.lora and config.lora.base != "float32":
-        raise UsageError("finetune merges whole networks in float32; leave finetune.lora.base out")
-    if config.lora and config.matching.proxy_coupling < 1:
-        raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
+    check_finetuning(parent, recipe)
+    follows = follows_teacher(config.matching, parent)
     draft = begin(
         out, kind="student", stage="finetune", recipe=_recipe(recipe, follows), seed=seed,
         parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,

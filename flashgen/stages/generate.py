@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -17,8 +16,9 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.device.png import read_texts, sheet, texts, write_png
 from flashgen.errors import ArtifactError, MachineError, UsageError
-from flashgen.flow.grid import few_step_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.progress import say, warn
+from flashgen.stages.checks import check_size
 
 MOST_SEEDS = 10_000
 
@@ -56,7 +56,7 @@ def run(
     prompts, drawn = [p for p, _ in pairs], [s for _, s in pairs]
     sampler = check_request(source, prompts, drawn, steps, guidance, size_px, negative)
     weight = sampler.guidance if guidance is None else guidance
-    sigmas = sampler.sigmas if steps is None or steps == len(sampler.sigmas) - 1 else few_step_grid(steps, sampler.shift)
+    sigmas = sampler.sigmas if steps is None or steps == len(sampler.sigmas) - 1 else shifted_grid(steps, sampler.shift)
     options: dict[str, Any] = {"guidance": weight, "sigmas": sigmas, "negative": negative or "", "batch": batch}
     if init_image:
         options |= _start(source, init_image, strength, sigmas, size_px or sampler.size_px)
@@ -204,17 +204,6 @@ def _check_size(source: Artifact, sampler: Sampler, size_px: int | None) -> None
         mend = f"leave --size out, or export again with --set export.size_px={size_px}"
         raise UsageError(f"--size {size_px}: this export draws {sampler.size_px} px only; {mend}")
     check_size(source, sampler, size_px, "--size ")
-
-
-def check_size(source: Artifact, sampler: Sampler, size_px: int, option: str) -> None:
-    """Raises UsageError for a size that the networks cannot draw, and warns of one that they have not learned."""
-    transformer, vae = (json.loads((source.path / part / "config.json").read_text()) for part in ("transformer", "vae"))
-    unit = transformer["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    largest = unit * transformer["pos_embed_max_size"]
-    if size_px < unit or size_px % unit or size_px > largest:
-        raise UsageError(f"{option}{size_px}: this model draws multiples of {unit} px up to {largest}; it was trained at {sampler.size_px}")
-    if size_px != sampler.size_px:
-        warn(f"trained at {sampler.size_px} px; at {size_px} px expect worse pictures")
 
 
 def _outputs(out: Path, count: int, beside: list[Path]) -> list[Path]:

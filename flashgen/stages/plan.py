@@ -20,7 +20,7 @@ from flashgen.errors import MachineError
 from flashgen.models.footprint import PROGRAM, Parts, Tensors, embedded, embedding, forward, tensors
 from flashgen.models.specs import ENCODERS
 from flashgen.recipe.schema import DistillRecipe, LoraTraining, MatchingTraining, QuantizeRecipe, Recipe
-from flashgen.stages.checks import check_grids, follows_teacher
+from flashgen.stages.checks import follows_teacher
 
 KEPT = 35  # tensors the size of a block's hidden states that it keeps for its backward pass
 ADAPTED = 2 * KEPT  # and with adapters, which see their inputs in fp32
@@ -55,7 +55,6 @@ def adapter_count(transformer: Tensors, lora: LoraTraining) -> int:
 
 def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
     config: DistillRecipe = recipe.distill
-    check_grids(config)
     transformer, lora = parts["transformer"], config.lora
     one, matching, trajectory, correction = (
         forward(source, transformer, config.size_px),

@@ -11,7 +11,7 @@ from pathlib import Path
 from flashgen.artifact.manifest import Parent, Sampler
 from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
 from flashgen.errors import ArtifactError
-from flashgen.flow.grid import teacher_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.models.specs import SPECS, Spec, spec
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.checks import check_compiler
@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
 def _sampler(clip_tokens: int, t5_tokens: int, size_px: int, guidance: float, shift: float) -> Sampler:
     return Sampler(
-        sigmas=teacher_grid(TEACHER_STEPS, shift),
+        sigmas=shifted_grid(TEACHER_STEPS, shift),
         shift=shift,
         guidance=guidance,
         encoder="full",

@@ -6,19 +6,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from flashgen.flow.grid import few_step_grid, shift, teacher_grid, unshift
+from flashgen.flow.grid import shift, shifted_grid, unshift
 from flashgen.flow.ode import euler, guide, second_order
 
 
-def test_few_step_grid_is_the_one_of_method_1_2() -> None:
-    assert few_step_grid(4, 3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
-    assert few_step_grid(2, 3.0) == pytest.approx([1.0, 0.75, 0.0])
+def test_shifted_grid_is_the_one_of_method_1_2() -> None:
+    assert shifted_grid(4, 3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    assert shifted_grid(2, 3.0) == pytest.approx([1.0, 0.75, 0.0])
 
 
-def test_teacher_grid_contains_the_students_nodes_when_its_steps_are_a_multiple() -> None:
-    fine = teacher_grid(28, 3.0)
+def test_shifted_grid_contains_the_students_nodes_when_its_steps_are_a_multiple() -> None:
+    fine = shifted_grid(28, 3.0)
     assert len(fine) == 29 and fine[-1] == 0
-    assert [fine[i] for i in range(0, 29, 7)] == pytest.approx(few_step_grid(4, 3.0))
+    assert [fine[i] for i in range(0, 29, 7)] == pytest.approx(shifted_grid(4, 3.0))
 
 
 def test_unshift_undoes_shift() -> None:
@@ -45,7 +45,7 @@ def test_a_second_order_step_costs_nothing_and_its_error_falls_by_four(second: b
 
     def error(steps: int) -> float:
         x, before = 1.0, None
-        for s, s_next in pairwise(teacher_grid(steps, 3.0)):
+        for s, s_next in pairwise(shifted_grid(steps, 3.0)):
             moved = second_order(x, s_next - s, before) if second else x
             before, x = (x, s_next - s), x + (s_next - s) * moved
         return abs(x - math.exp(-1))

@@ -14,7 +14,7 @@ from flashgen.device.noise import latents
 from flashgen.device.png import sheet
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, MachineError, UsageError
-from flashgen.flow.grid import few_step_grid, unshift
+from flashgen.flow.grid import shifted_grid, unshift
 from flashgen.models.sample import encode_image, load_pipeline, sample, sample_latents
 from flashgen.recipe.schema import ExportRecipe, Recipe
 from flashgen.stages import export, generate
@@ -182,7 +182,7 @@ def test_a_prompt_file_has_a_prompt_a_line(tmp_path: Path) -> None:
 def test_teacher_draws_in_any_number_of_steps(tiny_teacher: Artifact, tmp_path: Path) -> None:
     generate.run(str(tiny_teacher.path), [PROMPTS[0]], tmp_path / "a.png", seed=1, steps=2)
     with Image.open(tmp_path / "a.png") as image:
-        assert image.info["sigmas"] == str([round(s, 9) for s in few_step_grid(2, 3.0)])
+        assert image.info["sigmas"] == str([round(s, 9) for s in shifted_grid(2, 3.0)])
         assert image.info["guidance"] == "4.5"
 
 

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashgen.artifact.store import Artifact, open_artifact, versions
+from flashgen.cli.run import plan
 from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
-from flashgen.flow.grid import few_step_grid, teacher_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.models.sample import load_pipeline
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
-from flashgen.stages import distill, export, finetune, quantize, report, restructure, teacher
+from flashgen.stages import checks, distill, export, finetune, quantize, report, restructure, teacher
 from flashgen.training import loop, matching
 from flashgen.training.matching import Matcher
 
@@ -96,9 +97,9 @@ def test_every_stage_states_how_to_sample_it(chain: Chain) -> None:
     for name, sampler in samplers.items():
         assert sampler is not None and sampler.prediction == "velocity" and sampler.shift == 3.0 and sampler.size_px == 64
         if name == "teacher":
-            assert sampler.sigmas == teacher_grid(28, 3.0) and sampler.guidance == 4.5 and sampler.trained_steps == []
+            assert sampler.sigmas == shifted_grid(28, 3.0) and sampler.guidance == 4.5 and sampler.trained_steps == []
         else:
-            assert sampler.sigmas == few_step_grid(4, 3.0) and sampler.guidance == 1.0 and sampler.trained_steps == [4]
+            assert sampler.sigmas == shifted_grid(4, 3.0) and sampler.guidance == 1.0 and sampler.trained_steps == [4]
     text = {name: (s.encoder, s.clip_tokens, s.t5_tokens) for name, s in samplers.items() if s}
     assert text["teacher"] == text["student"] == text["finetuned"] == ("full", 16, 16)
     assert text["zeros"] == ("zeros", 16, 16) and text["prune"] == text["int4"] == ("prune", 16, 0)
@@ -221,14 +222,36 @@ def test_wrong_kinds_and_modes_are_refused_before_anything_is_written(chain: Cha
     usage: list[tuple[str, Callable[[], Artifact]]] = [
         ("--mode half .*zeros, prune", lambda: restructure.run(student, out, recipe, 0, False, "half")),
         ("is restructured already", lambda: restructure.run(zeros, out, recipe, 0, False, "prune")),
-        ("no multiple of distill.steps=3", lambda: distill.run(top, out, micro("distill.steps=3"), 0, False)),
-        ("multiples of 16 px", lambda: distill.run(top, out, micro("distill.size_px=72"), 0, False)),
-        ("blocks are 0 to", lambda: distill.run(top, out, micro("distill.matching.adversarial.blocks=[30]"), 0, False)),
     ]
     for message, call in usage:
         with pytest.raises(UsageError, match=message):
             call()
+    unfit = [
+        ("no multiple of distill.steps=3", "distill.steps=3"),
+        ("multiples of 16 px", "distill.size_px=72"),
+        ("blocks are 0 to", "distill.matching.adversarial.blocks=[30]"),
+        ("nothing to look at", "bench.per_task=0"),
+    ]
+    for message, setting in unfit:
+        with pytest.raises(UsageError, match=message):
+            distill.run(top, out, micro("distill.matching.watch_every=1", setting), 0, False)
+        with pytest.raises(UsageError, match=message):
+            plan("distill", {"teacher": top}, out, micro("distill.matching.watch_every=1", setting))
     assert not out.exists()
+
+
+def test_distill_goes_on_from_another_student(chain: Chain, tmp_path: Path) -> None:
+    start, nothing = f"distill.start={chain.student.path}", ("distill.trajectory.iterations=0", "distill.matching.iterations=0")
+    begun = distill.run(str(chain.teacher.path), tmp_path / "two", micro(start, "distill.steps=2", *nothing), 0, False)
+    assert begun.manifest.sampler is not None and begun.manifest.sampler.sigmas == shifted_grid(2, 3.0)
+    assert {p.role: p.digest for p in begun.manifest.parents}["start"] == chain.student.manifest.digest
+    student, teacher_, now = (load_file(a.path / TRANSFORMER) for a in (chain.student, chain.teacher, begun))
+    assert all(torch.equal(now[name], student[name]) for name in student)
+    assert not all(torch.equal(now[name], teacher_[name]) for name in student)
+    with pytest.raises(UsageError, match="not of the teacher's shape"):
+        distill.run("shapes", tmp_path / "other", micro(start), 0, False)
+    with pytest.raises(UsageError, match="adapters of the teacher's own weights"):
+        micro(start, "distill.lora.rank=2")
 
 
 def test_finetune_refuses_a_teacher_that_is_not_the_students(chain: Chain, tmp_path: Path) -> None:
@@ -263,6 +286,8 @@ def test_finetune_with_adapters_publishes_a_dense_student_and_resumes(chain: Cha
 def test_finetune_refuses_impossible_recipes_before_any_work(change: str, told: str, chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=told):
         finetune.run(str(chain.student.path), tmp_path, micro(change, "finetune.lora.rank=2"), 0, False)
+    with pytest.raises(UsageError, match=told):
+        plan("finetune", {"student": str(chain.student.path)}, tmp_path, micro(change, "finetune.lora.rank=2"))
     assert not any(tmp_path.iterdir())
 
 
@@ -348,7 +373,7 @@ def test_corrections_change_the_student_and_a_sharded_run_refuses_them(
     assert phases == ["trajectory", "correction", "matching"]
     with pytest.raises(UsageError, match=r"correction\.prompts=17 are the first of trajectory\.prompts=16"):
         micro("distill.correction.iterations=2", "distill.correction.prompts=17")
-    monkeypatch.setattr(distill, "sharded", lambda: True)
+    monkeypatch.setattr(checks, "sharded", lambda: True)
     with pytest.raises(UsageError, match=r"distill\.correction\.iterations=0"):
         distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
 
@@ -356,9 +381,9 @@ def test_corrections_change_the_student_and_a_sharded_run_refuses_them(
 def test_strides_say_which_of_the_teachers_steps_the_student_takes(chain: Chain, tmp_path: Path) -> None:
     recipe = micro("distill.trajectory.teacher_steps=6", "distill.strides=[2, 1, 1, 2]")
     student = distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
-    fine = teacher_grid(6, 3.0)
+    fine = shifted_grid(6, 3.0)
     assert student.manifest.sampler is not None and student.manifest.sampler.sigmas == [fine[at] for at in (0, 2, 3, 4, 6)]
-    assert distill.student_grid(micro("distill.trajectory.teacher_steps=12").distill, 3.0) == few_step_grid(4, 3.0)
+    assert distill.student_grid(micro("distill.trajectory.teacher_steps=12").distill, 3.0) == shifted_grid(4, 3.0)
     for wrong in ("[2, 2, 2]", "[2, 1, 1, 1]"):
         with pytest.raises(UsageError, match=r"strides must be 4 numbers whose sum is trajectory\.teacher_steps=6"):
             micro("distill.trajectory.teacher_steps=6", f"distill.strides={wrong}")
@@ -395,7 +420,7 @@ def test_compiling_wants_a_compiler_and_networks_of_their_own(chain: Chain, tmp_
         teacher.train(micro("teacher.flow.compile=true"), tmp_path / "teacher", 0, False)
     with pytest.raises(UsageError, match="compile=true does not go with lora"):
         micro("distill.compile=true", "distill.lora.rank=4")
-    monkeypatch.setattr(distill, "sharded", lambda: True)
+    monkeypatch.setattr(checks, "sharded", lambda: True)
     with pytest.raises(UsageError, match=r"distill\.compile=false"):
         distill.run(str(chain.teacher.path), tmp_path / "out", recipe, 0, False)
 

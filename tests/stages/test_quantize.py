@@ -20,7 +20,7 @@ from flashgen.artifact.store import Artifact, versions
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.export.write import put_factors, read_codes
-from flashgen.flow.grid import few_step_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.models.sample import load_pipeline, sample
 from flashgen.recipe.schema import Recipe
 from flashgen.stages import export, quantize
@@ -209,7 +209,7 @@ def test_repair_is_kept_when_it_helps_and_reaches_the_device(tiny_student: Artif
     with_scales, without = sample(pipe, sampler, prompt, [1]), sample(pipe, plain, prompt, [1])
     runtime = DevicePipeline(device)
     assert np.abs(runtime.sample(prompt, [1]).astype(int) - with_scales).max() <= 1 < np.abs(with_scales.astype(int) - without).max()
-    finer = few_step_grid(8, 3.0)  # scales belong to their own grid
+    finer = shifted_grid(8, 3.0)  # scales belong to their own grid
     assert np.array_equal(sample(pipe, sampler, prompt, [1], sigmas=finer), sample(pipe, plain, prompt, [1], sigmas=finer))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from flashgen.flow.grid import few_step_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.models.build import t5_config
 from flashgen.models.specs import SPECS
 from flashgen.models.text import Conditioning
@@ -30,7 +30,7 @@ from flashgen.training.recovery import (
 )
 from flashgen.training.trajectories import velocity
 
-SHAPE, NODES = (16, 4, 4), few_step_grid(2, 3.0)
+SHAPE, NODES = (16, 4, 4), shifted_grid(2, 3.0)
 Build = Callable[[int], nn.Module]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashgen.errors import UsageError
-from flashgen.flow.grid import few_step_grid, teacher_grid
+from flashgen.flow.grid import shifted_grid
 from flashgen.flow.ode import guide
 from flashgen.randomness import generator
 from flashgen.recipe.schema import TrajectoryTraining
@@ -56,7 +56,7 @@ def test_guided_velocity_is_two_forwards_in_one(transformer: Build, pool: Prompt
 def cached(
     net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0, student: nn.Module | None = None
 ) -> Replay:
-    nodes, grid = few_step_grid(steps, 3.0), teacher_grid(fine, 3.0)
+    nodes, grid = shifted_grid(steps, 3.0), shifted_grid(fine, 3.0)
     return cache_trajectories(net, pool, nodes, grid, SHAPE, 2.0, seed, work, student=student)
 
 
@@ -68,7 +68,7 @@ def cache(net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine:
 
 
 def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
-    net, fine = transformer(0), teacher_grid(4, 3.0)
+    net, fine = transformer(0), shifted_grid(4, 3.0)
     states = cache(net, pool, tmp_path)
     x = torch.randn((8, *SHAPE), generator=generator(0, CACHE_STREAM, 0))
     visited = {1.0: x}
@@ -79,14 +79,14 @@ def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transforme
             ahead = v + step / last[1] * (v - last[0]) / 2 if last else v
             x, last = x + step * ahead, (v, step)
             visited[s_next] = x
-    expected = torch.stack([visited[s] for s in few_step_grid(2, 3.0)], 1)
+    expected = torch.stack([visited[s] for s in shifted_grid(2, 3.0)], 1)
     assert states.shape == (8, 3, *SHAPE) and states.dtype == torch.float16
     assert torch.allclose(states.float(), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_grids_nest_exactly_for_every_multiple_and_are_refused_otherwise(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     for steps, factor in itertools.product(range(1, 17), range(1, 9)):
-        assert set(few_step_grid(steps, 3.0)) <= set(teacher_grid(steps * factor, 3.0))
+        assert set(shifted_grid(steps, 3.0)) <= set(shifted_grid(steps * factor, 3.0))
     with pytest.raises(UsageError, match=r"teacher_steps=4 skips the student's sigma 0\.857, 0\.6; --set"):
         cache(transformer(0), pool, tmp_path, steps=3, fine=4)
 
@@ -112,7 +112,7 @@ def test_cache_computes_missing_shards_only_and_the_same_again(
 def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     teacher = transformer(0)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    nodes, before = few_step_grid(2, 3.0), weights(teacher)
+    nodes, before = shifted_grid(2, 3.0), weights(teacher)
     states = cache(teacher, pool, tmp_path)
     config = TrajectoryTraining(iterations=30, batch=8, lr=3e-3)
 
@@ -134,7 +134,7 @@ def test_compiled_training_learns_the_same_and_leaves_an_ordinary_network(
     config, learned = TrajectoryTraining(iterations=2, batch=4, lr=1e-3), []
     for compiled in (False, True):
         student = transformer(0).requires_grad_(True)
-        train_on_trajectories(student, replay, few_step_grid(2, 3.0), config, 0, tmp_path / str(compiled), compiled=compiled)
+        train_on_trajectories(student, replay, shifted_grid(2, 3.0), config, 0, tmp_path / str(compiled), compiled=compiled)
         learned.append(dict(student.state_dict()))
     eager, fused = learned
     assert len(traced) == 1 and traced[0] is student
@@ -146,7 +146,7 @@ def test_corrections_start_where_the_student_stands_and_end_where_the_teacher_go
     transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trajectories, "SHARD", 8)  # all prompts
-    teacher, student, nodes, fine = transformer(0), transformer(1), few_step_grid(2, 3.0), teacher_grid(4, 3.0)
+    teacher, student, nodes, fine = transformer(0), transformer(1), shifted_grid(2, 3.0), shifted_grid(4, 3.0)
     replay = cached(teacher, pool, tmp_path, student=student)
     noise = torch.randn((8, *SHAPE), generator=generator(0, CORRECTION_STREAM, 0))
     with torch.no_grad():
