@@ -49,14 +49,14 @@ def _shape(artifact: Artifact) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def check_finetuning(student: Artifact, recipe: Recipe) -> None:
-    """Raises UsageError for a recipe that `finetune` could not follow to its end."""
+def check_finetuning(student: Artifact, recipe: Recipe) -> bool:
+    """Whether `finetune` follows the teacher's trajectories. Raises UsageError for a recipe that it could not follow to its end."""
     config, sampler = recipe.finetune, student.manifest.sampler
     assert sampler is not None
     if sharded():
         raise UsageError("only distill shards networks with FSDP; launch with --multi_gpu, which shares out batches")
     _check_matching("finetune", student, config.matching, [config.matching.batch] if config.matching.iterations else [])
-    if follows_teacher(config.matching, student):
+    if follows := follows_teacher(config.matching, student):
         check_nested(sampler.sigmas, shifted_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))
     if not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves finetune nothing to choose its merge by; set it to 1 or more")
@@ -64,6 +64,7 @@ def check_finetuning(student: Artifact, recipe: Recipe) -> None:
         raise UsageError("finetune merges whole networks in float32; leave finetune.lora.base out")
     if config.lora and config.matching.proxy_coupling < 1:
         raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
+    return follows
 
 
 def _check_matching(stage: str, source: Artifact, matching: MatchingTraining, batches: list[int]) -> None:

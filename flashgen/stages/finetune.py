@@ -10,7 +10,7 @@ from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, NumericsError
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
-from flashgen.stages.checks import check_compiler, check_finetuning, follows_teacher
+from flashgen.stages.checks import check_compiler, check_finetuning
 from flashgen.stages.distill import replay_for
 from flashgen.stages.plan import check
 from flashgen.stages.prompts import own_prompts, prompts_key
@@ -28,8 +28,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     teacher = _teacher_of(parent)
     sampler = parent.manifest.sampler
     assert sampler is not None
-    check_finetuning(parent, recipe)
-    follows = follows_teacher(config.matching, parent)
+    follows = check_finetuning(parent, recipe)
     draft = begin(
         out, kind="student", stage="finetune", recipe=_recipe(recipe, follows), seed=seed,
         parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,
