@@ -49,12 +49,16 @@ def _shape(artifact: Artifact) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
+def check_unsharded() -> None:
+    """Raises UsageError under an FSDP launch, which distill alone follows."""
+    if sharded():
+        raise UsageError("only distill shards networks with FSDP; launch with --multi_gpu, which shares out batches")
+
+
 def check_finetuning(student: Artifact, recipe: Recipe) -> bool:
     """Whether `finetune` follows the teacher's trajectories. Raises UsageError for a recipe that it could not follow to its end."""
     config, sampler = recipe.finetune, student.manifest.sampler
     assert sampler is not None
-    if sharded():
-        raise UsageError("only distill shards networks with FSDP; launch with --multi_gpu, which shares out batches")
     _check_matching("finetune", student, config.matching, [config.matching.batch] if config.matching.iterations else [])
     if follows := follows_teacher(config.matching, student):
         check_nested(sampler.sigmas, shifted_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))

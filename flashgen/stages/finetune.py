@@ -10,7 +10,7 @@ from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import ArtifactError, NumericsError
 from flashgen.progress import say
 from flashgen.recipe.schema import LoraTraining, Recipe
-from flashgen.stages.checks import check_compiler, check_finetuning
+from flashgen.stages.checks import check_compiler, check_finetuning, check_unsharded
 from flashgen.stages.distill import replay_for
 from flashgen.stages.plan import check
 from flashgen.stages.prompts import own_prompts, prompts_key
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
     config = recipe.finetune
+    check_unsharded()
     parent = open_artifact(student, ("student",))
     teacher = _teacher_of(parent)
     sampler = parent.manifest.sampler
