@@ -38,7 +38,7 @@ from flashgen.models.sample import latent_shape, load_pipeline
 from flashgen.progress import say
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import MatchingTraining
-from flashgen.stages.distill import cached
+from flashgen.stages.distill import cached, guided
 from flashgen.stages.finetune import merge
 from flashgen.stages.report import verdicts
 from flashgen.training.loop import save_state
@@ -107,7 +107,9 @@ class Bench:
         self.work = task.work / f"steps{self.steps}-seed{self.seed}"
         self.pool: PromptPool = prompt_pool(self.pipe, recipe.distill.matching.prompts, self.seed + 1, taught.t5_tokens)
         finest = shifted_grid(task.finest, taught.shift)
-        replay = cached(self.pipe, self.teacher, finest, taught, recipe, self.seed, task.work / f"seed{self.seed}-{task.finest}")
+        fine = shifted_grid(recipe.distill.trajectory.teacher_steps, taught.shift)
+        leader = guided(self.teacher, fine, recipe)
+        replay = cached(self.pipe, leader, finest, taught, recipe, self.seed, task.work / f"seed{self.seed}-{task.finest}")
         self.replay = replay.on([finest.index(node) for node in self.nodes])
 
     @property

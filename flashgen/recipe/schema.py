@@ -62,8 +62,10 @@ class TrajectoryTraining(Regression):
     """Stage 1: trajectory guidance."""
 
     iterations: int = Field(1500, ge=0)
-    teacher_steps: int = Field(32, ge=2, description="a multiple of the student's steps, or the sum of `strides`, so that the grids nest")
-    prompts: int = Field(2048, ge=1, description="teacher trajectories in the cache, one prompt and noise each")
+    teacher_steps: int = Field(
+        32, ge=2, description="of whom is followed: a multiple of the student's steps, or the sum of `strides`, so that the grids nest"
+    )
+    prompts: int = Field(2048, ge=1, description="trajectories in the cache, one prompt and noise each")
     guidance: float = Field(4.5, ge=1, description="v_u + guidance (v_c - v_u)")
 
 
@@ -155,6 +157,7 @@ class DistillRecipe(Model):
     size_px: int | None = Field(None, ge=16, description="of the pictures to train on; none: the teacher's")
     strides: list[Annotated[int, Field(ge=1)]] = Field([], description="teacher steps that each student step covers; none: as many each")
     start: str | None = Field(None, description="a student whose transformer is gone on from, of any number of steps; none: the teacher's")
+    follow: Literal["teacher", "start"] = Field("teacher", description="whose steps are learned: the guided teacher's, or those of `start`")
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
     lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three whole networks")
     compile: bool = Field(False, description="torch.compile what follows and learns trajectories; needs a C++ compiler")

@@ -23,6 +23,8 @@ def check_recipe(recipe: Recipe) -> None:
     if not config.strides and config.trajectory.teacher_steps % config.steps:
         given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
         raise UsageError(f"{given}; the grids must nest")
+    if config.follow == "start" and not config.start:
+        raise UsageError("distill.follow=start learns a student's steps; say whose with --set distill.start=STUDENT")
     if config.matching.watch_every and not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
     if sharded():
@@ -36,6 +38,10 @@ def check_distillation(teacher: Artifact, recipe: Recipe) -> Artifact | None:
     start = open_artifact(config.start, ("student",)) if config.start else None
     if start and _shape(start) != _shape(teacher):
         raise UsageError(f"distill.start={config.start}: its transformer is not of the teacher's shape")
+    if start and start.manifest.sampler and config.follow == "start":
+        there = len(start.manifest.sampler.sigmas) - 1
+        if there != config.trajectory.teacher_steps:
+            raise UsageError(f"distill.start={config.start} has {there} steps to follow; --set distill.trajectory.teacher_steps={there}")
     if config.size_px:
         assert teacher.manifest.sampler is not None
         check_size(teacher, teacher.manifest.sampler, config.size_px, "distill.size_px=")
@@ -86,6 +92,7 @@ def _check_sharded(config: DistillRecipe) -> None:
     mend = "set it, or launch with --multi_gpu, which shares out batches only"
     wants = {
         "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
+        "distill.follow=teacher": config.follow == "start",  # a cut network has no copy to follow
         "distill.compile=false": config.compile,  # the cut network has not been tried
         "distill.correction.iterations=0": config.correction.iterations > 0,  # each process follows prompts of its own
         "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises whole matrices

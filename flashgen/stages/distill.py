@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
     from torch import nn
 
-    from flashgen.training.trajectories import Replay
+    from flashgen.training.trajectories import Leader, Replay
 
 T5_STREAM = 14
 
@@ -51,10 +52,12 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.training.prompts import prompt_pool
     from flashgen.training.roles import Role, roles_on
     from flashgen.training.shards import shard, whole_network
-    from flashgen.training.trajectories import train_on_trajectories
+    from flashgen.training.trajectories import Leader, train_on_trajectories
 
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
-    nodes = student_grid(config, taught.shift)
+    led = start.manifest.sampler if start and config.follow == "start" else None
+    fine = led.sigmas if led else shifted_grid(config.trajectory.teacher_steps, taught.shift)
+    nodes = student_grid(config, fine)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
     pools = [(config.matching.prompts, seed + 1)] if config.matching.iterations else []
     pools += [(config.trajectory.prompts, seed)] if config.wants_trajectories else []
@@ -72,14 +75,15 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         student, proxy = shard(begun.requires_grad_(True)), None
     shape = latent_shape(pipe, taught.size_px)
 
-    replay = cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work) if config.wants_trajectories else None
+    leader = Leader(copy.deepcopy(student).requires_grad_(False), fine) if led else guided(teacher_net, fine, recipe)
+    replay = cached(pipe, leader, nodes, taught, recipe, seed, draft.work) if config.wants_trajectories else None
     if sharded():  # now: the cache wants the whole teacher, with which each process goes its own way, and a sharded one has no copy
         proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
         shard(teacher_net)
     if replay and config.trajectory.iterations:
         train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work, compiled=config.compile)
     if replay and config.correction.iterations:
-        replay = replay.and_also(cached(pipe, teacher_net, nodes, taught, recipe, seed, draft.work, student=student))
+        replay = replay.and_also(cached(pipe, leader, nodes, taught, recipe, seed, draft.work, student=student))
         train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled=config.compile)
 
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
@@ -100,16 +104,22 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     return finish(draft, sampler, recipe.bench, metrics={"watched": kept} if kept else {})
 
 
-def student_grid(config: DistillRecipe, shift: float) -> list[float]:
-    """Sigmas of the student's steps, those of the teacher's that `strides` lead to."""
-    whole = config.trajectory.teacher_steps
-    fine, strides = shifted_grid(whole, shift), config.strides or [whole // config.steps] * config.steps
+def student_grid(config: DistillRecipe, fine: list[float]) -> list[float]:
+    """Sigmas of the student's steps, those of `fine`, whose steps it learns, that `strides` lead to."""
+    strides = config.strides or [(len(fine) - 1) // config.steps] * config.steps
     return [fine[at] for at in accumulate(strides, initial=0)]
+
+
+def guided(teacher: nn.Module, fine: list[float], recipe: Recipe) -> Leader:
+    """The teacher on its grid `fine`, to be followed."""
+    from flashgen.training.trajectories import Leader
+
+    return Leader(teacher, fine, recipe.distill.trajectory.guidance, order=2)
 
 
 def cached(
     pipe: StableDiffusion3Pipeline,
-    teacher: nn.Module,
+    leader: Leader,
     nodes: list[float],
     taught: Sampler,
     recipe: Recipe,
@@ -117,7 +127,7 @@ def cached(
     work: Path,
     student: nn.Module | None = None,
 ) -> Replay:
-    """The teacher's trajectories over `nodes`, or its corrections of `student`; a share of the prompts without T5."""
+    """The leader's trajectories over `nodes`, or its corrections of `student`; a share of the prompts without T5."""
     import torch
 
     from flashgen.models.sample import latent_shape
@@ -129,11 +139,12 @@ def cached(
     whole = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens, work, own_prompts(recipe))
     pool = whole.dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
     shape = latent_shape(pipe, taught.size_px)
-    fine = shifted_grid(config.trajectory.teacher_steps, taught.shift)
     if student is not None:
         pool = pool.first(config.correction.prompts)
-    follows: Any = torch.compile(teacher, dynamic=False) if config.compile else teacher
-    return cache_trajectories(follows, pool, nodes, fine, shape, config.trajectory.guidance, seed, work, student=student)
+    if config.compile:
+        compiled: Any = torch.compile(leader.net, dynamic=False)
+        leader = replace(leader, net=compiled)
+    return cache_trajectories(leader, pool, nodes, shape, seed, work, student=student)
 
 
 def replay_for(
@@ -145,6 +156,8 @@ def replay_for(
     seed: int,
     work: Path,
 ) -> Replay | None:
-    """Trajectories when a term of `matching` needs them."""
-    needed = matching.wants_trajectories(len(sampler.sigmas) - 1)
-    return cached(pipe, teacher, sampler.sigmas, sampler, recipe, seed, work) if needed else None
+    """Trajectories of the teacher when a term of `matching` needs them."""
+    if not matching.wants_trajectories(len(sampler.sigmas) - 1):
+        return None
+    leader = guided(teacher, shifted_grid(recipe.distill.trajectory.teacher_steps, sampler.shift), recipe)
+    return cached(pipe, leader, sampler.sigmas, sampler, recipe, seed, work)

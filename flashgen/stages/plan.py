@@ -74,14 +74,17 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     learning = 4 if again else 3
     forwards = rounds * (config.steps + learning * matching.proxy_updates) + matching.iterations * (learning + 3)
     prompts = matching.prompts if matching.iterations else 0
+    led = config.follow == "start"
+    train |= {"start": 4 * transformer.count if led else 0}
+    whole = trajectory.teacher_steps * (1 if led or trajectory.guidance == 1 else 2)  # forwards of a trajectory
     cached = states = 0  # forwards, and what is kept of them: all nodes of a trajectory, both ends of each corrected step
     if config.wants_trajectories:
         prompts += trajectory.prompts
-        cached = 2 * trajectory.teacher_steps * trajectory.prompts
+        cached = whole * trajectory.prompts
         states = (config.steps + 1) * trajectory.prompts
     joined = states
     if correction.iterations:
-        cached += (2 * trajectory.teacher_steps + config.steps) * correction.prompts
+        cached += (whole + config.steps) * correction.prompts
         states += 2 * config.steps * correction.prompts
         joined = states + 2 * config.steps * (trajectory.prompts + correction.prompts)  # the parts are still there then
     train["trajectories"] = 2 * joined * one.latent

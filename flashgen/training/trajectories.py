@@ -1,7 +1,7 @@
-"""Cached steps of the teacher and the student's regression onto them (stage 1, trajectory guidance).
+"""Cached steps of a leader, the teacher or an earlier student, and the student's regression onto them (stage 1, trajectory guidance).
 
-First along the teacher's own trajectories, then from where the student's lead it (`distill.correction`): a student that has only ever seen
-the teacher's states does not mend its own errors.
+First along the leader's own trajectories, then from where the student's lead it (`distill.correction`): a student that has only ever seen
+the leader's states does not mend its own errors.
 """
 
 from __future__ import annotations
@@ -103,39 +103,59 @@ def teacher_velocities(net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition
 
 
 def guided_velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning, guidance: float) -> Tensor:
+    if guidance == 1:
+        return velocity(net, x, sigma, cond)
     v_c, v_u = teacher_velocities(net, x, sigma, cond, empty)
     return guide(v_u, v_c, guidance)
 
 
+@dataclass(frozen=True)
+class Leader:
+    """Whose steps a student learns: the guided teacher's, or those of a student of more steps (progressive distillation, 2202.00512).
+
+    `sigmas` is the grid that it steps through. The teacher's steps are of second order (our choice: 16 of them show as much of a prompt
+    as 28 of Euler's); a student's velocity is an average over its step already, and guided already.
+    """
+
+    net: nn.Module
+    sigmas: list[float]
+    guidance: float = 1.0
+    order: Literal[1, 2] = 1
+
+    def step(
+        self, x: Tensor, s: float, s_next: float, cond: Conditioning, empty: Conditioning, before: tuple[Tensor, float] | None
+    ) -> tuple[Tensor, tuple[Tensor, float] | None]:
+        """(x at `s_next`, what the next step takes as `before`)."""
+        sigma, sigma_next = torch.full((len(x),), s), torch.full((len(x),), s_next)
+        v = guided_velocity(self.net, x, sigma, cond, empty, self.guidance)
+        x = move(x, second_order(v, s_next - s, before), sigma, sigma_next)
+        return x, (v, s_next - s) if self.order == 2 else None
+
+
 @torch.no_grad()
 def cache_trajectories(
-    teacher: nn.Module,
+    leader: Leader,
     pool: PromptPool,
     nodes: list[float],
-    fine: list[float],
     shape: tuple[int, ...],
-    guidance: float,
     seed: int,
     work: Path,
     *,
     student: nn.Module | None = None,
 ) -> Replay:
-    """The guided teacher's steps between the student's `nodes`, one noise a prompt.
+    """The leader's steps between the student's `nodes`, which its grid must contain, one noise a prompt.
 
     From its own states, or from those that `student` walks through (DAgger, 1011.0686; for a sampler our choice): its own next state
-    is then its own step's, and the teacher's serves as the answer only. `fine` is the teacher's grid and must contain every node; its
-    steps are of second order (our choice: 16 of them show as much of a prompt as 28 of Euler's).
+    is then its own step's, and the leader's serves as the answer only.
     Written in shards, shared out over the processes; a resumed run computes the missing ones.
     """
-    check_nested(nodes, fine)
-    name, what, stream = (
-        ("corrections", "teacher's corrections", CORRECTION_STREAM) if student else ("trajectories", "teacher trajectories", CACHE_STREAM)
-    )
+    check_nested(nodes, leader.sigmas)
+    name, stream = ("corrections", CORRECTION_STREAM) if student else ("trajectories", CACHE_STREAM)
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(pool), SHARD)
     own = starts[rank() :: world()]
-    for start in track(own, what, total=len(own)):
+    for start in track(own, name, total=len(own)):
         path = folder / f"{start:06d}.pt"
         if not path.exists():
             cond = pool[slice(start, start + SHARD)]
@@ -147,11 +167,8 @@ def cache_trajectories(
             for step, (node, next_node) in enumerate(itertools.pairwise(nodes)):
                 if student is not None:
                     x, before = begun[step], None
-                for s, s_next in itertools.pairwise(s for s in fine if next_node <= s <= node):
-                    sigma, sigma_next = torch.full((batch,), s), torch.full((batch,), s_next)
-                    v = guided_velocity(teacher, x, sigma, cond, empty, guidance)
-                    x = move(x, second_order(v, s_next - s, before), sigma, sigma_next)
-                    before = (v, s_next - s)
+                for s, s_next in itertools.pairwise(s for s in leader.sigmas if next_node <= s <= node):
+                    x, before = leader.step(x, s, s_next, cond, empty, before)
                 ends.append(x)
             kept = {"states": begun + ends} if student is None else {"starts": begun, "ends": ends}
             save_state({key: torch.stack(held, 1).half() for key, held in kept.items()}, path)

@@ -23,8 +23,9 @@ from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
 from flashgen.stages import checks, distill, export, finetune, quantize, report, restructure, teacher
-from flashgen.training import loop, matching
+from flashgen.training import loop, matching, trajectories
 from flashgen.training.matching import Matcher
+from flashgen.training.trajectories import Replay, roll_out
 
 MICRO = [
     "distill.trajectory.prompts=16", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=3", "distill.trajectory.batch=4",
@@ -254,6 +255,27 @@ def test_distill_goes_on_from_another_student(chain: Chain, tmp_path: Path) -> N
         micro(start, "distill.lora.rank=2")
 
 
+def test_distill_follows_another_student(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Replay] = {}
+    monkeypatch.setattr(trajectories, "train_on_trajectories", lambda net, replay, *rest, **more: seen.setdefault("replay", replay))
+    start, few = f"distill.start={chain.student.path}", ("distill.steps=2", "distill.strides=[1, 3]", "distill.matching.iterations=0")
+    recipe = micro(start, "distill.follow=start", "distill.trajectory.teacher_steps=4", *few)
+    made = distill.run(str(chain.teacher.path), tmp_path / "two", recipe, 0, False)
+    before = chain.student.manifest.sampler
+    assert before is not None and made.manifest.sampler is not None
+    assert made.manifest.sampler.sigmas == [1.0, before.sigmas[1], 0.0]
+    replay, net = seen["replay"], load_pipeline(chain.student.path).transformer
+    with torch.no_grad():
+        states = roll_out(lambda _: net, replay.starts[:, 0].float(), replay.pool[slice(None)], before.sigmas).states
+    assert torch.allclose(replay.ends[:, 1].float(), states[-1], atol=0.02, rtol=1e-2)
+    with pytest.raises(UsageError, match=r"has 4 steps to follow; --set distill\.trajectory\.teacher_steps=4"):
+        distill.run(
+            str(chain.teacher.path), tmp_path / "no", micro(start, "distill.follow=start", "distill.trajectory.teacher_steps=8"), 0, False
+        )
+    with pytest.raises(UsageError, match=r"say whose with --set distill\.start=STUDENT"):
+        distill.run(str(chain.teacher.path), tmp_path / "no", micro("distill.follow=start"), 0, False)
+
+
 def test_finetune_refuses_a_teacher_that_is_not_the_students(chain: Chain, tmp_path: Path) -> None:
     shutil.copytree(chain.teacher.path, tmp_path / "teacher")
     student = distill.run(str(tmp_path / "teacher"), tmp_path / "student", micro("distill.matching.iterations=0"), 0, False)
@@ -383,7 +405,7 @@ def test_strides_say_which_of_the_teachers_steps_the_student_takes(chain: Chain,
     student = distill.run(str(chain.teacher.path), tmp_path, recipe, 0, False)
     fine = shifted_grid(6, 3.0)
     assert student.manifest.sampler is not None and student.manifest.sampler.sigmas == [fine[at] for at in (0, 2, 3, 4, 6)]
-    assert distill.student_grid(micro("distill.trajectory.teacher_steps=12").distill, 3.0) == shifted_grid(4, 3.0)
+    assert distill.student_grid(micro("distill.trajectory.teacher_steps=12").distill, shifted_grid(12, 3.0)) == shifted_grid(4, 3.0)
     for wrong in ("[2, 2, 2]", "[2, 1, 1, 1]"):
         with pytest.raises(UsageError, match=r"strides must be 4 numbers whose sum is trajectory\.teacher_steps=6"):
             micro("distill.trajectory.teacher_steps=6", f"distill.strides={wrong}")

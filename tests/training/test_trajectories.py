@@ -23,6 +23,7 @@ from flashgen.training.ranks import Draws
 from flashgen.training.trajectories import (
     CACHE_STREAM,
     CORRECTION_STREAM,
+    Leader,
     Replay,
     cache_trajectories,
     guided_velocity,
@@ -57,7 +58,7 @@ def cached(
     net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0, student: nn.Module | None = None
 ) -> Replay:
     nodes, grid = shifted_grid(steps, 3.0), shifted_grid(fine, 3.0)
-    return cache_trajectories(net, pool, nodes, grid, SHAPE, 2.0, seed, work, student=student)
+    return cache_trajectories(Leader(net, grid, 2.0, order=2), pool, nodes, SHAPE, seed, work, student=student)
 
 
 def cache(net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0) -> Tensor:
@@ -163,6 +164,18 @@ def test_corrections_start_where_the_student_stands_and_end_where_the_teacher_go
     assert [p.name for p in (tmp_path / "corrections").iterdir()] == ["000000.pt"]
     own = cached(teacher, pool, tmp_path, student=teacher)  # of another student, but kept: what a resumed run computes is the same
     assert torch.equal(own.starts, replay.starts)
+
+
+def test_a_leading_student_is_followed_by_its_own_euler_steps(
+    transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectories, "SHARD", 8)
+    net, sigmas = transformer(0), [1.0, 0.8, 0.5, 0.0]
+    replay = cache_trajectories(Leader(net, sigmas), pool, [1.0, 0.8, 0.0], SHAPE, 0, tmp_path)
+    noise = torch.randn((8, *SHAPE), generator=generator(0, CACHE_STREAM, 0))
+    states = trajectories.roll_out(lambda _: net, noise, pool.cond, sigmas).states
+    assert torch.allclose(replay.starts.float(), torch.stack(states[:2], 1), atol=2e-3, rtol=1e-3)
+    assert torch.allclose(replay.ends.float(), torch.stack([states[1], states[3]], 1), atol=2e-3, rtol=1e-3)
 
 
 def test_two_sets_of_steps_share_their_prompts(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
