@@ -107,8 +107,7 @@ class Bench:
         self.work = task.work / f"steps{self.steps}-seed{self.seed}"
         self.pool: PromptPool = prompt_pool(self.pipe, recipe.distill.matching.prompts, self.seed + 1, taught.t5_tokens)
         finest = shifted_grid(task.finest, taught.shift)
-        fine = shifted_grid(recipe.distill.trajectory.teacher_steps, taught.shift)
-        leader = guided(self.teacher, fine, recipe)
+        leader = guided(self.teacher, taught.shift, recipe)
         replay = cached(self.pipe, leader, finest, taught, recipe, self.seed, task.work / f"seed{self.seed}-{task.finest}")
         self.replay = replay.on([finest.index(node) for node in self.nodes])
 
@@ -294,9 +293,9 @@ def main() -> None:
     source, recipe = open_artifact(given.teacher, ("teacher",)), load(given.recipe)
     taught = source.manifest.sampler
     assert taught is not None
-    if recipe.distill.strides or recipe.distill.compile:
+    if recipe.distill.strides or recipe.distill.compile or recipe.distill.start:
         raise SystemExit(
-            f"{given.recipe} has distill.strides or compile, which the rows, on even grids and in small processes, would not heed"
+            f"{given.recipe} has distill.strides, compile or start, which the rows, on even grids and in small processes, would not heed"
         )
     settings = [recipe.distill.model_dump(), recipe.finetune.model_dump(), recipe.bench.per_task, recipe.prompts_file]
     identity = json.dumps([source.manifest.digest, settings, given.budget, PER_TASK, FEW])

@@ -27,4 +27,6 @@ def check_nested(nodes: list[float], fine: list[float]) -> None:
     """Raises UsageError when the teacher, which steps through `fine`, skips one of the student's `nodes`."""
     if missed := [f"{node:.3g}" for node in nodes if node not in fine]:
         skipped = f"distill.trajectory.teacher_steps={len(fine) - 1} skips the student's sigma {', '.join(missed)}"
-        raise UsageError(f"{skipped}; --set distill.trajectory.teacher_steps=N with the N that it was distilled with")
+        raise UsageError(
+            f"{skipped}; --set distill.trajectory.teacher_steps=N with the N that it, or the student that it followed, was distilled with"
+        )

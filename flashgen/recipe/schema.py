@@ -49,7 +49,7 @@ class FlowTraining(Model):
 
 
 class Regression(Model):
-    """Of the student onto steps of the teacher."""
+    """Of the student onto steps of whom it follows."""
 
     iterations: int = Field(0, ge=0, description="0 leaves it out")
     batch: int = Field(64, ge=1)
@@ -62,15 +62,13 @@ class TrajectoryTraining(Regression):
     """Stage 1: trajectory guidance."""
 
     iterations: int = Field(1500, ge=0)
-    teacher_steps: int = Field(
-        32, ge=2, description="of whom is followed: a multiple of the student's steps, or the sum of `strides`, so that the grids nest"
-    )
+    teacher_steps: int = Field(32, ge=2, description="a multiple of the student's steps, or the sum of `strides`, so that the grids nest")
     prompts: int = Field(2048, ge=1, description="trajectories in the cache, one prompt and noise each")
-    guidance: float = Field(4.5, ge=1, description="v_u + guidance (v_c - v_u)")
+    guidance: float = Field(4.5, ge=1, description="of the teacher: v_u + guidance (v_c - v_u)")
 
 
 class CorrectionTraining(Regression):
-    """After it, from the student's own states on the same prompts: where the teacher would go from there. And on the trajectories."""
+    """After it, from the student's own states on the same prompts: where the leader would go from there. And on the trajectories."""
 
     prompts: int = Field(2048, ge=1, description="the first so many of `trajectory.prompts`, with other noise")
 
@@ -134,7 +132,7 @@ class MatchingTraining(Model):
         return found
 
     def wants_trajectories(self, steps: int) -> bool:
-        """Whether a term needs the teacher's: the adversary's real pictures, or trajectory guidance."""
+        """Whether a term needs those of whom is followed: the adversary's real pictures, or trajectory guidance."""
         weights = self.node_weights(steps)
         return self.iterations > 0 and any(weights["adversarial"] + weights["trajectory"])
 
@@ -155,7 +153,9 @@ class LoraTraining(Model):
 class DistillRecipe(Model):
     steps: int = Field(4, ge=1, le=16, description="student steps")
     size_px: int | None = Field(None, ge=16, description="of the pictures to train on; none: the teacher's")
-    strides: list[Annotated[int, Field(ge=1)]] = Field([], description="teacher steps that each student step covers; none: as many each")
+    strides: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="steps of whom is followed that each step covers; none: as many each"
+    )
     start: str | None = Field(None, description="a student whose transformer is gone on from, of any number of steps; none: the teacher's")
     follow: Literal["teacher", "start"] = Field("teacher", description="whose steps are learned: the guided teacher's, or those of `start`")
     t5_drop: float = Field(0.25, ge=0, le=1, description="share of samples without T5, so that it can be left out later")
@@ -180,9 +180,10 @@ class DistillRecipe(Model):
     def _fits_together(self) -> DistillRecipe:
         self.matching.node_weights(self.steps)
         whole = self.trajectory.teacher_steps
-        if self.strides and (len(self.strides) != self.steps or sum(self.strides) != whole):
-            wanted = f"strides must be {self.steps} numbers whose sum is trajectory.teacher_steps={whole}"
-            raise ValueError(f"{wanted}, not {self.strides}; strides=[] makes them even")
+        led = self.follow == "start"  # whose number of steps is known when it is opened
+        if self.strides and (len(self.strides) != self.steps or (sum(self.strides) != whole and not led)):
+            sum_of = "the number of steps of start" if led else f"trajectory.teacher_steps={whole}"
+            raise ValueError(f"strides must be {self.steps} numbers whose sum is {sum_of}, not {self.strides}; strides=[] makes them even")
         if self.compile and self.lora:
             raise ValueError("compile=true does not go with lora, whose roles take turns in one network; set compile=false")
         if self.start and self.lora:

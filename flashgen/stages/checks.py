@@ -20,11 +20,11 @@ from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Recipe
 def check_recipe(recipe: Recipe) -> None:
     """Raises UsageError for what no teacher could be distilled by; before one is fetched."""
     config = recipe.distill
-    if not config.strides and config.trajectory.teacher_steps % config.steps:
-        given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
-        raise UsageError(f"{given}; the grids must nest")
     if config.follow == "start" and not config.start:
         raise UsageError("distill.follow=start learns a student's steps; say whose with --set distill.start=STUDENT")
+    if config.follow == "teacher" and not config.strides and config.trajectory.teacher_steps % config.steps:
+        given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
+        raise UsageError(f"{given}; the grids must nest")
     if config.matching.watch_every and not recipe.bench.per_task:
         raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
     if sharded():
@@ -38,15 +38,30 @@ def check_distillation(teacher: Artifact, recipe: Recipe) -> Artifact | None:
     start = open_artifact(config.start, ("student",)) if config.start else None
     if start and _shape(start) != _shape(teacher):
         raise UsageError(f"distill.start={config.start}: its transformer is not of the teacher's shape")
-    if start and start.manifest.sampler and config.follow == "start":
-        there = len(start.manifest.sampler.sigmas) - 1
-        if there != config.trajectory.teacher_steps:
-            raise UsageError(f"distill.start={config.start} has {there} steps to follow; --set distill.trajectory.teacher_steps={there}")
+    assert teacher.manifest.sampler is not None
     if config.size_px:
-        assert teacher.manifest.sampler is not None
         check_size(teacher, teacher.manifest.sampler, config.size_px, "distill.size_px=")
+    if start and config.follow == "start":
+        _check_leader(start, teacher.manifest.sampler, config)
     _check_matching("distill", teacher, config.matching, config.batches)
     return start
+
+
+def _check_leader(start: Artifact, taught: Sampler, config: DistillRecipe) -> None:
+    """Raises UsageError for a student that was taught something else, and for steps that its own do not make up."""
+    own, given, size_px = start.manifest.sampler, f"distill.start={config.start}", config.size_px or taught.size_px
+    assert own is not None
+    if own.encoder != taught.encoder:
+        raise UsageError(f"{given} runs with another text encoder ({own.encoder}) than the teacher; follow what it was restructured from")
+    if own.size_px != size_px:
+        raise UsageError(f"{given} draws {own.size_px} px; follow it at its own size with --set distill.size_px={own.size_px}")
+    there = len(own.sigmas) - 1
+    if there <= config.steps:
+        raise UsageError(f"{given} has {there} steps; to be followed in {config.steps} it must have more")
+    if sum(config.strides) != there if config.strides else there % config.steps:
+        raise UsageError(
+            f"{given} has {there} steps; distill.strides must be {config.steps} numbers whose sum is that, not {config.strides}"
+        )
 
 
 def _shape(artifact: Artifact) -> dict[str, Any]:
@@ -65,6 +80,7 @@ def check_finetuning(student: Artifact, recipe: Recipe) -> bool:
     """Whether `finetune` follows the teacher's trajectories. Raises UsageError for a recipe that it could not follow to its end."""
     config, sampler = recipe.finetune, student.manifest.sampler
     assert sampler is not None
+    check_unsharded()
     _check_matching("finetune", student, config.matching, [config.matching.batch] if config.matching.iterations else [])
     if follows := follows_teacher(config.matching, student):
         check_nested(sampler.sigmas, shifted_grid(recipe.distill.trajectory.teacher_steps, sampler.shift))

@@ -55,9 +55,6 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     from flashgen.training.trajectories import Leader, train_on_trajectories
 
     taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
-    led = start.manifest.sampler if start and config.follow == "start" else None
-    fine = led.sigmas if led else shifted_grid(config.trajectory.teacher_steps, taught.shift)
-    nodes = student_grid(config, fine)
     text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
     pools = [(config.matching.prompts, seed + 1)] if config.matching.iterations else []
     pools += [(config.trajectory.prompts, seed)] if config.wants_trajectories else []
@@ -75,7 +72,12 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         student, proxy = shard(begun.requires_grad_(True)), None
     shape = latent_shape(pipe, taught.size_px)
 
-    leader = Leader(copy.deepcopy(student).requires_grad_(False), fine) if led else guided(teacher_net, fine, recipe)
+    if start and config.follow == "start":
+        assert start.manifest.sampler is not None
+        leader = Leader(copy.deepcopy(student).requires_grad_(False), start.manifest.sampler.sigmas)
+    else:
+        leader = guided(teacher_net, taught.shift, recipe)
+    nodes = student_grid(config, leader.sigmas)
     replay = cached(pipe, leader, nodes, taught, recipe, seed, draft.work) if config.wants_trajectories else None
     if sharded():  # now: the cache wants the whole teacher, with which each process goes its own way, and a sharded one has no copy
         proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
@@ -86,6 +88,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         replay = replay.and_also(cached(pipe, leader, nodes, taught, recipe, seed, draft.work, student=student))
         train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled=config.compile)
 
+    del leader
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
     kept = {}
     if config.matching.iterations:
@@ -104,17 +107,18 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     return finish(draft, sampler, recipe.bench, metrics={"watched": kept} if kept else {})
 
 
-def student_grid(config: DistillRecipe, fine: list[float]) -> list[float]:
-    """Sigmas of the student's steps, those of `fine`, whose steps it learns, that `strides` lead to."""
-    strides = config.strides or [(len(fine) - 1) // config.steps] * config.steps
-    return [fine[at] for at in accumulate(strides, initial=0)]
+def student_grid(config: DistillRecipe, sigmas: list[float]) -> list[float]:
+    """Those of a leader's `sigmas` that `strides` lead to."""
+    strides = config.strides or [(len(sigmas) - 1) // config.steps] * config.steps
+    return [sigmas[at] for at in accumulate(strides, initial=0)]
 
 
-def guided(teacher: nn.Module, fine: list[float], recipe: Recipe) -> Leader:
-    """The teacher on its grid `fine`, to be followed."""
+def guided(teacher: nn.Module, shift: float, recipe: Recipe) -> Leader:
+    """The teacher as leader."""
     from flashgen.training.trajectories import Leader
 
-    return Leader(teacher, fine, recipe.distill.trajectory.guidance, order=2)
+    config = recipe.distill.trajectory
+    return Leader(teacher, shifted_grid(config.teacher_steps, shift), config.guidance, order=2)
 
 
 def cached(
@@ -159,5 +163,4 @@ def replay_for(
     """Trajectories of the teacher when a term of `matching` needs them."""
     if not matching.wants_trajectories(len(sampler.sigmas) - 1):
         return None
-    leader = guided(teacher, shifted_grid(recipe.distill.trajectory.teacher_steps, sampler.shift), recipe)
-    return cached(pipe, leader, sampler.sigmas, sampler, recipe, seed, work)
+    return cached(pipe, guided(teacher, sampler.shift, recipe), sampler.sigmas, sampler, recipe, seed, work)

@@ -15,11 +15,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flashgen.artifact.files import disk_bytes
-from flashgen.artifact.store import Artifact, check_disk
+from flashgen.artifact.store import Artifact, check_disk, open_artifact
 from flashgen.errors import MachineError
 from flashgen.models.footprint import PROGRAM, Parts, Tensors, embedded, embedding, forward, tensors
 from flashgen.models.specs import ENCODERS
-from flashgen.recipe.schema import DistillRecipe, LoraTraining, MatchingTraining, QuantizeRecipe, Recipe
+from flashgen.recipe.schema import DistillRecipe, LoraTraining, MatchingTraining, QuantizeRecipe, Recipe, TrajectoryTraining
 from flashgen.stages.checks import follows_teacher
 
 KEPT = 35  # tensors the size of a block's hidden states that it keeps for its backward pass
@@ -74,9 +74,7 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     learning = 4 if again else 3
     forwards = rounds * (config.steps + learning * matching.proxy_updates) + matching.iterations * (learning + 3)
     prompts = matching.prompts if matching.iterations else 0
-    led = config.follow == "start"
-    train |= {"start": 4 * transformer.count if led else 0}
-    whole = trajectory.teacher_steps * (1 if led or trajectory.guidance == 1 else 2)  # forwards of a trajectory
+    whole = _followed(config)
     cached = states = 0  # forwards, and what is kept of them: all nodes of a trajectory, both ends of each corrected step
     if config.wants_trajectories:
         prompts += trajectory.prompts
@@ -110,12 +108,27 @@ def finetune(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Pla
     trajectory, cached, prompts = recipe.distill.trajectory, 0, matching.prompts
     if follows_teacher(matching, source):
         prompts += trajectory.prompts
-        forwards += 2 * trajectory.teacher_steps * trajectory.prompts
+        forwards += _guided(trajectory) * trajectory.prompts
         cached = 2 * (steps + 1) * trajectory.prompts * one.latent
     train["trajectories"] = cached
     text, _ = embedding(source, parts, prompts)
     disk = prompts * embedded(source, parts) + 2 * transformer.count + 36 * learned + cached
     return Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.adds})
+
+
+def _followed(config: DistillRecipe) -> int:
+    """Forwards of one trajectory."""
+    if config.follow == "teacher":
+        return _guided(config.trajectory)
+    assert config.start is not None
+    sampler = open_artifact(config.start, ("student",)).manifest.sampler
+    assert sampler is not None
+    return len(sampler.sigmas) - 1
+
+
+def _guided(trajectory: TrajectoryTraining) -> int:
+    """Forwards of one of the teacher's."""
+    return trajectory.teacher_steps * (1 if trajectory.guidance == 1 else 2)
 
 
 def _rounds(matching: MatchingTraining) -> int:

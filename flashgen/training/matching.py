@@ -244,7 +244,7 @@ class Matcher:
     def fit_heads(
         self, fake: Tensor, sigma: Tensor, cond: Conditioning, g: Draws, step: int, kept: Tensor, share: float
     ) -> dict[str, float]:
-        """Real pictures are the ends of the teacher's own trajectories, noised to the fakes' own levels; fakes are `share` of the batch."""
+        """Real pictures are the ends of the leader's own trajectories, noised to the fakes' own levels; fakes are `share` of the batch."""
         assert self.heads is not None and self.replay is not None
         rows = g.randint(len(self.replay.pool))[kept]  # corrections, which come behind, end where the student led
         _, picture, cond_real = self.replay.at(rows, torch.full_like(rows, len(self.nodes) - 2))

@@ -125,7 +125,7 @@ class Leader:
     def step(
         self, x: Tensor, s: float, s_next: float, cond: Conditioning, empty: Conditioning, before: tuple[Tensor, float] | None
     ) -> tuple[Tensor, tuple[Tensor, float] | None]:
-        """(x at `s_next`, what the next step takes as `before`)."""
+        """(x [B, C, H, W] at `s_next`, what the next step takes as `before`)."""
         sigma, sigma_next = torch.full((len(x),), s), torch.full((len(x),), s_next)
         v = guided_velocity(self.net, x, sigma, cond, empty, self.guidance)
         x = move(x, second_order(v, s_next - s, before), sigma, sigma_next)

@@ -259,7 +259,7 @@ def test_distill_follows_another_student(chain: Chain, tmp_path: Path, monkeypat
     seen: dict[str, Replay] = {}
     monkeypatch.setattr(trajectories, "train_on_trajectories", lambda net, replay, *rest, **more: seen.setdefault("replay", replay))
     start, few = f"distill.start={chain.student.path}", ("distill.steps=2", "distill.strides=[1, 3]", "distill.matching.iterations=0")
-    recipe = micro(start, "distill.follow=start", "distill.trajectory.teacher_steps=4", *few)
+    recipe = micro(start, "distill.follow=start", *few)
     made = distill.run(str(chain.teacher.path), tmp_path / "two", recipe, 0, False)
     before = chain.student.manifest.sampler
     assert before is not None and made.manifest.sampler is not None
@@ -268,12 +268,22 @@ def test_distill_follows_another_student(chain: Chain, tmp_path: Path, monkeypat
     with torch.no_grad():
         states = roll_out(lambda _: net, replay.starts[:, 0].float(), replay.pool[slice(None)], before.sigmas).states
     assert torch.allclose(replay.ends[:, 1].float(), states[-1], atol=0.02, rtol=1e-2)
-    with pytest.raises(UsageError, match=r"has 4 steps to follow; --set distill\.trajectory\.teacher_steps=4"):
-        distill.run(
-            str(chain.teacher.path), tmp_path / "no", micro(start, "distill.follow=start", "distill.trajectory.teacher_steps=8"), 0, False
-        )
-    with pytest.raises(UsageError, match=r"say whose with --set distill\.start=STUDENT"):
-        distill.run(str(chain.teacher.path), tmp_path / "no", micro("distill.follow=start"), 0, False)
+
+
+def test_distill_refuses_a_student_that_it_cannot_follow(chain: Chain, tmp_path: Path) -> None:
+    start = f"distill.start={chain.student.path}"
+    refused = {
+        "say whose with --set distill.start=STUDENT": [],
+        "to be followed in 4 it must have more": [start],
+        "strides must be 3 numbers whose sum is that": [start, "distill.steps=3"],
+        "whose sum is that, not [1, 1]": [start, "distill.steps=2", "distill.strides=[1, 1]"],
+        "its own size with --set distill.size_px=64": [start, "distill.steps=2", "distill.size_px=32"],
+        "with another text encoder (prune)": [f"distill.start={chain.prune.path}", "distill.steps=2"],
+    }
+    for message, settings in refused.items():
+        with pytest.raises(UsageError, match=re.escape(message)):
+            distill.run(str(chain.teacher.path), tmp_path / "no", micro("distill.follow=start", *settings), 0, False)
+    assert not (tmp_path / "no").exists()
 
 
 def test_finetune_refuses_a_teacher_that_is_not_the_students(chain: Chain, tmp_path: Path) -> None:

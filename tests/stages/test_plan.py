@@ -9,7 +9,6 @@ import torch
 
 from flashgen.artifact.store import Artifact
 from flashgen.errors import MachineError
-from flashgen.flow.grid import shifted_grid
 from flashgen.models.footprint import embedded, tensors
 from flashgen.models.sample import load_pipeline
 from flashgen.quant.layer import plain_bits
@@ -45,19 +44,17 @@ def test_forwards_are_those_of_the_recipe(tiny_teacher: Artifact) -> None:
     assert found.forwards == 4 + 3 * 2 + 3 + 3  # rollout, two proxy steps, the student's own, teacher twice and proxy
 
 
-def test_a_leading_student_costs_a_network_and_a_forward_a_step(tiny_teacher: Artifact) -> None:
+def test_a_leading_student_costs_a_forward_a_step_and_the_guided_teacher_two(tiny_teacher: Artifact, tiny_student: Artifact) -> None:
     alone = [
         "distill.matching.iterations=0",
         "distill.trajectory.iterations=1",
         "distill.trajectory.batch=1",
         "distill.trajectory.prompts=3",
     ]
-    alone.append("distill.trajectory.teacher_steps=4")
+    alone += ["distill.steps=2", f"distill.start={tiny_student.path}"]
     teacher = plan.plan_of("distill", tiny_teacher, load("shapes-demo", alone))
     student = plan.plan_of("distill", tiny_teacher, load("shapes-demo", [*alone, "distill.follow=start"]))
-    assert (teacher.forwards, student.forwards) == (2 * 4 * 3 + 3, 4 * 3 + 3)
-    more = sum(student.memory["train"].values()) - sum(teacher.memory["train"].values())
-    assert more == 4 * tensors(tiny_teacher)["transformer"].count
+    assert (teacher.forwards, student.forwards) == (2 * 16 * 3 + 3, 4 * 3 + 3)
 
 
 def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp_path: Path) -> None:
@@ -66,8 +63,8 @@ def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp
     pipe, config = load_pipeline(tiny_teacher.path), wanted.distill
     sampler = tiny_teacher.manifest.sampler
     assert sampler is not None
-    fine = shifted_grid(config.trajectory.teacher_steps, sampler.shift)
-    nodes, leader = distill.student_grid(config, fine), distill.guided(pipe.transformer, fine, wanted)
+    leader = distill.guided(pipe.transformer, sampler.shift, wanted)
+    nodes = distill.student_grid(config, leader.sigmas)
     own = distill.cached(pipe, leader, nodes, sampler, wanted, 0, tmp_path)
     joined = own.and_also(distill.cached(pipe, leader, nodes, sampler, wanted, 0, tmp_path, student=pipe.transformer))
     stored = sum(state.nbytes for path in tmp_path.glob("*/*.pt") for state in torch.load(path).values())
