@@ -126,13 +126,9 @@ def device_for(options: Options, call: Any, parameters: Mapping[str, Any]) -> di
 
 def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None, **extra: Any) -> dict[str, Any]:
     """What a run would read, write and need. Raises what the run itself would, for broken files and for recipes."""
-    from flashgen.artifact.store import open_artifact, versions
+    from flashgen.artifact.store import Artifact, open_artifact, versions
 
     opened = {role: open_artifact(ref) for role, ref in inputs.items() if role != "source"}  # a source is no artifact yet
-    described = [
-        {"role": role, "path": str(a.path), "kind": a.manifest.kind, "digest": a.manifest.digest, "bytes": a.size_bytes()}
-        for role, a in opened.items()
-    ]
     needs: dict[str, Any] = dict.fromkeys(("memory", "memory_bytes", "machine_bytes", "disk_bytes", "forwards", "seconds"))
     source = next(iter(opened.values()), None)
     if source is not None and recipe is not None and (source.path / "transformer" / "config.json").is_file():
@@ -140,7 +136,8 @@ def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None
         from flashgen.stages.checks import check_distillation, check_finetuning
 
         if refuse := {"distill": check_distillation, "finetune": check_finetuning}.get(stage):
-            refuse(source, recipe)
+            begun_from = refuse(source, recipe)
+            opened |= {"start": begun_from} if isinstance(begun_from, Artifact) else {}
         found = plans.plan_of(stage, source, recipe, **extra)
         needs |= {
             "memory": {phase: {name: int(size) for name, size in parts.items()} for phase, parts in found.memory.items()},
@@ -150,6 +147,10 @@ def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None
             "forwards": found.forwards,
             "seconds": plans.seconds(found),
         }
+    described = [
+        {"role": role, "path": str(a.path), "kind": a.manifest.kind, "digest": a.manifest.digest, "bytes": a.size_bytes()}
+        for role, a in opened.items()
+    ]
     return {
         "inputs": described or [{"role": role, "path": ref} for role, ref in inputs.items()],
         "out": str(out),

@@ -246,6 +246,8 @@ def test_distill_goes_on_from_another_student(chain: Chain, tmp_path: Path) -> N
     begun = distill.run(str(chain.teacher.path), tmp_path / "two", micro(start, "distill.steps=2", *nothing), 0, False)
     assert begun.manifest.sampler is not None and begun.manifest.sampler.sigmas == shifted_grid(2, 3.0)
     assert {p.role: p.digest for p in begun.manifest.parents}["start"] == chain.student.manifest.digest
+    planned = plan("distill", {"teacher": str(chain.teacher.path)}, tmp_path / "two", micro(start, "distill.steps=2", *nothing))
+    assert {i["role"]: i["digest"] for i in planned["inputs"]} == {p.role: p.digest for p in begun.manifest.parents}
     student, teacher_, now = (load_file(a.path / TRANSFORMER) for a in (chain.student, chain.teacher, begun))
     assert all(torch.equal(now[name], student[name]) for name in student)
     assert not all(torch.equal(now[name], teacher_[name]) for name in student)
