@@ -136,8 +136,9 @@ def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None
         from flashgen.stages.checks import check_distillation, check_finetuning
 
         if refuse := {"distill": check_distillation, "finetune": check_finetuning}.get(stage):
-            begun_from = refuse(source, recipe)
-            opened |= {"start": begun_from} if isinstance(begun_from, Artifact) else {}
+            start = refuse(source, recipe)
+            if isinstance(start, Artifact):
+                opened["start"] = start
         found = plans.plan_of(stage, source, recipe, **extra)
         needs |= {
             "memory": {phase: {name: int(size) for name, size in parts.items()} for phase, parts in found.memory.items()},

@@ -88,7 +88,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         replay = replay.and_also(cached(pipe, leader, nodes, taught, recipe, seed, draft.work, student=student))
         train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled=config.compile)
 
-    del leader
+    del leader  # a network more where it is a student
     sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
     kept = {}
     if config.matching.iterations:

@@ -122,15 +122,6 @@ class Leader:
     guidance: float = 1.0
     order: Literal[1, 2] = 1
 
-    def step(
-        self, x: Tensor, s: float, s_next: float, cond: Conditioning, empty: Conditioning, before: tuple[Tensor, float] | None
-    ) -> tuple[Tensor, tuple[Tensor, float] | None]:
-        """(x [B, C, H, W] at `s_next`, what the next step takes as `before`)."""
-        sigma, sigma_next = torch.full((len(x),), s), torch.full((len(x),), s_next)
-        v = guided_velocity(self.net, x, sigma, cond, empty, self.guidance)
-        x = move(x, second_order(v, s_next - s, before), sigma, sigma_next)
-        return x, (v, s_next - s) if self.order == 2 else None
-
 
 @torch.no_grad()
 def cache_trajectories(
@@ -168,7 +159,10 @@ def cache_trajectories(
                 if student is not None:
                     x, before = begun[step], None
                 for s, s_next in itertools.pairwise(s for s in leader.sigmas if next_node <= s <= node):
-                    x, before = leader.step(x, s, s_next, cond, empty, before)
+                    sigma, sigma_next = torch.full((batch,), s), torch.full((batch,), s_next)
+                    v = guided_velocity(leader.net, x, sigma, cond, empty, leader.guidance)
+                    x = move(x, second_order(v, s_next - s, before), sigma, sigma_next)
+                    before = (v, s_next - s) if leader.order == 2 else None
                 ends.append(x)
             kept = {"states": begun + ends} if student is None else {"starts": begun, "ends": ends}
             save_state({key: torch.stack(held, 1).half() for key, held in kept.items()}, path)
