@@ -65,7 +65,6 @@ class TrajectoryTraining(Regression):
     teacher_steps: int = Field(32, ge=2, description="a multiple of the student's steps, or the sum of `strides`, so that the grids nest")
     prompts: int = Field(2048, ge=1, description="trajectories in the cache, one prompt and noise each")
     guidance: float = Field(4.5, ge=1, description="of the teacher: v_u + guidance (v_c - v_u)")
-    unrolled: bool = Field(False, description="gradient through the student's whole rollout, not through single steps; N steps a sample")
 
 
 class CorrectionTraining(Regression):

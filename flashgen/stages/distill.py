@@ -83,8 +83,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
         shard(teacher_net)
     if replay and config.trajectory.iterations:
-        ways = {"unrolled": config.trajectory.unrolled, "compiled": config.compile}
-        train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work, **ways)
+        train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work, compiled=config.compile)
     if replay and config.correction.iterations:
         replay = replay.and_also(cached(pipe, leader, nodes, taught, recipe, seed, draft.work, student=student))
         train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled=config.compile)

@@ -69,9 +69,7 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     train |= {"average": 4 * learned, "a step's temporaries": 8 * learned}  # of AdamW, over all tensors at once
     again, own = lora is not None and lora.checkpointing, ADAPTED if lora else KEPT
     kept = own + one.blocks if again else own * one.blocks
-    through = config.steps if trajectory.unrolled else 1  # forwards that a sample's gradient goes through
-    samples = max([trajectory.batch * through * (trajectory.iterations > 0), *config.batches])
-    train["activations"] = samples * one.hidden * kept * size
+    train["activations"] = max(config.batches, default=0) * one.hidden * kept * size
     rounds = _rounds(matching)
     learning = 4 if again else 3
     forwards = rounds * (config.steps + learning * matching.proxy_updates) + matching.iterations * (learning + 3)
@@ -88,7 +86,7 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
         states += 2 * config.steps * correction.prompts
         joined = states + 2 * config.steps * (trajectory.prompts + correction.prompts)  # the parts are still there then
     train["trajectories"] = 2 * joined * one.latent
-    regressed = trajectory.iterations * trajectory.batch * through + correction.iterations * correction.batch
+    regressed = sum(part.iterations * part.batch for part in (trajectory, correction))
     work = cached + forwards * matching.batch + regressed * learning
     text, adds = embedding(source, parts, prompts)
     disk = prompts * embedded(source, parts) + 2 * transformer.count + 36 * learned + 2 * states * one.latent

@@ -19,7 +19,7 @@ from flashgen.flow.convert import move
 from flashgen.flow.grid import check_nested
 from flashgen.flow.ode import guide, second_order
 from flashgen.models.text import Conditioning
-from flashgen.objectives.trajectory import rollout_loss, trajectory_loss
+from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.processes import rank, wait_for_all, world
 from flashgen.progress import track
 from flashgen.randomness import generator
@@ -53,16 +53,14 @@ class Rollout:
         return torch.stack(self.states, 1)[torch.arange(len(node)), node]
 
 
-def unroll(net_at: Callable[[float], nn.Module], noise: Tensor, cond: Conditioning, nodes: list[float]) -> Rollout:
-    """Deterministic Euler steps; `net_at(sigma)` names the network of a node (split branches differ by sigma). Gradient: through all."""
+@torch.no_grad()
+def roll_out(net_at: Callable[[float], nn.Module], noise: Tensor, cond: Conditioning, nodes: list[float]) -> Rollout:
+    """Deterministic Euler steps; `net_at(sigma)` names the network of a node (split branches differ by sigma)."""
     states = [noise]
     for s, s_next in itertools.pairwise(nodes):
         sigma, sigma_next = torch.full((len(noise),), s), torch.full((len(noise),), s_next)
         states.append(move(states[-1], velocity(net_at(s), states[-1], sigma, cond), sigma, sigma_next))
     return Rollout(states, cond)
-
-
-roll_out = torch.no_grad()(unroll)
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,6 @@ class Replay:
     def at(self, rows: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         """(start, end, what the prompt says) of the step of `rows` [B] at `node` [B], in fp32."""
         return self.starts[rows, node].float(), self.ends[rows, node].float(), self.pool[rows % len(self.pool)]
-
-    def whole(self, rows: Tensor) -> tuple[Tensor, list[Tensor], Conditioning]:
-        """(start noise, the states behind it, what the prompt says) of the trajectories `rows` [B], in fp32; not of corrections."""
-        return self.starts[rows, 0].float(), list(self.ends[rows].float().unbind(1)), self.pool[rows % len(self.pool)]
 
     def on(self, nodes: list[int]) -> Replay:
         """The same trajectories for a student with those of our nodes alone, the first and the last among them."""
@@ -187,11 +181,9 @@ def train_on_trajectories(
     seed: int,
     work: Path,
     name: Literal["trajectory", "correction"] = "trajectory",
-    *,
-    unrolled: bool = False,
     compiled: bool = False,
 ) -> None:
-    """Regress average velocities; `student` ends with the EMA weights. States are those of `replay`, or `unrolled` the student's own.
+    """Regress average velocities; `student` ends with the EMA weights. States are those of `replay`.
 
     The student sees the text that the teacher saw: a regression onto what its own text cannot tell would end in a blur.
     `compiled` runs it through torch.compile, by shapes as they are: what another run has compiled before must not decide how sums go.
@@ -208,15 +200,10 @@ def train_on_trajectories(
         for kind, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = cosine(rates[kind], step, config.iterations, warmup=20)
-        rows = g.randint(len(replay))
-        if unrolled:
-            noise, led, cond = replay.whole(rows)
-            loss = rollout_loss(unroll(lambda _: learner, noise, cond, nodes).states[1:], led, sigmas, config.huber)
-        else:
-            node = g.randint(len(nodes) - 1)
-            x_from, x_to, cond = replay.at(rows, node)
-            v = velocity(learner, x_from, sigmas[node], cond)
-            loss = trajectory_loss(v, x_from, x_to, sigmas[node], sigmas[node + 1], config.huber)
+        rows, node = g.randint(len(replay)), g.randint(len(nodes) - 1)
+        x_from, x_to, cond = replay.at(rows, node)
+        v = velocity(learner, x_from, sigmas[node], cond)
+        loss = trajectory_loss(v, x_from, x_to, sigmas[node], sigmas[node + 1], config.huber)
         norm = descend(loss, parameters, optimizers.values(), clip=1.0, where=f"{name} step {step}")
         ema.update(student, step)
         return {"loss": loss.item(), "grad_norm": norm}

@@ -128,32 +128,6 @@ def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer:
     assert same(weights(teacher), before) and all(p.grad is None for p in teacher.parameters())
 
 
-class Linear(nn.Module):
-    """v = a x: two steps from 1 over .75 to 0 lead to (1 - a / 4) x and (1 - a / 4) (1 - 3 a / 4) x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, *args: Tensor, return_dict: bool) -> tuple[Tensor]:
-        return (self.a * x,)
-
-
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_training_minimises_the_loss_of_single_steps_or_of_the_whole_rollout(pool: PromptPool, tmp_path: Path, unrolled: bool) -> None:
-    """The leader goes from x to 2 x to .5 x, which no one a does; what is nearest depends on where the second step begins."""
-    x, nodes = torch.ones(8, *SHAPE), shifted_grid(2, 3.0)
-    replay = Replay.along(torch.stack([x, 2 * x, 0.5 * x], 1).half(), pool)
-    student, config = Linear(), TrajectoryTraining(iterations=300, batch=32, lr=0.05)
-    train_on_trajectories(student, replay, nodes, config, 0, tmp_path, unrolled=unrolled)
-    a = torch.linspace(-5, 5, 100_001)
-    first, second = a + 4, 2 * a - 2  # velocity errors of single steps: (2 - 1) / -.25 and (.5 - 2) / -.75 are wanted
-    if unrolled:
-        second = ((1 - a / 4) * (1 - 3 * a / 4) - 0.5) / 0.75
-    best = a[(first.square() + second.square()).argmin()].item()
-    assert abs(student.a.item() - best) < 0.1
-
-
 def test_compiled_training_learns_the_same_and_leaves_an_ordinary_network(
     transformer: Build, pool: PromptPool, tmp_path: Path, traced: list[nn.Module]
 ) -> None:
