@@ -49,7 +49,7 @@ demo: install
 shapes: install
 	$(FLASHGEN) distill shapes --recipe shapes --out $(SHAPES)/student
 	$(FLASHGEN) finetune $(SHAPES)/student --recipe shapes --out $(SHAPES)/finetuned
-	$(FLASHGEN) distill shapes --recipe shapes-2 --set distill.start=$(SHAPES)/student --out $(SHAPES)/student-2
+	$(FLASHGEN) distill shapes --recipe shapes-2 --set distill.start=$(SHAPES)/finetuned --out $(SHAPES)/student-2
 	$(FLASHGEN) distill shapes --recipe shapes-8 --out $(SHAPES)/student-8
 	$(FLASHGEN) restructure-encoder $(SHAPES)/finetuned --mode prune --recipe shapes --out $(SHAPES)/slim
 	$(FLASHGEN) quantize $(SHAPES)/slim --recipe shapes --out $(SHAPES)/int4

@@ -48,6 +48,13 @@ class FlowTraining(Model):
     compile: bool = Field(True, description="torch.compile the transformer; 1.2 to 1.3 x faster here, needs a C++ compiler")
 
 
+def by_step(name: str, given: list[float], steps: int) -> list[float]:
+    """One weight a student step; ValueError when `given` is neither one for all of them nor one for each."""
+    if len(given) not in (1, steps) or min(given) < 0:
+        raise ValueError(f"{name} must hold one weight >= 0 for all steps or one for each of the {steps}, not {given}")
+    return given * steps if len(given) == 1 else given
+
+
 class Regression(Model):
     """Of the student onto steps of whom it follows."""
 
@@ -56,6 +63,7 @@ class Regression(Model):
     lr: float = Field(1e-3, gt=0)
     muon_lr: float = Field(0.0, ge=0, description="of Muon on the matrices inside blocks; 0 leaves them to AdamW")
     huber: float = Field(0.0, ge=0, description="c of the pseudo-Huber loss of a sample's velocity; 0 is the squared error")
+    node_draws: list[float] = Field([1], description="how often each student step is drawn, relative to the others")
 
 
 class TrajectoryTraining(Regression):
@@ -123,13 +131,8 @@ class MatchingTraining(Model):
 
     def node_weights(self, steps: int) -> dict[str, list[float]]:
         """One weight a student step of each term; ValueError when a list fits neither all steps nor each."""
-        found = {}
-        for term in ("matching", "augmentation", "adversarial", "trajectory"):
-            given: list[float] = getattr(self, f"node_{term}")
-            if len(given) not in (1, steps) or min(given) < 0:
-                raise ValueError(f"node_{term} must hold one weight >= 0 for all steps or one for each of the {steps}, not {given}")
-            found[term] = given * steps if len(given) == 1 else given
-        return found
+        terms = ("matching", "augmentation", "adversarial", "trajectory")
+        return {term: by_step(f"node_{term}", getattr(self, f"node_{term}"), steps) for term in terms}
 
     def wants_trajectories(self, steps: int) -> bool:
         """Whether a term needs those of whom is followed: the adversary's real pictures, or trajectory guidance."""
@@ -179,6 +182,9 @@ class DistillRecipe(Model):
     @model_validator(mode="after")
     def _fits_together(self) -> DistillRecipe:
         self.matching.node_weights(self.steps)
+        for part in (self.trajectory, self.correction):
+            if not any(by_step("node_draws", part.node_draws, self.steps)):
+                raise ValueError("node_draws draws no step at all; give one a number above 0")
         whole = self.trajectory.teacher_steps
         led = self.follow == "start"  # whose number of steps is known when it is opened
         if self.strides and (len(self.strides) != self.steps or (sum(self.strides) != whole and not led)):

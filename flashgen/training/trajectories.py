@@ -23,7 +23,7 @@ from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.processes import rank, wait_for_all, world
 from flashgen.progress import track
 from flashgen.randomness import generator
-from flashgen.recipe.schema import Regression
+from flashgen.recipe.schema import Regression, by_step
 from flashgen.training.loop import Ema, descend, fit, save_state
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
@@ -188,7 +188,7 @@ def train_on_trajectories(
     The student sees the text that the teacher saw: a regression onto what its own text cannot tell would end in a blur.
     `compiled` runs it through torch.compile, by shapes as they are: what another run has compiled before must not decide how sums go.
     """
-    sigmas = torch.tensor(nodes)
+    sigmas, draws = torch.tensor(nodes), torch.tensor(by_step("node_draws", config.node_draws, len(nodes) - 1), dtype=torch.float32)
     parameters = list(student.parameters())
     optimizers = named("", muon_and_adamw(student, config.muon_lr, config.lr))
     rates = {"muon": config.muon_lr, "adamw": config.lr}
@@ -200,7 +200,7 @@ def train_on_trajectories(
         for kind, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = cosine(rates[kind], step, config.iterations, warmup=20)
-        rows, node = g.randint(len(replay)), g.randint(len(nodes) - 1)
+        rows, node = g.randint(len(replay)), g.choice(draws)
         x_from, x_to, cond = replay.at(rows, node)
         v = velocity(learner, x_from, sigmas[node], cond)
         loss = trajectory_loss(v, x_from, x_to, sigmas[node], sigmas[node + 1], config.huber)

@@ -15,7 +15,7 @@ from flashgen.errors import UsageError
 from flashgen.flow.grid import shifted_grid
 from flashgen.flow.ode import guide
 from flashgen.randomness import generator
-from flashgen.recipe.schema import TrajectoryTraining
+from flashgen.recipe.schema import DistillRecipe, TrajectoryTraining
 from flashgen.stages.finetune import merge
 from flashgen.training import trajectories
 from flashgen.training.prompts import PromptPool
@@ -126,6 +126,24 @@ def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer:
     train_on_trajectories(student, Replay.along(states, pool), nodes, config, 0, tmp_path)
     assert loss(student) < 0.9 * start
     assert same(weights(teacher), before) and all(p.grad is None for p in teacher.parameters())
+
+
+def test_steps_are_drawn_as_often_as_the_recipe_says(
+    transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay, seen = Replay.along(cache(transformer(0), pool, tmp_path), pool), list[Tensor]()
+    at = Replay.at
+    monkeypatch.setattr(Replay, "at", lambda self, rows, node: (seen.append(node), at(self, rows, node))[1])
+    for draws, share in (([1.0], 0.5), ([1.0, 7.0], 7 / 8), ([0.0, 1.0], 1.0)):
+        config = TrajectoryTraining(iterations=1, batch=512, node_draws=draws)
+        train_on_trajectories(transformer(0).requires_grad_(True), replay, shifted_grid(2, 3.0), config, 0, tmp_path / str(draws))
+        assert seen.pop().float().mean().item() == pytest.approx(share, abs=0.07)
+
+
+@pytest.mark.parametrize("draws", [[1, 2, 3], [1, -1], [0], []])
+def test_draws_that_fit_no_grid_are_refused(draws: list[float]) -> None:
+    with pytest.raises(ValueError, match="node_draws"):
+        DistillRecipe(steps=2, trajectory=TrajectoryTraining(node_draws=draws))
 
 
 def test_compiled_training_learns_the_same_and_leaves_an_ordinary_network(
