@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flashgen.errors import UsageError
 from flashgen.flow.grid import shifted_grid
 from flashgen.flow.ode import guide
+from flashgen.models.text import Conditioning
 from flashgen.randomness import generator
 from flashgen.recipe.schema import DistillRecipe, TrajectoryTraining
 from flashgen.stages.finetune import merge
@@ -131,9 +132,13 @@ def test_trajectory_training_lowers_its_loss_and_leaves_the_teacher(transformer:
 def test_steps_are_drawn_as_often_as_the_recipe_says(
     transformer: Build, pool: PromptPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replay, seen = Replay.along(cache(transformer(0), pool, tmp_path), pool), list[Tensor]()
-    at = Replay.at
-    monkeypatch.setattr(Replay, "at", lambda self, rows, node: (seen.append(node), at(self, rows, node))[1])
+    replay, seen, at = Replay.along(cache(transformer(0), pool, tmp_path), pool), list[Tensor](), Replay.at
+
+    def watched(self: Replay, rows: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
+        seen.append(node)
+        return at(self, rows, node)
+
+    monkeypatch.setattr(Replay, "at", watched)
     for draws, share in (([1.0], 0.5), ([1.0, 7.0], 7 / 8), ([0.0, 1.0], 1.0)):
         config = TrajectoryTraining(iterations=1, batch=512, node_draws=draws)
         train_on_trajectories(transformer(0).requires_grad_(True), replay, shifted_grid(2, 3.0), config, 0, tmp_path / str(draws))
