@@ -20,11 +20,10 @@ PICKLED = re.compile(r"(?i)\.(pt|pth|ckpt|pkl|pickle|joblib)$|pytorch_model.*\.b
 
 Kind = Literal["teacher", "student", "quantized", "device", "gguf"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Parent(_Strict):
@@ -54,9 +53,9 @@ class File(_Strict):
 class Sampler(_Strict):
     """How pictures are drawn. `sigmas` are final (already shifted), fall strictly, and end with 0."""
 
-    sigmas: list[Finite] = Field(min_length=2)
-    shift: float = Field(gt=0, allow_inf_nan=False)
-    guidance: float = Field(ge=1, allow_inf_nan=False, description="1 for students: none")
+    sigmas: list[float] = Field(min_length=2)
+    shift: float = Field(gt=0)
+    guidance: float = Field(ge=1, description="1 for students: none")
     prediction: Literal["velocity"] = "velocity"
     encoder: Literal["full", "zeros", "prune", "compact"]
     clip_tokens: int = Field(ge=1)
@@ -64,7 +63,7 @@ class Sampler(_Strict):
     size_px: int = Field(ge=1)
     trained_steps: list[int]
     solver: Literal["euler"] = "euler"
-    scales: list[tuple[Finite, Finite]] | None = Field(None, description="a step: of the state and of the velocity; none: 1 and 1")
+    scales: list[tuple[float, float]] | None = Field(None, description="a step: of the state and of the velocity; none: 1 and 1")
 
     def scales_on(self, sigmas: Sequence[float]) -> list[tuple[float, float]] | None:
         """`scales`, which belong to the artifact's own grid, or None on another one."""

@@ -61,6 +61,12 @@ def test_sampler_is_refused_when_sigmas_do_not_fall_to_zero(sigmas: list[float])
         Sampler.model_validate(SAMPLER | {"sigmas": sigmas})
 
 
+@pytest.mark.parametrize("change", [{"shift": float("inf")}, {"guidance": float("inf")}, {"scales": [[float("nan"), 1.0], [1.0, 1.0]]}])
+def test_sampler_is_refused_when_a_number_is_not_finite(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="finite number"):
+        Sampler.model_validate(SAMPLER | change)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -53,6 +53,8 @@ def test_extends_finds_a_shipped_recipe_by_name(tmp_path: Path) -> None:
         ("name: a\ndistill:\n", [], r"a\.yaml: distill: .*\(got None\)"),
         ("name: a\ndistill: 3\n", [], r"a\.yaml: distill: "),
         ("name: a\n", ["distill.steps=99"], r"--set distill\.steps=99: distill\.steps: .*less than or equal to 16"),
+        ("name: a\n", ["distill.trajectory.lr=.inf"], r"distill\.trajectory\.lr: .*finite number \(got inf\)"),
+        ("name: a\n", ["distill.trajectory.node_draws=[.nan]"], r"distill\.trajectory\.node_draws\.0: .*finite number"),
         ("name: a\n", ["distill.x.y=1"], r"--set distill\.x\.y=1: distill\.x: unknown key"),
         ("name: a\n", ["finetune.matching.adversarial.band=[0.2,0.1]"], "band: .*two sizes, the lower first"),
         ("name: a\n", ["finetune.matching.watch_every=5"], r"finetune: .*matching\.watch_every needs finetune\.control"),
