@@ -2,8 +2,8 @@
 
     python -m benchmarks.ablation artifacts/ablation --page docs/ablation.md      # `make ablation`
 
-Each run is kept in the page's JSON at once and not made again, so the same command resumes. The unit of cost is F, one transformer
-forward of one sample; a backward is 2 F. One update of each row is measured by hooks.
+Each run is kept at once and not made again, so the same command resumes; the page and its JSON are written when all are there. The unit
+of cost is F, one transformer forward of one sample; a backward is 2 F. One update of each row is measured by hooks.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ class Bench:
         config = self.recipe.distill.matching.model_copy(update=MATCHING.get(row, {}))
         found: dict[str, Any] = {"row": row, "steps": self.steps, "seed": self.seed}
         if row == "trajectory":
-            longer = self.recipe.distill.trajectory.model_copy(update={"iterations": round(self.budget / 3)})
+            changes = {"iterations": round(self.budget / 3), "batch": config.batch}  # F is of a sample: batches must be of one size
+            longer = self.recipe.distill.trajectory.model_copy(update=changes)
             student = self.base.requires_grad_(True)
             train_on_trajectories(student, self.replay, self.nodes, longer, self.seed + 100, self.work / name)
             found["forwards"] = 3.0 * longer.iterations
@@ -278,10 +279,18 @@ def make(missing: dict[Task, list[str]], kept: dict[str, Any], path: Path, worke
                     f"FD true {found['fd_true']:.2f}, {found['seconds']:.0f} s")  # fmt: skip
 
 
+def kept_runs(key: str, *paths: Path) -> dict[str, Any]:
+    """The runs of the first of `paths` that holds some of this recipe, budget and teacher; none of others, which stay where they are."""
+    for path in paths:
+        if path.exists() and (kept := json.loads(path.read_text()))["key"] == key:
+            return dict(kept)
+    return {"key": key, "teacher": None, "runs": []}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("work", type=Path, help="folder for weights and caches, which may be removed at any time")
-    parser.add_argument("--page", type=Path, required=True, help="Markdown; runs are kept beside it as .json, the plot as .png")
+    parser.add_argument("work", type=Path, help="folder for runs, weights and caches")
+    parser.add_argument("--page", type=Path, required=True, help="Markdown; its numbers beside it as .json, the plot as .png")
     parser.add_argument("--teacher", default="shapes")
     parser.add_argument("--recipe", default="ablation")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 2, 8])
@@ -298,12 +307,11 @@ def main() -> None:
             f"{given.recipe} has distill.strides, compile or start, which the rows, on even grids and in small processes, would not heed"
         )
     settings = [recipe.distill.model_dump(), recipe.finetune.model_dump(), recipe.bench.per_task, recipe.prompts_file]
-    identity = json.dumps([source.manifest.digest, settings, given.budget, PER_TASK, FEW])
+    identity = json.dumps([source.manifest.digest, settings, given.budget, PER_TASK, FEW], default=str)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    path = given.page.with_suffix(".json")
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"key": key, "teacher": None, "runs": []}
-    if kept["key"] != key:
-        raise SystemExit(f"{path} holds runs of another recipe, budget or teacher; remove it or name another --page")
+    path, published = given.work / key / "runs.json", given.page.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = kept_runs(key, path, published)
     made = {(r["steps"], r["seed"], r["row"]) for r in kept["runs"]}
     missing: dict[Task, list[str]] = {}
     for steps, seed in itertools.product(given.steps, given.seeds):
@@ -314,7 +322,7 @@ def main() -> None:
     if missing:
         make(missing, kept, path, given.workers)
     kept["runs"].sort(key=lambda r: (ROWS.index(r["row"]), r["steps"], r["seed"]))
-    keep(path, kept)
+    keep(published, kept)
     draw(kept, given.page.with_suffix(".png"))
     given.page.write_text(page(kept, given.page.with_suffix(".png").name) + "\n")
 

@@ -31,6 +31,14 @@ def sharded() -> bool:
     return world() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
+def check_launch() -> None:
+    """Raises UsageError for what `accelerate launch` was told that no training here would follow."""
+    if (number := os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()) != "no":
+        raise UsageError(f"--mixed_precision {number} is not followed: flashgen trains in fp32; launch with --mixed_precision no")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UsageError("DeepSpeed is not followed; launch with --multi_gpu, or with recipes/accelerate/fsdp2.yaml")
+
+
 def wait_for_all() -> None:
     """Until every process is here."""
     if world() > 1:

@@ -22,14 +22,15 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     return softplus(fake).mean() + softplus(-real).mean()
 
 
-def banded(adversarial: Tensor, other: Tensor, band: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """`adversarial` scaled so that its size stays within `band` of the size of `other`, sample by sample; and that ratio, [B].
+def banded(adversarial: Tensor, other: Tensor, band: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """`adversarial` scaled so that its size stays within `band` of the size of `other`, sample by sample; that ratio, and the one before.
 
-    Both are directions at x0 [B, C, H, W]. Where `other` is zero, at a node with an adversarial weight alone, 1 an element stands for
-    its size, which is the scale of the normalised matching term (our choice).
+    Both are directions at x0 [B, C, H, W], ratios [B]. Where `other` is zero, at a node with an adversarial weight alone, 1 an element
+    stands for its size, which is the scale of the normalised matching term (our choice).
     """
     size, against = adversarial.flatten(1).norm(dim=1), other.flatten(1).norm(dim=1)
     against = torch.where(against > 0, against, other[0].numel() ** 0.5)
-    ratio = (size / against.clamp_min(1e-12)).clamp(*band)
+    raw = size / against.clamp_min(1e-12)
+    ratio = raw.clamp(*band)
     scale = ratio * against / size.clamp_min(1e-12)
-    return scale[:, None, None, None] * adversarial, ratio
+    return scale[:, None, None, None] * adversarial, ratio, raw

@@ -64,6 +64,7 @@ class Regression(Model):
     muon_lr: float = Field(0.0, ge=0, description="of Muon on the matrices inside blocks; 0 leaves them to AdamW")
     huber: float = Field(0.0, ge=0, description="c of the pseudo-Huber loss of a sample's velocity; 0 is the squared error")
     node_draws: list[float] = Field([1], description="how often each student step is drawn, relative to the others")
+    watch_every: int = Field(0, ge=0, description="updates between looks at held-out prompts; 0 never looks")
 
 
 class TrajectoryTraining(Regression):
@@ -208,7 +209,7 @@ class FinetuneRecipe(Model):
     )
     control: bool = Field(False, description="no branches: as many plain updates of one network")
     lora: LoraTraining | None = Field(None, description="branches and proxies as adapters on frozen student and teacher")
-    allow_worse: bool = Field(False, description="publish even a result that is surely below the input")
+    allow_worse: float = Field(0.0, ge=0, le=1, description="composition below its input's at which a merge is still published")
     matching: MatchingTraining = MatchingTraining()
 
     @model_validator(mode="after")

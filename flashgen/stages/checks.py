@@ -12,21 +12,20 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import MachineError, UsageError
 from flashgen.flow.grid import check_nested, shifted_grid
-from flashgen.processes import check_batch, sharded
+from flashgen.processes import check_batch, check_launch, sharded
 from flashgen.progress import warn
 from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Recipe
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises UsageError for what no teacher could be distilled by; before one is fetched."""
+    check_launch()
     config = recipe.distill
     if config.follow == "start" and not config.start:
         raise UsageError("distill.follow=start learns a student's steps; say whose with --set distill.start=STUDENT")
     if config.follow == "teacher" and not config.strides and config.trajectory.teacher_steps % config.steps:
         given = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps} is no multiple of distill.steps={config.steps}"
         raise UsageError(f"{given}; the grids must nest")
-    if config.matching.watch_every and not recipe.bench.per_task:
-        raise UsageError("bench.per_task=0 leaves distill.matching.watch_every nothing to look at; set one to 0 and the other to 1 or more")
     if sharded():
         _check_sharded(config)
 
@@ -71,7 +70,8 @@ def _shape(artifact: Artifact) -> dict[str, Any]:
 
 
 def check_unsharded() -> None:
-    """Raises UsageError under an FSDP launch, which distill alone follows."""
+    """Raises UsageError under an FSDP launch, which distill alone follows, and under those that nothing does."""
+    check_launch()
     if sharded():
         raise UsageError("only distill shards networks with FSDP; launch with --multi_gpu, which shares out batches")
 

@@ -78,25 +78,26 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     else:
         leader = guided(teacher_net, taught.shift, recipe)
     nodes = student_grid(config, leader.sigmas)
+    sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
+    watch, compiled = watcher(pipe, sampler, recipe, draft.work), config.compile
     replay = cached(pipe, leader, nodes, taught, recipe, seed, draft.work) if config.wants_trajectories else None
     if sharded():  # now: the cache wants the whole teacher, with which each process goes its own way, and a sharded one has no copy
         proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
         shard(teacher_net)
     if replay and config.trajectory.iterations:
-        train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work, compiled=config.compile)
+        train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work, "trajectory", compiled, watch)
     if replay and config.correction.iterations:
         replay = replay.and_also(cached(pipe, leader, nodes, taught, recipe, seed, draft.work, student=student))
-        train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled=config.compile)
+        train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled, watch)
 
     del leader  # a network more where it is a student
-    sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
     kept = {}
     if config.matching.iterations:
         pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work, own_prompts(recipe))
         matcher = Matcher(
             "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
         )
-        kept = train_matching(matcher, draft.work, watcher(pipe, sampler, recipe.bench, draft.work))
+        kept = train_matching(matcher, draft.work, watch)
         del matcher  # optimizers and averages: writing needs room of its own
 
     if isinstance(student, Role):

@@ -41,7 +41,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         check_compiler("distill.compile=false")
     from flashgen.models.sample import load_pipeline
     from flashgen.models.save import save_changed
-    from flashgen.stages.report import finish, upper_difference, verdicts
+    from flashgen.stages.report import finish, verdicts
 
     pipe = load_pipeline(parent.path)
     before = verdicts(pipe, sampler, recipe.bench)
@@ -53,10 +53,11 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         say(f"merged {ratio:g} high : {1 - ratio:g} low: composition {found[ratio].mean():.3f} on {len(before)} choice prompts")
     best = max(found, key=lambda ratio: found[ratio].mean())
     say(f"input {before.mean():.3f}, best merge {best:g}: {found[best].mean():.3f}")
-    if upper_difference(found[best], before) < 0 and not config.allow_worse:
+    if before.mean() - found[best].mean() > config.allow_worse:
         raise NumericsError(
-            f"fine-tuning made the student worse: composition {before.mean():.3f} -> {found[best].mean():.3f} on {len(before)} prompts. "
-            "Lower finetune.matching.lr or raise finetune.matching.proxy_warmup; --set finetune.allow_worse=true publishes it nevertheless"
+            f"fine-tuning made the student worse: composition {before.mean():.3f} -> {found[best].mean():.3f} on {len(before)} prompts, "
+            f"more than finetune.allow_worse={config.allow_worse:g} below. Lower finetune.matching.lr or raise "
+            "finetune.matching.proxy_warmup; --set finetune.allow_worse=1 publishes it nevertheless"
         )
     merge(pipe.transformer, high, low, best)
     save_changed(draft, parent.path, {"transformer": pipe.transformer})
@@ -94,7 +95,7 @@ def train_branches(
                 name, branch, teacher, pool, nodes, matching, shape, seed + 10 + number, t5_drop=t5_drop, replay=replay,
                 proxy=proxies[number], train_nodes=own, net_at=lambda sigma: high if sigma > config.split else low,
             )  # fmt: skip
-            train_matching(matcher, work, watcher(pipe, sampler, recipe.bench, work) if config.control else None)
+            train_matching(matcher, work, watcher(pipe, sampler, recipe, work) if config.control else None)
     return high, low
 
 

@@ -219,8 +219,9 @@ PLANS: dict[str, Any] = {"distill": distill, "finetune": finetune, "restructure"
 def plan_of(stage: str, source: Artifact, recipe: Recipe, **extra: Any) -> Plan:
     parts = tensors(source)
     found: Plan = PLANS[stage](source, parts, recipe, **{k: v for k, v in extra.items() if k == "mode"})
-    if recipe.bench.per_task and stage != "export":  # the result is drawn from and judged
-        one, batch = forward(source, parts["transformer"]), min(recipe.bench.batch, 6 * recipe.bench.per_task)
+    looks = [part.watch_every for part in (recipe.distill.trajectory, recipe.distill.correction, recipe.distill.matching)]
+    if stage != "export" and (recipe.bench.per_task or (stage == "distill" and any(looks))):  # the result is drawn from
+        one, batch = forward(source, parts["transformer"]), min(recipe.bench.batch, 6 * recipe.bench.per_task or 8)
         drawn = embedding(source, parts, batch)[0] | {"transformer": 4 * parts["transformer"].count, "vae": 4 * parts["vae"].count}
         found.memory["validate"] = drawn | {"pictures": batch * one.hidden * 40 * 4}
     return found

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 from diffusers import StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,9 +18,11 @@ from flashgen.errors import NumericsError
 from flashgen.models.sample import load_pipeline, sample
 from flashgen.processes import rank
 from flashgen.progress import say
-from flashgen.recipe.schema import BenchRecipe
+from flashgen.recipe.schema import BenchRecipe, Recipe
 from flashgen.shapes.scene import prompt_set
 from flashgen.shapes.verify import composition, judge
+from flashgen.stages.prompts import own_prompts
+from flashgen.training.loop import Watch
 
 VALIDATION_SEED = 1000  # prompts that stages may look at; `bench` judges on others
 CHOICE_SEED = 2000  # prompts on which `distill` and `finetune` choose, so that the validation score stays honest
@@ -32,32 +32,30 @@ def verdicts(pipe: StableDiffusion3Pipeline, sampler: Sampler, bench: BenchRecip
     """Which of the choice prompts a pipeline paints right, task by task, [6 per_task]; `picture` gets a grid of them."""
     requests = prompt_set(CHOICE_SEED, bench.per_task)
     images = sample(pipe, sampler, [r.caption() for r in requests], list(range(len(requests))), batch=bench.batch)
-    if picture and rank() == 0:
-        picture.parent.mkdir(exist_ok=True)
-        Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(picture)
+    if picture:
+        save_grid(images, picture)
     return np.array([judge(image, request).passed for image, request in zip(images, requests, strict=True)])
 
 
-def watcher(pipe: StableDiffusion3Pipeline, sampler: Sampler, bench: BenchRecipe, work: Path) -> Callable[[str, nn.Module], float]:
-    """For `train_matching`: composition of a network in place of the pipeline's own, and a grid in `work/samples`."""
+def watcher(pipe: StableDiffusion3Pipeline, sampler: Sampler, recipe: Recipe, work: Path) -> Watch:
+    """For trainings: a network in place of the pipeline's own draws a grid into `work/samples`, and is judged on the choice prompts.
 
-    def watch(name: str, transformer: nn.Module) -> float:
+    Without a judge (`bench.per_task` 0) the grid is of the first eight of the recipe's own prompts, or of the shapes world's.
+    """
+    bench, prompts = recipe.bench, (own_prompts(recipe) or [r.caption() for r in prompt_set(CHOICE_SEED, 2)])[:8]
+
+    def watch(name: str, transformer: nn.Module) -> float | None:
         own, pipe.transformer = pipe.transformer, transformer
         try:
-            return float(verdicts(pipe, sampler, bench, work / "samples" / f"{name}.png").mean())
+            picture = work / "samples" / f"{name}.png"
+            if bench.per_task:
+                return float(verdicts(pipe, sampler, bench, picture).mean())
+            save_grid(sample(pipe, sampler, prompts, list(range(len(prompts))), batch=bench.batch), picture)
+            return None
         finally:
             pipe.transformer = own
 
     return watch
-
-
-def upper_difference(found: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """Upper end of the 95 % bootstrap interval of the mean of found - reference, pair by pair: negative when surely worse."""
-    difference = found.astype(float) - reference
-    if np.ptp(difference) == 0:
-        return float(difference[0])
-    result = scipy.stats.bootstrap((difference,), np.mean, rng=np.random.default_rng(0), method="percentile", n_resamples=2000)
-    return float(result.confidence_interval.high)
 
 
 def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str, object] | None = None, least: float = 0.0) -> Artifact:
@@ -67,15 +65,16 @@ def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str
     """
     if (draft.work / "stats.jsonl").exists():
         shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")
+    if (looks := sorted((draft.work / "samples").glob("*.png"))) or bench.per_task:
+        (draft.path / "samples").mkdir()
+    for picture in looks:
+        shutil.copyfile(picture, draft.path / "samples" / picture.name)
     if not bench.per_task:
         return draft.publish(sampler=sampler, metrics=metrics)
     requests = prompt_set(VALIDATION_SEED, bench.per_task)
     images = sample(load_pipeline(draft.path), sampler, [r.caption() for r in requests], list(range(len(requests))), batch=bench.batch)
     scores = composition(list(images), requests)
-    (draft.path / "samples").mkdir()
-    for picture in sorted((draft.work / "samples").glob("*.png")):
-        shutil.copyfile(picture, draft.path / "samples" / picture.name)
-    Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(draft.path / "samples" / "validation.png")
+    save_grid(images, draft.path / "samples" / "validation.png")
     say(f"composition on {len(requests)} validation prompts: {scores['overall']:.3f}")
     if scores["overall"] < least:
         raise NumericsError(
@@ -83,6 +82,13 @@ def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str
             "train longer with --set restructure.iterations=N, or publish it nevertheless with --set restructure.floor=0"
         )
     return draft.publish(sampler=sampler, metrics={"composition": scores, **(metrics or {})})
+
+
+def save_grid(images: NDArray[np.uint8], path: Path) -> None:
+    """At most 48 of the pictures [N, H, W, 3], evenly picked, in a PNG that the first process writes."""
+    if rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(path)
 
 
 def grid(images: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:

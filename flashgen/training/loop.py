@@ -12,13 +12,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from flashgen.errors import NumericsError
 from flashgen.processes import rank, wait_for_all, world
 from flashgen.progress import say, track
-from flashgen.training.ranks import average_, averages, first_says
+from flashgen.training.ranks import average_, first_says, summary, summary_of_all
 from flashgen.training.shards import cut, load, whole
 
 
@@ -40,8 +39,8 @@ def fit(
     """Call `step_fn(step)` for every step in 0..steps-1 that no earlier run has finished.
 
     `state` names everything that must survive (modules, optimizers, EMA); it is saved to `work/<name>.pt` in
-    time intervals and at the end. Metrics go to `work/stats.jsonl`, averaged over `log_every` steps, to a table on the
-    terminal, and to TensorBoard where that is installed.
+    time intervals and at the end. Metrics go to `work/stats.jsonl`, averaged over `log_every` steps (of those named `*_min` the least),
+    to a table on the terminal, and to TensorBoard where that is installed.
     """
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"{name}.pt"
@@ -51,7 +50,7 @@ def fit(
         saved = torch.load(path, weights_only=True, map_location="cpu")
         for key, item in state.items():
             load(item, saved["state"][key])
-        start, window = int(saved["step"]), saved.get("window", [])
+        start, window = int(saved["step"]), saved.get("window", []) if rank() == 0 else []  # it is the first process's own
     wait_for_all()  # all have read the same state
     if rank() == 0:
         _truncate_stats(work / "stats.jsonl", name, start)
@@ -59,12 +58,11 @@ def fit(
         say(f"{name}: each batch shared out over {world()} processes")
     last_save = time.monotonic()
     shown: list[dict[str, float]] = []
-    board = _board(work) if rank() == 0 else None
+    board = _board(work / "tensorboard" / name, start) if rank() == 0 else None
     for step in track(range(start, steps), name, total=steps, done=start, rows=shown):
         window.append({k: float(v) for k, v in step_fn(step).items()})
         if (step + 1) % log_every == 0 or step + 1 == steps:
-            means = {k: float(np.mean([w[k] for w in window if k in w])) for k in sorted({k for w in window for k in w})}
-            means = averages(means)
+            means = summary_of_all(summary(window))
             if rank() == 0:
                 with (work / "stats.jsonl").open("a") as stats:
                     stats.write(json.dumps({"phase": name, "step": step + 1, "time": round(time.time(), 1), **means}) + "\n")
@@ -81,13 +79,21 @@ def fit(
     wait_for_all()
 
 
-def _board(work: Path) -> Any:
-    """A TensorBoard writer for `tensorboard --logdir .../.work`, where that is installed."""
+Watch = Callable[[str, torch.nn.Module], float | None]  # sees a network under a name; its score, where it is judged
+
+
+def due(step: int, steps: int, every: int) -> bool:
+    """Whether a look is due behind `step`: behind every `every` of them and the last; 0 is never."""
+    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
+
+
+def _board(folder: Path, start: int) -> Any:
+    """A TensorBoard writer for `tensorboard --logdir .../.work`, where that is installed; what it has beyond `start` is written again."""
     try:
         tensorboard = import_module("torch.utils.tensorboard")
     except ImportError:
         return None
-    return tensorboard.SummaryWriter(work / "tensorboard")
+    return tensorboard.SummaryWriter(folder, purge_step=start + 1)
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

@@ -24,7 +24,7 @@ from flashgen.objectives.proxy import interval_loss, proxy_loss
 from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.recipe.schema import MatchingTraining
 from flashgen.training.discriminator import Heads, Tap
-from flashgen.training.loop import Best, Ema, Stateful, descend, fit
+from flashgen.training.loop import Best, Ema, Stateful, Watch, descend, due, fit
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
@@ -154,9 +154,9 @@ class Matcher:
                 part = (x[rows], x0.detach()[rows], sigma[rows], sigma_next[rows], sigma_eval[rows], eps[rows], cond[rows])
                 adversarial = self.adversarial_direction(*part)
                 weight = self.weights["adversarial"][node][rows]
-                scaled, ratio = banded(weight.reshape(-1, 1, 1, 1) * adversarial, direction[rows], config.adversarial.band)
+                scaled, ratio, raw = banded(weight.reshape(-1, 1, 1, 1) * adversarial, direction[rows], config.adversarial.band)
                 direction[rows] += scaled
-                metrics["adversarial_ratio"] = ratio.mean().item()
+                metrics |= {"adversarial_ratio": ratio.mean().item(), "adversarial_raw": raw.mean().item()}
         loss = len(kept) / len(uniform) * matching_loss(x0, direction)  # rows left out have no direction, but count in the mean
         if self.weights["trajectory"][self.choices].any():
             loss = loss + self.trajectory_term(g)
@@ -200,7 +200,7 @@ class Matcher:
         g: Draws,
         kept: Tensor | slice = slice(None),
     ) -> tuple[Tensor, dict[str, float]]:
-        """Matching and augmentation at x0, weighed by node, normalised per sample; and their sizes, the normaliser's minimum too.
+        """Matching and augmentation at x0, weighed by node, normalised per sample; and their sizes, the least normaliser too.
 
         The samples are those rows `kept` of what `g` draws.
         """
@@ -223,7 +223,9 @@ class Matcher:
             x = add_noise(x0, g.randn(*self.shape)[kept], lower)
             guided, unconditional = (x0_from_v(x, v, lower) for v in teacher_velocities(self.teacher, x, lower, cond, empty))
             augment = augmentation_term(guided, unconditional, config.guidance)
-            total = total + w_augment * normalise(augment, distance(x0, guided - augment), floor=config.floor)
+            own_scale = distance(x0, guided - augment)
+            total = total + w_augment * normalise(augment, own_scale, floor=config.floor)
+            scale = torch.minimum(scale, own_scale)
         sizes = {"matching": match.abs().mean().item(), "augmentation": augment.abs().mean().item()}
         return total, {"scale_min": scale.min().item(), **sizes}
 
@@ -278,22 +280,23 @@ def couple(proxy: nn.Module, student: nn.Module, keep: float) -> None:
     torch._foreach_lerp_(list(proxy.parameters()), [p.detach() for p in student.parameters()], 1 - keep)
 
 
-def train_matching(matcher: Matcher, work: Path, watch: Callable[[str, nn.Module], float] | None = None) -> dict[str, float]:
+def train_matching(matcher: Matcher, work: Path, watch: Watch | None = None) -> dict[str, float]:
     """Run `matcher` to its last round, resuming from `work`; the student ends with its EMA weights.
 
-    Every `watch_every` rounds `watch(name, student)` sees the averaged weights and returns their score; the student then ends
-    with the best of them, the last included. Returns the scores of the best and of the last.
+    Every `watch_every` rounds `watch(name, student)` sees the averaged weights. Where it returns scores, the student ends with the best
+    of them, the last included, and these two are returned.
     """
     config, best = matcher.config, Best()
     total = config.proxy_warmup + config.iterations
 
     def step_fn(step: int) -> dict[str, float]:
         metrics = matcher.update(step)
-        due = config.watch_every and ((step + 1) % config.watch_every == 0 or step + 1 == total)
-        if watch and due and step >= config.proxy_warmup:
+        if watch and step >= config.proxy_warmup and due(step, total, config.watch_every):
             with matcher.ema.shown_by(matcher.student):
-                metrics["composition"] = watch(f"{matcher.name}-{step + 1:06d}", matcher.student)
-            best.offer(metrics["composition"], step + 1, matcher.ema)
+                score = watch(f"{matcher.name}-{step + 1:06d}", matcher.student)
+            if score is not None:
+                metrics["composition"] = score
+                best.offer(score, step + 1, matcher.ema)
         return metrics
 
     fit(matcher.name, total, step_fn, matcher.state() | {"best": best}, work)

@@ -6,7 +6,7 @@ step, and metrics before they are logged. So the number of processes changes not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate.utils import broadcast, gather_object, reduce
@@ -35,16 +35,21 @@ def first_says(flag: bool) -> bool:
     return bool(broadcast(torch.tensor(flag, dtype=torch.int32)))
 
 
-def averages(metrics: dict[str, float]) -> dict[str, float]:
-    """The mean over the processes that have each metric; all must call it."""
+def summary(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Of each metric the mean over the rows that have it, of one that is named `*_min` the least."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            found.setdefault(key, []).append(value)
+    return {key: min(values) if key.endswith("_min") else sum(values) / len(values) for key, values in sorted(found.items())}
+
+
+def summary_of_all(metrics: dict[str, float]) -> dict[str, float]:
+    """`summary` over the processes; all must call it."""
     if world() == 1:
         return metrics
     join()
-    found: dict[str, list[float]] = {}
-    for one in gather_object([metrics]):
-        for key, value in one.items():
-            found.setdefault(key, []).append(value)
-    return {key: sum(values) / len(values) for key, values in sorted(found.items())}
+    return summary(gather_object([metrics]))
 
 
 class Draws:

@@ -23,12 +23,13 @@ from flashgen.recipe.schema import LoraTraining
 class Backbone:
     """A transformer with peft adapters, and which one is at work; None is the frozen network itself."""
 
-    def __init__(self, transformer: nn.Module, lora: LoraTraining, roles: list[str]) -> None:
+    def __init__(self, transformer: nn.Module, lora: LoraTraining, roles: list[str], seed: int) -> None:
         self.transformer = transformer.requires_grad_(False)
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=lora.targets, init_lora_weights=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             for role in roles:
+                torch.manual_seed(seed)  # the same A for all: averages of A and B apart, as coupling takes them, are then those of B A
                 transformer.add_adapter(config, adapter_name=role)  # type: ignore[operator]
         self.layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
         for name, parameter in transformer.named_parameters():
@@ -115,8 +116,7 @@ class Role(nn.Module):
 def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:
     """(teacher, one role for each of `names`) on `transformer`. All equal it at first, since every B starts at zero."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = Backbone(transformer, lora, list(names))
+        backbone = Backbone(transformer, lora, list(names), seed)
     return (Role(backbone, None), *(Role(backbone, name) for name in names))
 
 

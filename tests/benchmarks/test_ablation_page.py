@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablation import kept_runs
 from benchmarks.ablation_page import draw, page
+from benchmarks.scores import keep
 from flashgen.shapes.scene import TASKS
 
 DISTANCES = {"fd_teacher": 1.0, "fd_true": 2.0, "recall_teacher": 0.9, "recall_true": 0.8, "diversity": 9.0}
@@ -53,3 +56,13 @@ def test_one_number_of_steps_has_no_sum_and_a_note_is_shown() -> None:
 def test_the_plot_has_a_panel_a_number_of_steps(tmp_path: Path) -> None:
     draw(kept({(4, 0): (6, 12), (2, 0): (6, 9)}), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_runs_go_on_where_they_are_of_the_same_recipe_and_those_of_another_stay(tmp_path: Path) -> None:
+    work, published = tmp_path / "runs.json", tmp_path / "page.json"
+    keep(published, {"key": "old", "teacher": None, "runs": [1, 2]})
+    assert kept_runs("new", work, published) == {"key": "new", "teacher": None, "runs": []}
+    assert kept_runs("old", work, published)["runs"] == [1, 2]
+    keep(work, {"key": "old", "teacher": None, "runs": [1, 2, 3]})
+    assert kept_runs("old", work, published)["runs"] == [1, 2, 3]
+    assert json.loads(published.read_text())["runs"] == [1, 2]

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from flashgen.flow.convert import move
+from flashgen.models.text import Conditioning
+from flashgen.objectives.evaluation import below
 from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.randomness import generator
 from flashgen.recipe.schema import MatchingTraining
 from flashgen.training import loop, matching
-from flashgen.training.discriminator import Heads
+from flashgen.training.discriminator import Heads, Tap
 from flashgen.training.matching import Matcher, couple, fenced, train_matching
 from flashgen.training.prompts import PromptPool
+from flashgen.training.ranks import Draws
 from flashgen.training.trajectories import Replay, roll_out, velocity
 
 NODES = [1.0, 0.9, 0.75, 0.5, 0.0]
@@ -277,6 +280,102 @@ def test_heads_learn_and_push_only_on_their_turn(
     low, high = config.adversarial.band
     assert low <= row["adversarial_ratio"] <= high
     assert all(p.requires_grad for net in networks.values() for p in net.parameters())  # fences are put away
+
+
+def matcher_of(transformer: Build, pool: PromptPool, **changes: Any) -> Matcher:
+    """Of a student, a teacher and a proxy that have nothing in common."""
+    config = MatchingTraining.model_validate(CONFIG.model_dump() | changes)
+    student, teacher, proxy = trainable(transformer(0)), transformer(1), trainable(transformer(2))
+    return Matcher("m", student, teacher, pool, NODES, config, SHAPE, 0, t5_drop=0.0, proxy=proxy, replay=replay(pool))
+
+
+@pytest.mark.parametrize("augmentation", ["tied", "decoupled"])
+def test_the_direction_is_the_formula_of_the_paper(augmentation: str, transformer: Build, pool: PromptPool) -> None:
+    """DMD eq. 7 and 8 with the guided teacher, from the three networks' velocities written out; node weights beside them."""
+    m = matcher_of(transformer, pool, augmentation=augmentation, node_matching=[1, 2, 1, 1], node_augmentation=[1, 0.5, 1, 0], guidance=3.0)
+    rows = Draws(4, 0, 1)
+    x0, x, node, cond = rows.randn(*SHAPE), rows.randn(*SHAPE), torch.tensor([0, 1, 2, 3]), pool.cond[torch.arange(4)]
+    sigma, sigma_eval, empty = m.sigmas[node], torch.tensor([0.9, 0.75, 0.5, 0.2]), pool.empty_rows(4)
+    with torch.no_grad():
+        found, sizes = m.direction(x0, x, sigma, sigma_eval, node, cond, Draws(4, 0, 2))
+
+    def clean(net: nn.Module, x: Tensor, s: Tensor, said: Conditioning) -> Tensor:
+        with torch.no_grad():
+            return x - s.reshape(-1, 1, 1, 1) * velocity(net, x, s, said)
+
+    def size(x: Tensor) -> Tensor:
+        return x.abs().mean((1, 2, 3), keepdim=True)
+
+    teacher, proxy = clean(m.teacher, x, sigma_eval, cond), clean(m.proxy, x, sigma_eval, cond)
+    g, scales = Draws(4, 0, 2), []
+    at, lower = x, sigma_eval
+    if augmentation == "decoupled":
+        scales.append(size(x0 - teacher))
+        lower = below(sigma, g.rand())
+        at = (1 - lower).reshape(-1, 1, 1, 1) * x0 + lower.reshape(-1, 1, 1, 1) * g.randn(*SHAPE)
+    with_prompt, without = clean(m.teacher, at, lower, cond), clean(m.teacher, at, lower, empty)
+    scales.append(size(x0 - (without + 3.0 * (with_prompt - without))))
+    w_match, w_augment = (torch.tensor(w).reshape(-1, 1, 1, 1) for w in ([1, 2, 1, 1], [1, 0.5, 1, 0]))
+    expected = w_match * (proxy - teacher) / scales[0] + w_augment * (1 - 3.0) * (with_prompt - without) / scales[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sizes["scale_min"] == pytest.approx(min(float(s.min()) for s in scales), rel=1e-5) and min(map(torch.min, scales)) > CONFIG.floor
+
+
+def test_the_adversarial_direction_is_the_gradient_of_the_generators_loss(transformer: Build, pool: PromptPool) -> None:
+    m = matcher_of(transformer, pool, node_adversarial=[1.0], point="renoise")
+    assert m.heads is not None
+    rows, cond = Draws(4, 0, 1), pool.cond[torch.arange(4)]
+    x, x0, eps, sigma, sigma_eval = rows.randn(*SHAPE), rows.randn(*SHAPE), rows.randn(*SHAPE), torch.full((4,), 0.9), torch.full((4,), 0.5)
+    found = m.adversarial_direction(x, x0, sigma, torch.full((4,), 0.75), sigma_eval, eps, cond)
+
+    def loss(x0: Tensor) -> float:
+        assert m.heads is not None
+        with torch.no_grad(), Tap(m.proxy, m.heads.blocks) as tap:
+            velocity(m.proxy, 0.5 * x0 + 0.5 * eps, sigma_eval, cond)
+            return float(torch.nn.functional.softplus(-m.heads(tap.read())).mean())
+
+    step = 0.5 * found / found.norm()
+    slope = loss(x0 + step) - loss(x0 - step)
+    assert slope == pytest.approx(2 * float((found * step).mean()), rel=0.05) and slope > 0
+
+
+def test_a_student_of_the_adversary_alone_fools_the_heads(transformer: Build, pool: PromptPool) -> None:
+    """The same draws again and again, so that its own steps are all that changes."""
+    off = {"node_matching": [0], "node_augmentation": [0], "node_adversarial": [0, 0, 1, 0]}
+    m = matcher_of(transformer, pool, **off, adversarial={"lr": 1e-12, "refresh": 0.0}, lr=1e-4, proxy_lr=1e-12, batch=8)
+    logits = [m.update(0)["logit_fake"] for _ in range(10)]
+    assert logits[-1] > logits[0]
+
+
+def test_heads_learn_to_tell_real_from_fake(transformer: Build, pool: PromptPool) -> None:
+    m = matcher_of(transformer, pool, node_adversarial=[1], adversarial={"lr": 1e-2, "refresh": 0.0}, lr=1e-12, proxy_lr=1e-12, batch=8)
+    assert m.replay is not None
+    m.replay.ends.add_(3)
+    told = [row["logit_real"] - row["logit_fake"] for row in map(m.update, range(20))]
+    assert told[-1] > told[0] + 0.5 and told[-1] > 0.5
+
+
+def test_a_proxy_on_steps_learns_where_each_step_of_the_student_points(
+    transformer: Build, pool: PromptPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's x0 at the node that was drawn, which is not where the rollout ends."""
+    m, seen = matcher_of(transformer, pool, proxy_target="step"), list[Tensor]()
+
+    def loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        seen.append(x0)
+        return (v - x0).square().mean()
+
+    monkeypatch.setattr(matching, "proxy_loss", loss)
+    g = Draws(3, 0, 5)
+    rollout = roll_out(lambda _: m.student, g.randn(*SHAPE), pool.draw(0.0, g), NODES)
+    m.fit_proxy(rollout, Draws(3, 0, 6), 0)
+    again = Draws(3, 0, 6)
+    again.randn(*SHAPE)
+    node = m.choices[again.randint(len(m.choices))]
+    with torch.no_grad():
+        x, s = rollout.at(node), m.sigmas[node]
+        expected = x - s.reshape(-1, 1, 1, 1) * velocity(m.student, x, s, rollout.cond)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_forgetful_head_loses_its_weights_and_its_optimizer_state(transformer: Build) -> None:

@@ -16,7 +16,7 @@ from flashgen.artifact.store import versions
 from flashgen.errors import UsageError
 from flashgen.recipe.load import load
 from flashgen.stages import distill, finetune, teacher
-from flashgen.training.ranks import Draws, average_, averages
+from flashgen.training.ranks import Draws, average_, summary, summary_of_all
 
 MICRO = [
     "distill.trajectory.prompts=300",
@@ -42,10 +42,15 @@ def test_the_processes_share_out_the_rows_of_one_draw(monkeypatch: pytest.Monkey
 def test_alone_nothing_is_averaged() -> None:
     tensor = torch.ones(2)
     average_([tensor])
-    assert averages({"loss": 2.0}) == {"loss": 2.0} and torch.equal(tensor, torch.ones(2))
+    assert summary_of_all({"loss": 2.0}) == {"loss": 2.0} and torch.equal(tensor, torch.ones(2))
 
 
-PARTIAL = {"std", "scale_min", "adversarial_ratio", "heads_loss", "logit_real", "logit_fake"}  # of a part of the batch
+def test_a_minimum_stays_one_and_the_rest_is_averaged_where_it_is() -> None:
+    rows = [{"loss": 1.0, "scale_min": 0.5}, {"loss": 3.0, "scale_min": 0.001}, {"loss": 5.0, "composition": 0.9}]
+    assert summary(rows) == {"loss": 3.0, "scale_min": 0.001, "composition": 0.9}
+
+
+PARTIAL = {"std", "adversarial_raw", "adversarial_ratio", "heads_loss", "logit_real", "logit_fake"}  # of a part of the batch
 MULTI = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 FSDP = ["--config_file", str(Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp2.yaml")]
 
@@ -92,6 +97,16 @@ def test_two_processes_give_the_loss_curve_of_one(options: list[str], settings: 
             assert two[key] == pytest.approx(one[key], rel=1e-3), (one["phase"], one["step"], key)
     for key, tensor in weights["one"].items():
         torch.testing.assert_close(weights["two"][key].float(), tensor.float(), rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_DEEPSPEED", "true")])
+def test_a_launch_that_is_not_followed_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="not followed"):
+        distill.run("shapes", tmp_path / "out", load("shapes-demo"), 0, False)
+    with pytest.raises(UsageError, match="not followed"):
+        finetune.run(str(tmp_path / "student"), tmp_path / "out", load("shapes-demo"), 0, False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_fsdp_refuses_what_it_cannot_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashgen.recipe.schema import LoraTraining, MatchingTraining
-from flashgen.training.matching import Matcher, train_matching
+from flashgen.training.matching import Matcher, couple, train_matching
 from flashgen.training.prompts import PromptPool
 from flashgen.training.roles import Role, interpolate, roles_on
 from flashgen.training.trajectories import Replay, velocity
@@ -57,6 +57,21 @@ def test_a_role_changes_alone(transformer: Build, pool: PromptPool) -> None:
         assert sorted(student.names()) == sorted(dense.state_dict())
         dense.load_state_dict({name: student.merged(name) for name in student.names()})
         assert torch.allclose(speak(dense, pool), speak(student, pool), atol=1e-5) and torch.equal(speak(teacher, pool), before)
+
+
+def test_coupled_adapters_are_coupled_networks_while_they_share_an_a(transformer: Build, pool: PromptPool) -> None:
+    """A and B are averaged apart; both begin with the same A, so that the product is averaged, too."""
+    _, student, proxy = roles_on(transformer(0), LORA, "student", "proxy", seed=0)
+    for seed, role in enumerate((student, proxy)):
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in role.named_parameters():
+                if ".lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=g))
+    expected = interpolate(student, proxy, 0.1)
+    couple(proxy, student, 0.9)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(proxy.merged(name), tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_a_base_in_bf16_has_adapters_in_fp32_and_speaks_fp32(transformer: Build, pool: PromptPool) -> None:
