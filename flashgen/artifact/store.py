@@ -45,7 +45,8 @@ class Artifact:
         return Parent(role=role, path=str(self.path.absolute()), digest=self.manifest.digest)
 
     def size_bytes(self) -> int:
-        return sum(file.size for file in self.manifest.files)
+        """Of all files but the second transformer that distill may leave in `last/`, which nothing draws with."""
+        return sum(file.size for file in self.manifest.files if not file.path.startswith("last/"))
 
 
 def resolve(ref: str | Path, kinds: tuple[str, ...] | None = None) -> Path:

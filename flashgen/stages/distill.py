@@ -97,7 +97,12 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         matcher = Matcher(
             "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
         )
-        kept = train_matching(matcher, draft.work, watch)
+
+        def keep_last() -> None:
+            value = student.merged if isinstance(student, Role) else whole_network(student).state_dict().__getitem__
+            save_tensors(draft.path / "last", parent.path / "transformer", value)
+
+        kept = train_matching(matcher, draft.work, watch, keep_last)
         del matcher  # optimizers and averages: writing needs room of its own
 
     if isinstance(student, Role):

@@ -204,7 +204,7 @@ class Matcher:
 
         The samples are those rows `kept` of what `g` draws.
         """
-        config, empty = self.config, self.pool.empty_rows(len(x0))
+        config, empty = self.config, self.pool.empty_for(cond)
         w_match, w_augment = (self.weights[term][node].reshape(-1, 1, 1, 1) for term in ("matching", "augmentation"))
         proxy = x0_from_v(x_eval, velocity(self.proxy, x_eval, sigma_eval, cond), sigma_eval)
         if config.augmentation == "tied":
@@ -280,11 +280,13 @@ def couple(proxy: nn.Module, student: nn.Module, keep: float) -> None:
     torch._foreach_lerp_(list(proxy.parameters()), [p.detach() for p in student.parameters()], 1 - keep)
 
 
-def train_matching(matcher: Matcher, work: Path, watch: Watch | None = None) -> dict[str, float]:
+def train_matching(
+    matcher: Matcher, work: Path, watch: Watch | None = None, keep_last: Callable[[], None] | None = None
+) -> dict[str, float]:
     """Run `matcher` to its last round, resuming from `work`; the student ends with its EMA weights.
 
     Every `watch_every` rounds `watch(name, student)` sees the averaged weights. Where it returns scores, the student ends with the best
-    of them, the last included, and these two are returned.
+    of them, the last included, and these two are returned; `keep_last` is called while it still has the last, if that is another.
     """
     config, best = matcher.config, Best()
     total = config.proxy_warmup + config.iterations
@@ -303,6 +305,8 @@ def train_matching(matcher: Matcher, work: Path, watch: Watch | None = None) -> 
     matcher.ema.copy_to(matcher.student)
     if not best.shadow:
         return {}
+    if keep_last and best.step < total:
+        keep_last()
     with torch.no_grad():
         for name, parameter in matcher.student.named_parameters():
             parameter.copy_(cut(best.shadow[name], parameter))

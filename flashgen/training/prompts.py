@@ -51,8 +51,11 @@ class PromptPool:
         rows = g.randint(len(self))
         return self[rows].without_t5(g.rand() < t5_drop, self.clip_tokens)
 
-    def empty_rows(self, batch: int) -> Conditioning:
-        return Conditioning(self.empty.embeds.expand(batch, -1, -1), self.empty.pooled.expand(batch, -1))
+    def empty_for(self, cond: Conditioning) -> Conditioning:
+        """The empty prompt for each row of `cond`, without its T5 part where that has none: as a pipeline without T5 guides itself."""
+        rows = len(cond.pooled)
+        empty = Conditioning(self.empty.embeds.expand(rows, -1, -1), self.empty.pooled.expand(rows, -1))
+        return empty.without_t5(~cond.embeds[:, self.clip_tokens :].flatten(1).any(1), self.clip_tokens)
 
 
 def training_captions(count: int, seed: int, own: Sequence[str] | None = None) -> list[str]:

@@ -151,7 +151,7 @@ def cache_trajectories(
         if not path.exists():
             cond = pool[slice(start, start + SHARD)]
             batch = len(cond.pooled)
-            empty = pool.empty_rows(batch)
+            empty = pool.empty_for(cond)
             x = torch.randn((batch, *shape), generator=generator(seed, stream, start))
             begun = [x] if student is None else roll_out(lambda _: student, x, cond, nodes[:-1]).states
             ends, before = list[Tensor](), None

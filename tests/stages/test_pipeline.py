@@ -387,8 +387,15 @@ def test_distill_keeps_the_best_look_and_shows_each(chain: Chain, tmp_path: Path
     recipe = micro("distill.matching.iterations=3", "distill.matching.watch_every=1")
     student = distill.run(str(chain.teacher.path), tmp_path / "out", recipe, 0, False)
     assert student.manifest.metrics["watched"] == {"best": 0.6, "best_step": 2, "last": 0.4}
-    two = distill.run(str(chain.teacher.path), tmp_path / "two", micro("distill.matching.iterations=2"), 0, False)
+    two, three = (
+        distill.run(str(chain.teacher.path), tmp_path / f"{n}", micro(f"distill.matching.iterations={n}"), 0, False) for n in (2, 3)
+    )
     assert digests(student)[TRANSFORMER] == digests(two)[TRANSFORMER]
+    best, last = load_file(student.path / TRANSFORMER), load_file(student.path / "last" / "diffusion_pytorch_model.safetensors")
+    assert best.keys() == last.keys() and all(torch.equal(last[key], value) for key, value in load_file(three.path / TRANSFORMER).items())
+    assert not (three.path / "last").exists()
+    others = (f for f in student.path.rglob("*") if f.is_file() and f.parent.name != "last" and f.name != "manifest.json")
+    assert student.size_bytes() == sum(f.stat().st_size for f in others)
 
 
 def test_a_look_leaves_a_grid(chain: Chain, tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_the_direction_is_the_formula_of_the_paper(augmentation: str, transforme
     m = matcher_of(transformer, pool, augmentation=augmentation, node_matching=[1, 2, 1, 1], node_augmentation=[1, 0.5, 1, 0], guidance=3.0)
     rows = Draws(4, 0, 1)
     x0, x, node, cond = rows.randn(*SHAPE), rows.randn(*SHAPE), torch.tensor([0, 1, 2, 3]), pool.cond[torch.arange(4)]
-    sigma, sigma_eval, empty = m.sigmas[node], torch.tensor([0.9, 0.75, 0.5, 0.2]), pool.empty_rows(4)
+    sigma, sigma_eval, empty = m.sigmas[node], torch.tensor([0.9, 0.75, 0.5, 0.2]), pool.empty_for(cond)
     with torch.no_grad():
         found, sizes = m.direction(x0, x, sigma, sigma_eval, node, cond, Draws(4, 0, 2))
 

@@ -47,7 +47,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_guided_velocity_is_two_forwards_in_one(transformer: Build, pool: PromptPool) -> None:
     net = transformer(0)
     x, sigma = torch.randn(8, *SHAPE), torch.linspace(0.1, 1, 8)
-    empty = pool.empty_rows(8)
+    empty = pool.empty_for(pool.cond)
     with torch.no_grad():
         both = guided_velocity(net, x, sigma, pool.cond, empty, 4.5)
         apart = guide(velocity(net, x, sigma, empty), velocity(net, x, sigma, pool.cond), 4.5)
@@ -77,7 +77,7 @@ def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transforme
     last: tuple[Tensor, float] | None = None
     with torch.no_grad():
         for s, s_next in itertools.pairwise(fine):
-            v, step = guided_velocity(net, x, torch.full((8,), s), pool.cond, pool.empty_rows(8), 2.0), s_next - s
+            v, step = guided_velocity(net, x, torch.full((8,), s), pool.cond, pool.empty_for(pool.cond), 2.0), s_next - s
             ahead = v + step / last[1] * (v - last[0]) / 2 if last else v
             x, last = x + step * ahead, (v, step)
             visited[s_next] = x
@@ -176,9 +176,9 @@ def test_corrections_start_where_the_student_stands_and_end_where_the_teacher_go
     with torch.no_grad():
         reached = noise + (nodes[1] - nodes[0]) * velocity(student, noise, torch.ones(8), pool.cond)
         a, b, end = fine[2:]
-        v = guided_velocity(teacher, reached, torch.full((8,), a), pool.cond, pool.empty_rows(8), 2.0)
+        v = guided_velocity(teacher, reached, torch.full((8,), a), pool.cond, pool.empty_for(pool.cond), 2.0)
         middle = reached + (b - a) * v
-        w = guided_velocity(teacher, middle, torch.full((8,), b), pool.cond, pool.empty_rows(8), 2.0)
+        w = guided_velocity(teacher, middle, torch.full((8,), b), pool.cond, pool.empty_for(pool.cond), 2.0)
         x = middle + (end - b) * (w + (end - b) / (b - a) * (w - v) / 2)
     assert torch.allclose(replay.starts.float(), torch.stack([noise, reached], 1), atol=2e-3, rtol=1e-3)
     assert torch.allclose(replay.ends[:, 1].float(), x, atol=2e-3, rtol=1e-3) and not torch.allclose(
@@ -233,6 +233,16 @@ def test_a_pool_can_drop_t5_for_good(pool: PromptPool) -> None:
     assert 0 < dropped.sum() < len(pool) and not (pool.cond.embeds == 0).any()
     assert torch.equal(half[every].embeds[~dropped], pool.cond.embeds[~dropped]) and torch.equal(half[every].pooled, pool.cond.pooled)
     assert torch.equal(half.dropping_t5(0.0, generator(3))[every].embeds, half[every].embeds)
+
+
+def test_the_empty_prompt_has_no_t5_where_the_prompt_has_none(pool: PromptPool) -> None:
+    """As a pipeline without T5 guides itself: zeros on both sides (method.md 5.1)."""
+    half = pool.dropping_t5(0.5, generator(2))[slice(None)]
+    gone, empty = (half.embeds[:, 16:] == 0).all(dim=(1, 2)), pool.empty_for(half)
+    assert torch.equal((empty.embeds[:, 16:] == 0).all(dim=(1, 2)), gone) and 0 < gone.sum() < len(pool)
+    assert torch.equal(empty.embeds[~gone], pool.empty.embeds.expand(int((~gone).sum()), -1, -1))
+    clip, pooled = pool.empty.embeds[:, :16].expand(8, -1, -1), pool.empty.pooled.expand(8, -1)
+    assert torch.equal(empty.embeds[:, :16], clip) and torch.equal(empty.pooled, pooled)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
