@@ -36,13 +36,16 @@ def track(
     if sys.stderr.isatty():
         yield from _bar(items, label, total, done, rows)
         return
-    start = last = time.monotonic()
-    for count, item in enumerate(items, start=1):
+    first = last = time.monotonic()
+    for others, item in enumerate(items):
         yield item
         now = time.monotonic()
+        if not others:
+            first = now  # the first item may have compiled something: the rate is that of the others
         if now - last > every_s:
-            left = (total - done - count) * (now - start) / count
-            say(f"{label}: {done + count}/{total}, about {left / 60:.1f} min left")
+            count = done + others + 1
+            left = f", about {(total - count) * (now - first) / others / 60:.1f} min left" if others else ""
+            say(f"{label}: {count}/{total}{left}")
             last = now
 
 
