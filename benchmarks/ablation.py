@@ -280,11 +280,10 @@ def make(missing: dict[Task, list[str]], kept: dict[str, Any], path: Path, worke
 
 
 def kept_runs(key: str, *paths: Path) -> dict[str, Any]:
-    """The runs of the first of `paths` that holds some of this recipe, budget and teacher; none of others, which stay where they are."""
-    for path in paths:
-        if path.exists() and (kept := json.loads(path.read_text()))["key"] == key:
-            return dict(kept)
-    return {"key": key, "teacher": None, "runs": []}
+    """Of `paths` the one with most runs of this recipe, budget and teacher; none of others, which stay where they are."""
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    empty: dict[str, Any] = {"key": key, "teacher": None, "runs": []}
+    return max([empty, *(kept for kept in found if kept["key"] == key)], key=lambda kept: len(kept["runs"]))
 
 
 def main() -> None:
@@ -306,12 +305,22 @@ def main() -> None:
         raise SystemExit(
             f"{given.recipe} has distill.strides, compile or start, which the rows, on even grids and in small processes, would not heed"
         )
-    settings = [recipe.distill.model_dump(), recipe.finetune.model_dump(), recipe.bench.per_task, recipe.prompts_file]
+    settings = [
+        recipe.distill.model_dump(),
+        recipe.finetune.model_dump(exclude={"allow_worse"}),
+        recipe.bench.per_task,
+        recipe.prompts_file,
+    ]
     identity = json.dumps([source.manifest.digest, settings, given.budget, PER_TASK, FEW], default=str)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path, published = given.work / key / "runs.json", given.page.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = kept_runs(key, path, published)
+    part = (given.steps, given.seeds, given.rows) != tuple(map(parser.get_default, ("steps", "seeds", "rows")))
+    if part and published.exists() and json.loads(published.read_text())["key"] != key:
+        raise SystemExit(
+            f"{published} holds runs of another recipe, budget or teacher, which a part of the table cannot stand for; name another --page"
+        )
     made = {(r["steps"], r["seed"], r["row"]) for r in kept["runs"]}
     missing: dict[Task, list[str]] = {}
     for steps, seed in itertools.product(given.steps, given.seeds):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flashgen.training.trajectories import Leader, Replay
 
 T5_STREAM = 14
+LOOKS = {"trajectory": {"watch_every"}, "correction": {"watch_every"}}  # change nothing of the student
 
 
 def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
@@ -36,7 +37,7 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
     parents = [parent.as_parent("teacher"), *([start.as_parent("start")] if start else [])]
     draft = begin(
-        out, kind="student", stage="distill", recipe=config.model_dump() | looks | prompts_key(recipe), seed=seed,
+        out, kind="student", stage="distill", recipe=config.model_dump(exclude=LOOKS) | looks | prompts_key(recipe), seed=seed,
         parents=parents, force=force, check=lambda work: check("distill", parent, recipe, work),
     )  # fmt: skip
     if isinstance(draft, Artifact):
@@ -99,6 +100,8 @@ def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
         )
 
         def keep_last() -> None:
+            for optimizer in (*matcher.optimizers, *matcher.proxy_optimizers):
+                optimizer.state.clear()  # saved; writing needs room of its own
             value = student.merged if isinstance(student, Role) else whole_network(student).state_dict().__getitem__
             save_tensors(draft.path / "last", parent.path / "transformer", value)
 

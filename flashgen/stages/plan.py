@@ -89,7 +89,9 @@ def distill(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan
     regressed = sum(part.iterations * part.batch for part in (trajectory, correction))
     work = cached + forwards * matching.batch + regressed * learning
     text, adds = embedding(source, parts, prompts)
-    written = 2 if matching.watch_every else 1  # transformers in 16 bits: the best look and the last
+    written = (
+        2 if matching.watch_every and matching.iterations and recipe.bench.per_task else 1
+    )  # transformers in 16 bits: the best look and the last
     disk = prompts * embedded(source, parts) + 2 * written * transformer.count + 36 * learned + 2 * states * one.latent
     number = "bf16" if size == 2 else "fp32"
     return Plan({"embed": text, "train": train}, disk, work, {"bf16": adds, number: adds * (number == "bf16") + work * one.adds})

@@ -88,10 +88,5 @@ def save_grid(images: NDArray[np.uint8], path: Path) -> None:
     """At most 48 of the pictures [N, H, W, 3], evenly picked, in a PNG that the first process writes."""
     if rank() == 0:
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(grid(images[:: max(1, len(images) // 48)][:48])).save(path)
-
-
-def grid(images: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
-    """Pictures [N, H, W, 3] side by side, full rows only; the first picture when they fill none."""
-    whole = len(images) // columns * columns
-    return sheet(images[:whole], columns) if whole else images[0]
+        shown = images[:: max(1, len(images) // 48)][:48]
+        Image.fromarray(sheet(shown, min(8, len(shown)))).save(path)

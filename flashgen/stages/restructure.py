@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin, open_artifact
 from flashgen.errors import UsageError
+from flashgen.processes import check_launch
 from flashgen.progress import say
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.plan import check
@@ -25,6 +26,7 @@ MODES = ("zeros", "prune", "compact")
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: str) -> Artifact:
     """Raises NumericsError, and publishes nothing, when composition falls below `restructure.floor` of the student's own."""
+    check_launch()
     if mode not in MODES:
         raise UsageError(f"--mode {mode} is not one of {', '.join(MODES)}")
     parent = open_artifact(student, ("student",))

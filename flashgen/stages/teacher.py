@@ -13,6 +13,7 @@ from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
 from flashgen.errors import ArtifactError
 from flashgen.flow.grid import shifted_grid
 from flashgen.models.specs import SPECS, Spec, spec
+from flashgen.processes import check_launch
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.checks import check_compiler
 
@@ -35,6 +36,7 @@ def _sampler(clip_tokens: int, t5_tokens: int, size_px: int, guidance: float, sh
 
 def train(recipe: Recipe, out: Path, seed: int, force: bool) -> Artifact:
     """The shapes world's autoencoder, then its three text encoders, then its transformer on the frozen rest."""
+    check_launch()
     draft = begin(out, kind="teacher", stage="teacher", recipe=recipe.teacher.model_dump(), seed=seed, parents=[], force=force)
     if isinstance(draft, Artifact):
         return draft

@@ -64,5 +64,5 @@ def test_runs_go_on_where_they_are_of_the_same_recipe_and_those_of_another_stay(
     assert kept_runs("new", work, published) == {"key": "new", "teacher": None, "runs": []}
     assert kept_runs("old", work, published)["runs"] == [1, 2]
     keep(work, {"key": "old", "teacher": None, "runs": [1, 2, 3]})
-    assert kept_runs("old", work, published)["runs"] == [1, 2, 3]
+    assert kept_runs("old", work, published)["runs"] == kept_runs("old", published, work)["runs"] == [1, 2, 3]
     assert json.loads(published.read_text())["runs"] == [1, 2]

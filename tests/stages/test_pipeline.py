@@ -415,6 +415,8 @@ def test_regression_can_be_looked_at_without_a_judge_and_ends_the_same(chain: Ch
     assert "watched" not in student.manifest.metrics and "composition" not in student.manifest.metrics
     unseen = distill.run(str(chain.teacher.path), tmp_path / "unseen", micro("bench.per_task=0", f"prompts_file={own}"), 0, False)
     assert digests(student)[TRANSFORMER] == digests(unseen)[TRANSFORMER]
+    looked = micro("bench.per_task=0", f"prompts_file={own}", "distill.trajectory.watch_every=1")
+    assert distill.run(str(chain.teacher.path), tmp_path / "unseen", looked, 0, False).path == unseen.path  # up to date
 
 
 def test_corrections_change_the_student_and_a_sharded_run_refuses_them(

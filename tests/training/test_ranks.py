@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from flashgen.artifact.store import versions
 from flashgen.errors import UsageError
 from flashgen.recipe.load import load
-from flashgen.stages import distill, finetune, teacher
+from flashgen.stages import distill, finetune, restructure, teacher
 from flashgen.training.ranks import Draws, average_, summary, summary_of_all
 
 MICRO = [
@@ -106,6 +106,10 @@ def test_a_launch_that_is_not_followed_is_refused(name: str, value: str, monkeyp
         distill.run("shapes", tmp_path / "out", load("shapes-demo"), 0, False)
     with pytest.raises(UsageError, match="not followed"):
         finetune.run(str(tmp_path / "student"), tmp_path / "out", load("shapes-demo"), 0, False)
+    with pytest.raises(UsageError, match="not followed"):
+        restructure.run(str(tmp_path / "student"), tmp_path / "out", load("shapes-demo"), 0, False, "prune")
+    with pytest.raises(UsageError, match="not followed"):
+        teacher.train(load("shapes-demo"), tmp_path / "out", 0, False)
     assert not (tmp_path / "out").exists()
 
 

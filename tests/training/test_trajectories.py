@@ -236,7 +236,7 @@ def test_a_pool_can_drop_t5_for_good(pool: PromptPool) -> None:
 
 
 def test_the_empty_prompt_has_no_t5_where_the_prompt_has_none(pool: PromptPool) -> None:
-    """As a pipeline without T5 guides itself: zeros on both sides (method.md 5.1)."""
+    """As a pipeline without T5 guides itself: zeros on both sides."""
     half = pool.dropping_t5(0.5, generator(2))[slice(None)]
     gone, empty = (half.embeds[:, 16:] == 0).all(dim=(1, 2)), pool.empty_for(half)
     assert torch.equal((empty.embeds[:, 16:] == 0).all(dim=(1, 2)), gone) and 0 < gone.sum() < len(pool)
