@@ -34,7 +34,9 @@ def sharded() -> bool:
 def check_launch() -> None:
     """Raises UsageError for what `accelerate launch` was told that no training here would follow."""
     if (number := os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()) != "no":
-        raise UsageError(f"--mixed_precision {number} is not followed: flashgen trains in fp32; launch with --mixed_precision no")
+        raise UsageError(
+            f"--mixed_precision {number} is not followed: what trainings compute in is the recipe's; launch with --mixed_precision no"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UsageError("DeepSpeed is not followed; launch with --multi_gpu, or with recipes/accelerate/fsdp2.yaml")
 

@@ -82,9 +82,13 @@ def fit(
 Watch = Callable[[str, torch.nn.Module], float | None]  # sees a network under a name; its score, where it is judged
 
 
-def due(step: int, steps: int, every: int) -> bool:
-    """Whether a look is due behind `step`: behind every `every` of them and the last; 0 is never."""
-    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
+def look(watch: Watch | None, name: str, step: int, steps: int, every: int, ema: Ema, network: torch.nn.Module) -> dict[str, float]:
+    """Show `watch` the averaged weights of `network` behind every `every` steps and the last (0: never); the score, if there is one."""
+    if watch is None or not every or ((step + 1) % every and step + 1 < steps):
+        return {}
+    with ema.shown_by(network):
+        score = watch(f"{name}-{step + 1:06d}", network)
+    return {} if score is None else {"composition": score}
 
 
 def _board(folder: Path, start: int) -> Any:

@@ -24,7 +24,7 @@ from flashgen.objectives.proxy import interval_loss, proxy_loss
 from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.recipe.schema import MatchingTraining
 from flashgen.training.discriminator import Heads, Tap
-from flashgen.training.loop import Best, Ema, Stateful, Watch, descend, due, fit
+from flashgen.training.loop import Best, Ema, Stateful, Watch, descend, fit, look
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
@@ -293,13 +293,12 @@ def train_matching(
 
     def step_fn(step: int) -> dict[str, float]:
         metrics = matcher.update(step)
-        if watch and step >= config.proxy_warmup and due(step, total, config.watch_every):
-            with matcher.ema.shown_by(matcher.student):
-                score = watch(f"{matcher.name}-{step + 1:06d}", matcher.student)
-            if score is not None:
-                metrics["composition"] = score
-                best.offer(score, step + 1, matcher.ema)
-        return metrics
+        if step < config.proxy_warmup:
+            return metrics
+        seen = look(watch, matcher.name, step, total, config.watch_every, matcher.ema, matcher.student)
+        if seen:
+            best.offer(seen["composition"], step + 1, matcher.ema)
+        return metrics | seen
 
     fit(matcher.name, total, step_fn, matcher.state() | {"best": best}, work)
     matcher.ema.copy_to(matcher.student)

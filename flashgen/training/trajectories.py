@@ -24,7 +24,7 @@ from flashgen.processes import rank, wait_for_all, world
 from flashgen.progress import track
 from flashgen.randomness import generator
 from flashgen.recipe.schema import Regression, by_step
-from flashgen.training.loop import Ema, Watch, descend, due, fit, save_state
+from flashgen.training.loop import Ema, Watch, descend, fit, look, save_state
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
@@ -207,12 +207,7 @@ def train_on_trajectories(
         loss = trajectory_loss(v, x_from, x_to, sigmas[node], sigmas[node + 1], config.huber)
         norm = descend(loss, parameters, optimizers.values(), clip=1.0, where=f"{name} step {step}")
         ema.update(student, step)
-        metrics = {"loss": loss.item(), "grad_norm": norm}
-        if watch and due(step, config.iterations, config.watch_every):
-            with ema.shown_by(student):
-                score = watch(f"{name}-{step + 1:06d}", student)
-            metrics |= {} if score is None else {"composition": score}
-        return metrics
+        return {"loss": loss.item(), "grad_norm": norm} | look(watch, name, step, config.iterations, config.watch_every, ema, student)
 
     fit(name, config.iterations, step_fn, {"student": student, "ema": ema, **optimizers}, work)
     ema.copy_to(student)
