@@ -69,9 +69,9 @@ def prepare(work: Path) -> None:
     """Every model of `ROWS` that is not there yet."""
     from flashgen.export.components import Call, Component, _velocity
     from flashgen.export.write import write_component
+    from flashgen.models.networks import linears_of
     from flashgen.quant.pack import QuantizedLinear
     from flashgen.quant.rounding import quantize_groups
-    from flashgen.training.calibration import linears_of
 
     def once(name: str, make: Callable[[], object]) -> None:
         if not (work / f"{name}.done").exists():
@@ -190,7 +190,7 @@ def opened(who: str, engine: str, profile: str, path: Path) -> Step:
 
 def measure(work: Path, name: str) -> dict[str, Any]:
     """Seconds of a step, the best of `CALLS` after a warm one, by text tokens; in this process."""
-    from flashgen.metrics.latency import peak_rss_mib
+    from flashgen.timing import peak_rss_mib
 
     torch.set_num_threads(THREADS)
     who, engine, profile, file = ROWS[name]

@@ -115,7 +115,7 @@ class OrtFormat(Engine):
         self.folder = folder
 
     def network(self, component: str) -> Network:  # opened anew for every run, which nobody times
-        return OnnxRuntimeNetwork(self.folder / component / "model.ort", self.threads, False)
+        return OnnxRuntimeNetwork(self.folder / component / "model.ort", None, False)
 
 
 def mobile(root: Path) -> list[Bar]:

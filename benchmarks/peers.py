@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flashgen.artifact.manifest import Sampler
 from flashgen.export.components import components
 from flashgen.export.write import write_component
-from flashgen.training.calibration import linears_of
+from flashgen.models.networks import linears_of
 
 GROUP = 32
 

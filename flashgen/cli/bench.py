@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flashgen.cli.options import Options, command
-from flashgen.cli.run import device_for, emit, recipe_of
+from flashgen.cli.run import check_device, emit, recipe_of
 
 
 @command("recipe", "set", "seed", "device")
@@ -20,10 +19,10 @@ def bench(
     per_task: Annotated[int | None, typer.Option("--per-task", metavar="N", min=1, help="prompts of each task")] = None,
 ) -> None:
     """Measure latency, memory, size and quality."""
+    check_device(options)
     recipe = recipe_of(options)
     from flashgen.stages.bench import run
 
-    extra = device_for(options, run, inspect.signature(run).parameters)
-    report = run(artifacts, out, recipe, options.seed, per_task, **extra)
+    report = run(artifacts, out, recipe, options.seed, per_task)
     if options.json or out:
         emit(options, str(out), report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flashgen.cli.options import Options, command
-from flashgen.cli.run import device_for, emit, record_of
+from flashgen.cli.run import check_device, emit, record_of
 from flashgen.errors import UsageError
 
 
@@ -40,22 +39,22 @@ def generate(
 ) -> None:
     """Paint pictures."""
     started = time.perf_counter()
+    check_device(options)
     from flashgen.artifact.store import open_artifact
     from flashgen.stages.prompts import read_prompts
 
     stage = import_module("flashgen.stages.generate")
     if not prompts and not prompt_file and not from_png:
         raise UsageError("PROMPT... is missing: say what to paint, or give --prompt-file or --from-png")
-    extra: dict[str, Any] = device_for(options, stage.run, inspect.signature(stage.run).parameters)
-    asked: dict[str, Any] = {"seed": options.seed, "steps": steps, "guidance": guidance, "negative": negative}
+    asked: dict[str, Any] = {"seed": options.seed, "steps": steps, "guidance": guidance, "negative": negative, "size_px": size}
     given = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
     if from_png:
         given, asked = stage.again(from_png, artifact, given, asked | {"seeds": seeds})
     elif seeds is not None:
         asked["seeds"] = stage.read_seeds(seeds)
     images = stage.run(
-        artifact, given, out, **asked, size_px=size, batch=batch, init_image=init_image, strength=strength, contact_sheet=grid,
-        preview=preview, engine=engine, memory=memory, **extra,
+        artifact, given, out, **asked, batch=batch, init_image=init_image, strength=strength, contact_sheet=grid,
+        preview=preview, engine=engine, memory=memory,
     )  # fmt: skip
     record = {**record_of(open_artifact(artifact), "generate", started, {}), "images": [str(image) for image in images]}
     emit(options, "\n".join(record["images"]), record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ import typer
 from flashgen.errors import FlashgenError, UsageError
 from flashgen.processes import rank
 from flashgen.progress import say
+from flashgen.timing import peak_rss_mib
 
 if TYPE_CHECKING:
     from flashgen.artifact.store import Artifact
@@ -66,16 +66,6 @@ def recipe_of(options: Options) -> Recipe:
     return load(options.recipe, options.set or [])
 
 
-def peak_rss_mib() -> float | None:
-    """Largest resident memory of this process so far; None where the system does not tell (Windows)."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
-
-
 def emit(options: Options, text: str, record: Mapping[str, Any]) -> None:
     """The result, the only thing on stdout."""
     if rank() == 0:
@@ -96,8 +86,8 @@ def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[s
 def run_stage(options: Options, stage: str, inputs: Mapping[str, str], function: str = "run", **extra: Any) -> None:
     """Call `flashgen.stages.<stage>.<function>(*inputs, ...)` with the offered options and print the artifact it returns."""
     import importlib
-    import inspect
 
+    check_device(options)
     started = time.perf_counter()
     given: dict[str, Any] = {name: getattr(options, name) for name in ("out", "seed", "force") if name in options.offered}
     if "recipe" in options.offered:
@@ -107,38 +97,37 @@ def run_stage(options: Options, stage: str, inputs: Mapping[str, str], function:
         planned = plan(stage, inputs, options.out, given.get("recipe"), **extra)
         print(json.dumps({"stage": stage, "seed": options.seed, **extra, **planned}, indent=None if options.json else 2))
         return
-    call = getattr(module, function)
-    given.update(device_for(options, call, inspect.signature(call).parameters))
-    artifact: Artifact = call(*inputs.values(), **given, **extra)
+    artifact: Artifact = getattr(module, function)(*inputs.values(), **given, **extra)
     emit(options, str(artifact.path), record_of(artifact, artifact.manifest.stage, started, artifact.manifest.metrics))
 
 
-def device_for(options: Options, call: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """The device as an argument of `call`; a device it cannot use is an error, never ignored."""
-    if "device" not in options.offered:
-        return {}
-    if "device" in parameters:
-        return {"device": options.device}
-    if options.device in ("auto", "cpu"):
-        return {}
-    raise UsageError(f"--device {options.device}: {call.__module__} computes on the CPU only; leave the option out")
+def check_device(options: Options) -> None:
+    """A device that flashgen cannot use is an error, never ignored."""
+    if options.device not in ("auto", "cpu"):
+        raise UsageError(f"--device {options.device}: flashgen computes on the CPU only; leave the option out")
 
 
 def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None, **extra: Any) -> dict[str, Any]:
-    """What a run would read, write and need. Raises what the run itself would, for broken files and for recipes."""
-    from flashgen.artifact.store import Artifact, open_artifact, versions
+    """What a run would read, write and need. Raises what the run itself would, for broken files and for what recipes cannot ask of them."""
+    from flashgen.artifact.store import open_artifact, versions
 
     opened = {role: open_artifact(ref) for role, ref in inputs.items() if role != "source"}  # a source is no artifact yet
     needs: dict[str, Any] = dict.fromkeys(("memory", "memory_bytes", "machine_bytes", "disk_bytes", "forwards", "seconds"))
     source = next(iter(opened.values()), None)
     if source is not None and recipe is not None and (source.path / "transformer" / "config.json").is_file():
+        from flashgen.stages import checks
         from flashgen.stages import plan as plans
-        from flashgen.stages.checks import check_distillation, check_finetuning
 
-        if refuse := {"distill": check_distillation, "finetune": check_finetuning}.get(stage):
-            start = refuse(source, recipe)
-            if isinstance(start, Artifact):
-                opened["start"] = start
+        match stage:
+            case "distill":
+                if start := checks.check_distillation(source, recipe):
+                    opened["start"] = start
+            case "finetune":
+                checks.check_finetuning(source, recipe)
+            case "quantize":
+                checks.check_quantizing(source, recipe)
+            case "export":
+                checks.check_exporting(source, recipe, **extra)
         found = plans.plan_of(stage, source, recipe, **extra)
         needs |= {
             "memory": {phase: {name: int(size) for name, size in parts.items()} for phase, parts in found.memory.items()},

@@ -129,10 +129,10 @@ class Engine:
     Raises UsageError for an engine that is not installed and ArtifactError for a file that is not the manifest's.
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None, laps: Laps | None = None, name: str = "onnxruntime") -> None:
+    def __init__(self, artifact: Artifact, laps: Laps | None = None, name: str = "onnxruntime") -> None:
         if find_spec(name) is None:
             raise UsageError(f"--engine {name} is not installed; install it with: pip install 'flashgen[{name}]'")
-        self.path, self.threads, self.name = artifact.path, threads, name
+        self.path, self.name = artifact.path, name
         self.laps = laps or Laps()
         self._files = {file.path: file.sha256 for file in artifact.manifest.files}
         # Whoever exported with 8-bit activations takes that rounding.
@@ -148,7 +148,7 @@ class Engine:
                 # Text encoders run once a prompt, so loading decides; and their errors would stay in every step.
                 name = "onnxruntime" if component.startswith("text_encoder") else self.name
                 model, key = self.path / component / "model.onnx", self._key(component)
-                self._open = (component, NETWORKS[name](model, self.threads, self._rounded, key))
+                self._open = (component, NETWORKS[name](model, None, self._rounded, key))
         return self._open[1]
 
     def run(self, component: str, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:

@@ -35,7 +35,7 @@ def sheet(images: NDArray[np.uint8], columns: int = 0) -> NDArray[np.uint8]:
 
 
 def read_texts(path: Path) -> dict[str, Any]:
-    """How a picture of `generate` was made: prompt, seed, sigmas, artifact (a digest), guidance and negative where they were given.
+    """How a picture of `generate` was made: prompt, seed, sigmas, artifact (a digest), size_px, guidance and negative.
 
     Raises UsageError for a file that is no such picture.
     """
@@ -43,9 +43,9 @@ def read_texts(path: Path) -> dict[str, Any]:
 
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            found = dict(image.text)  # type: ignore[attr-defined]
+            found, size_px = dict(image.text), image.width  # type: ignore[attr-defined]
         sigmas = [float(sigma) for sigma in json.loads(found["sigmas"])]
-        made = {"prompt": found["prompt"], "seed": int(found["seed"]), "sigmas": sigmas, "artifact": found["artifact"]}
+        made = {"prompt": found["prompt"], "seed": int(found["seed"]), "sigmas": sigmas, "artifact": found["artifact"], "size_px": size_px}
         start = {"init_image": found["init_image"]} if "init_image" in found else {}
         return made | {"guidance": float(found.get("guidance", 1)), "negative": found.get("negative", "")} | start
     except OSError as error:

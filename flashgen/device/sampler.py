@@ -28,13 +28,13 @@ CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 class DevicePipeline:
     """All prompts pass one component before the next is loaded, so that one network at a time is in memory."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None, laps: Laps | None = None, engine: str = "onnxruntime") -> None:
+    def __init__(self, artifact: Artifact, laps: Laps | None = None, engine: str = "onnxruntime") -> None:
         if artifact.manifest.sampler is None:
             raise ArtifactError(f"{artifact.path}: the manifest has no sampler; export the student again with: flashgen export")
         self.artifact = artifact
         self.sampler: Sampler = artifact.manifest.sampler
         self.extra = artifact.manifest.extra
-        self.engine = Engine(artifact, threads, laps, engine)
+        self.engine = Engine(artifact, laps, engine)
         self._tile: int | None = None
 
     def sample(
@@ -66,7 +66,7 @@ class DevicePipeline:
         noise = latents(tuple(self.extra["latent_shape"]), seeds)
         if init is not None:
             noise = np.float32(1 - sigmas[0]) * self.encode_picture(init) + np.float32(sigmas[0]) * noise
-        viewer = Engine(self.artifact, self.engine.threads, name=self.engine.name)
+        viewer = Engine(self.artifact, name=self.engine.name)
 
         def watch(index: int, x0: Floats) -> None:
             if preview is not None:

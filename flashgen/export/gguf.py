@@ -69,7 +69,9 @@ def check(path: Path, weights: Mapping[str, Stored], floor_db: float) -> float:
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     worst = 200.0
     for tensor in originals(weights):
-        there = found.pop(tensor.name)
+        there = found.pop(tensor.name, None)
+        if there is None:
+            raise NumericsError(f"{path} has no tensor {tensor.name}; export again")
         value = there.data if there.tensor_type in PLAIN else gguf.dequantize(there.data, there.tensor_type)
         rows = _turned(value.reshape(_shape(tensor, weights)), tensor)
         parts = np.split(rows, np.cumsum([weights[name].shape[0] for name in tensor.parts])[:-1])

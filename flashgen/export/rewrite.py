@@ -69,13 +69,13 @@ def _only_user(value: ir.Value) -> ir.Node | None:
     return nodes[0] if len(nodes) == 1 and not value.is_graph_output() else None
 
 
-def quantize_linears(model: ir.Model, layers: Mapping[str, QuantizedLinear], accuracy_level: int, prefix: str = "net.") -> None:
+def quantize_linears(model: ir.Model, layers: Mapping[str, QuantizedLinear], accuracy_level: int) -> None:
     """Rewrite every layer of `layers` in place; 3 bits get the room of 4, the least that the node knows.
 
     Raises ArtifactError when one is not in the graph with the same shape, or when an adaLN Linear would stay in fp32.
     """
     graph = model.graph
-    found = {name.removeprefix(prefix): linear for name, linear in linears(graph).items()}
+    found = {name.removeprefix("net."): linear for name, linear in linears(graph).items()}
     missing = [name for name, q in layers.items() if name not in found or not _fits(found[name], q)]
     left = [name for name in found if MODULATION.search(name) and name not in layers]
     if missing or left:
@@ -87,22 +87,11 @@ def quantize_linears(model: ir.Model, layers: Mapping[str, QuantizedLinear], acc
 
 
 def halve_scales(model: ir.Model) -> None:
-    """Store scales, zero points between codes and a shared basis as fp16 behind a Cast, which onnxruntime folds when it loads: half the
-    bytes, nothing lost (see `quant.pack`). To be called after every pass that folds constants.
-    """
+    """`halve_weights` for scales, zero points between codes and a shared basis: half the bytes, nothing lost (see
+    `quant.pack`)."""
     graph = model.graph
-    scales = [value for node in graph if node.op_type == "MatMulNBits" for value in node.inputs[2:4]]
-    bases = [value for name, value in graph.initializers.items() if name.endswith(".basis")]
-    for value in (*scales, *bases):
-        if value is None or value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
-            continue
-        name, users = value.name, [use.node for use in value.uses()]
-        assert name is not None
-        del graph.initializers[name]
-        cast = ir.node("Cast", [_constant(graph, name, value.const_value.numpy().astype(np.float16))], {"to": ir.DataType.FLOAT.value})
-        cast.outputs[0].name = f"{name}.fp32"
-        graph.insert_before(next(node for node in graph if node in users), cast)
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    scales = {value.name for node in graph if node.op_type == "MatMulNBits" for value in node.inputs[2:4] if value is not None}
+    halve_weights(model, [name for name in graph.initializers if name in scales or name.endswith(".basis")])
 
 
 def turn_weights(model: ir.Model) -> None:
@@ -128,7 +117,7 @@ def _turned(whole: ir.TensorProtocol, name: str) -> ir.LazyTensor:
 
 def halve_weights(model: ir.Model, names: Collection[str]) -> None:
     """Store constants as fp16 behind a Cast, which onnxruntime folds when it loads; an embedding table's rows are cast behind its Gather.
-    Nothing is lost of what files keep in fp16.
+    Nothing is lost of what files keep in fp16. To be called after every pass that folds constants.
     """
     graph = model.graph
     for name in [name for name in graph.initializers if name in names]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from flashgen import errors
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import FlashgenError, MachineError
-from flashgen.timing import Laps
+from flashgen.timing import Laps, peak_rss_mib
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def measure(job: Job) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         "engine": "onnxruntime" if source.manifest.kind == "device" else "torch",
         "steps": steps,
         "latency_s": summarise(laps, steps, job.warmup, job.repeats),
-        "peak_rss_mib": round(peak_rss_mib(), 1),
+        "peak_rss_mib": peak_rss_mib(),
     }
     return result, draw(job.prompts, job.seeds, job.batch)
 
@@ -104,18 +104,6 @@ def summarise(laps: Laps, steps: int, warmup: int, repeats: int) -> dict[str, fl
         "total_p50": np.median(encode + step.sum(1) + decode),
     }
     return {k: round(float(v), 5) for k, v in found.items()}
-
-
-def peak_rss_mib() -> float:
-    """Peak resident memory of this process. Not ru_maxrss on Linux: that one inherits the parent's peak through exec."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
-    except (OSError, StopIteration):
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def main(job_file: Path) -> None:

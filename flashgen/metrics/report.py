@@ -68,7 +68,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
             f"{latency['load']:.2f}",
             f"{1000 * latency['step_p50']:.1f}",
             f"{latency['total_p50']:.2f}",
-            f"{row['peak_rss_mib']:.0f}",
+            "-" if row["peak_rss_mib"] is None else f"{row['peak_rss_mib']:.0f}",
             "-" if score is None else f"{100 * score:.1f}",
         )
     console = Console(stderr=True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashgen.models.networks import linears_of
+
 MODULATION = re.compile(r"transformer_blocks\.\d+\.norm\w*\.linear$")
 
 
@@ -30,7 +32,7 @@ class Factored(nn.Module):
 
 def modulations(transformer: nn.Module) -> dict[str, nn.Linear]:
     """The adaLN Linears of all blocks by name; each takes silu(time and pooled text embedding), the same one."""
-    return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear) and MODULATION.search(name)}
+    return {name: layer for name, layer in linears_of(transformer).items() if MODULATION.search(name)}
 
 
 def put(transformer: nn.Module, name: str, layer: nn.Module) -> None:

@@ -107,8 +107,10 @@ def embedding(source: Artifact, parts: dict[str, Tensors], prompts: int) -> tupl
 
 
 def embedded(source: Artifact, parts: dict[str, Tensors]) -> int:
-    """Bytes of disk that a prompt takes while a stage trains: its tokens, in bf16 where the encoders are large (`prompt_pool`)."""
+    """Bytes of disk that a prompt takes while a stage trains: its tokens, in bf16 where an encoder is large (`prompt_pool`)."""
+    from flashgen.models.text import LARGE
+
     config, sampler = json.loads((source.path / "transformer" / "config.json").read_text()), source.manifest.sampler
     assert sampler is not None
-    size = 2 if parts["text_encoder_2"].bytes > 1 << 30 else 4
+    size = 2 if any(parts[name].bytes > LARGE for name in ENCODERS if name in parts) else 4
     return size * (int(config["joint_attention_dim"]) * (sampler.clip_tokens + sampler.t5_tokens) + int(config["pooled_projection_dim"]))

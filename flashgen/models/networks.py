@@ -54,6 +54,11 @@ def parameter_names(network: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
     return list(names.values())
 
 
+def linears_of(network: nn.Module) -> dict[str, nn.Linear]:
+    """Every Linear by name, in the order of the network."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+
+
 def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`network`, which has no weights, as one that reads those of a layer from `folder` when it runs, and drops them behind it."""
     files = tensor_files(folder)

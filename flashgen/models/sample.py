@@ -23,7 +23,7 @@ from flashgen.errors import ArtifactError
 from flashgen.flow.ode import euler, guide
 from flashgen.models.networks import check_networks, has_nf4, on_disk, with_nf4
 from flashgen.models.specs import ENCODERS
-from flashgen.models.text import Conditioning, encode_prompts, is_large
+from flashgen.models.text import Conditioning, encode_prompts, is_large, warn_of_cuts
 from flashgen.progress import track
 from flashgen.timing import Laps
 
@@ -126,6 +126,7 @@ def sample_latents(
     noise = torch.from_numpy(latents(latent_shape(pipe, size_px or sampler.size_px), seeds))
     if init is not None:
         noise = (1 - sigmas[0]) * encode_image(pipe, init) + sigmas[0] * noise
+    warn_of_cuts(pipe, list(dict.fromkeys([*prompts, *([negative] if weight != 1 else [])])), sampler.t5_tokens)
     uncond = encode_prompts(pipe, [negative], sampler.t5_tokens) if weight != 1 else None
 
     def watch(index: int, x0: Tensor) -> None:

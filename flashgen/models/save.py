@@ -13,11 +13,8 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from flashgen.artifact.store import Draft
+from flashgen.models.specs import COMPONENTS
 from flashgen.models.stream import header, weight_files, write
-
-COMPONENTS = (
-    "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler",
-)  # fmt: skip
 
 
 def save_pipeline(draft: Draft, pipe: StableDiffusion3Pipeline) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from flashgen.errors import UsageError
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("transformer", "vae", *ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")  # folders of a pipeline
 
 
 @dataclass(frozen=True)

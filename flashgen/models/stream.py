@@ -100,9 +100,9 @@ class Stored:
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the safetensors files in `folder` by name, none of them read."""
+    """Every tensor of a network's files by name, none of them read."""
     found: dict[str, Stored] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         entries, start = header(path)
         found |= {name: Stored(path, start, entry) for name, entry in entries.items()}
     return found

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from flashgen.device.tokens import warn_cut
 from flashgen.models.specs import ENCODERS
 from flashgen.models.stream import weight_files
 
@@ -41,9 +42,6 @@ class Tokens:
     clip_g: Tensor
     t5: Tensor | None
 
-    def __getitem__(self, index: Tensor) -> Tokens:
-        return Tokens(self.clip_l[index], self.clip_g[index], None if self.t5 is None else self.t5[index])
-
 
 def is_large(folder: Path) -> bool:
     return sum(path.stat().st_size for path in weight_files(folder)) > LARGE
@@ -62,6 +60,16 @@ def tokenize(pipe: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int)
     length = pipe.tokenizer.model_max_length
     t5 = ids(pipe.tokenizer_3, t5_tokens) if pipe.text_encoder_3 is not None else None
     return Tokens(ids(pipe.tokenizer, length), ids(pipe.tokenizer_2, length), t5)
+
+
+def warn_of_cuts(pipe: StableDiffusion3Pipeline, prompts: list[str], t5_tokens: int) -> None:
+    """Warns about every prompt that loses its end, as `device.tokens` does."""
+    length = pipe.tokenizer.model_max_length
+    limits = {"tokenizer": length, "tokenizer_2": length} | ({"tokenizer_3": t5_tokens} if pipe.text_encoder_3 is not None else {})
+    for name, limit in limits.items():
+        for prompt, ids in zip(prompts, getattr(pipe, name)(prompts, verbose=False).input_ids, strict=True):
+            if len(ids) > limit:
+                warn_cut(prompt, name, len(ids), limit)
 
 
 def encode(pipe: StableDiffusion3Pipeline, tokens: Tokens, t5_tokens: int) -> Conditioning:

@@ -14,13 +14,6 @@ BLOCK = 128  # columns whose errors reach the others together
 DAMP = 0.01  # of the mean diagonal, added to it (the paper's)
 
 
-def hessian_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of a layer's output energy that is error, for inputs with H = sum x x^T."""
-    difference = (weight - quantized).double()
-    energy = ((weight.double() @ hessian.double()) * weight.double()).sum()
-    return float(((difference @ hessian.double()) * difference).sum() / energy.clamp_min(1e-30))
-
-
 def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, symmetric: bool) -> QuantizedLinear:
     """Codes of `weight` [N, K] for inputs with second moments `hessian` [K, K] (any positive scale).
 

@@ -10,11 +10,6 @@ from flashgen.quant.rounding import quantize_groups
 from flashgen.recipe.schema import QuantizeRecipe
 
 
-def plain_bits(name: str, config: QuantizeRecipe) -> int:
-    """Bits of a layer where no budget gives them out."""
-    return 8 if name.startswith(tuple(config.protect)) else config.bits
-
-
 def quantize_layer(weight: Tensor, bits: int, config: QuantizeRecipe, moments: Tensor | None) -> QuantizedLinear:
     """Codes of `weight` [N, K]; GPTQ where there are second `moments` [K, K] of the inputs to round for."""
     if config.method == "gptq" and moments is not None:

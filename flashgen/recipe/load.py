@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -133,6 +134,7 @@ def _fields(loc: Sequence[str | int]) -> Iterator[str]:
     """Names of the fields that the model at `loc` knows."""
     model: Any = Recipe
     for part in loc:
-        model = getattr(model, "model_fields", {})[part].annotation
+        annotation = getattr(model, "model_fields", {})[part].annotation
+        model = next((kind for kind in get_args(annotation) if kind is not NoneType), annotation)  # of an optional section the section
     if isinstance(model, type) and issubclass(model, BaseModel):
         yield from model.model_fields

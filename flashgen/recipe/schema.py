@@ -270,6 +270,15 @@ class QuantizeRecipe(Model):
         """The same of text encoders: they run once a prompt, so that integer products are not for them."""
         return 64 if self.group == "channel" else self.group
 
+    def bits_of(self, name: str) -> int:
+        """Bits of a layer where no budget gives them out."""
+        return 8 if name.startswith(tuple(self.protect)) else self.bits
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the student is run: for the inputs of its layers, or for what a choice does to its pictures."""
+        return bool(self.method == "gptq" or self.budget or self.basis_tolerance or self.repair)
+
     @field_validator("budget", mode="before")
     @classmethod
     def _as_text(cls, value: object) -> object:
@@ -303,7 +312,7 @@ class ExportRecipe(Model):
     size_px: int | None = Field(None, ge=8, multiple_of=8, description="of the pictures; None: as the student was trained")
     accuracy_level: Literal[0, 1, 4] = Field(0, description="MatMulNBits: 0 and 1 compute in fp32, 4 rounds activations to int8")
     psnr_floor_db: float = Field(60.0, gt=0, description="of each component against torch, range of the output over RMS error")
-    psnr_floor_int8_db: float = Field(30.0, gt=0, description="the same for the transformer at accuracy level 4")
+    psnr_floor_int8_db: float = Field(30.0, gt=0, description="the same for components whose codes run at accuracy level 4")
     vae_encoder: bool = Field(False, description="export it too, for generate --init-image; 68 MB for SD3.5-Medium")
 
 

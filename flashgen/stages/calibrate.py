@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.store import Artifact, Draft, open_artifact, versions
-from flashgen.device.memory import UNITS
+from flashgen.device.memory import parse_bytes
 from flashgen.errors import UsageError
 from flashgen.progress import say
 from flashgen.recipe.schema import QuantizeRecipe, Recipe
@@ -41,7 +40,7 @@ def calibrate(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, dra
     """Everything that the recipe wants to know of the student; a resumed run reads what it has found in `draft.work`."""
     from flashgen.models.factored import Factored
     from flashgen.models.sample import load_pipeline
-    from flashgen.quant.layer import plain_bits, quantize_layer
+    from flashgen.quant.layer import quantize_layer
     from flashgen.training.calibration import quantize_in_order
 
     pipe, config = load_pipeline(parent.path), recipe.quantize
@@ -51,7 +50,7 @@ def calibrate(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, dra
     layers = calibration.layers
     factored = {name: module for name, module in pipe.transformer.named_modules() if isinstance(module, Factored)}
     spare = next((2 * layer.basis.numel() for layer in factored.values()), 0)
-    bits = {name: plain_bits(name, config) for name in layers}
+    bits = {name: config.bits_of(name) for name in layers}
     if config.budget:
         bits = _allocate(layers, calibration, config, weights, spare, draft)
 
@@ -163,11 +162,11 @@ def _allocate(
 
 def _known_damage(draft: Draft) -> dict[str, dict[str, float]]:
     """What another version of the same folder measured on the same student, prompts and groups: another budget costs no new table."""
-    keys = ("group", "symmetric", "basis_tolerance", "prompts")
+    keys = ("group", "symmetric", "basis_tolerance", "prompts", "prompts_file")
     for version in reversed(versions(draft.out)):
         made, table = open_artifact(version).manifest, version / "quantized" / "allocation.json"
         same = made.seed == draft.fields["seed"] and made.parents == draft.fields["parents"]
-        if table.exists() and same and all(made.recipe[key] == draft.fields["recipe"][key] for key in keys):
+        if table.exists() and same and all(made.recipe.get(key) == draft.fields["recipe"].get(key) for key in keys):
             say(f"damage of groups of layers: as measured for {version}")
             return {group: row["damage"] for group, row in json.loads(table.read_text()).items()}
     return {}
@@ -185,8 +184,4 @@ def _repair(calibration: Calibration, metrics: dict[str, object]) -> list[tuple[
 
 def budget_bytes(text: str, weights: int) -> float:
     """`4.25` is mean bits a weight, scales and zero points included; `900MB` or `1.2GiB` is bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
-    if not found:
-        raise UsageError(f"a budget is mean bits (4.25) or bytes (900MB, 1.2GiB), not {text!r}")
-    number, unit = float(found[1]), found[2]
-    return number * UNITS[unit.upper()] if unit else number * weights / 8
+    return parse_bytes(text) if text[-1:].isalpha() else float(text) * weights / 8

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.errors import MachineError, UsageError
+from flashgen.errors import ArtifactError, MachineError, UsageError
 from flashgen.flow.grid import check_nested, shifted_grid
 from flashgen.processes import check_batch, check_launch, sharded
 from flashgen.progress import warn
@@ -91,6 +92,39 @@ def check_finetuning(student: Artifact, recipe: Recipe) -> bool:
     if config.lora and config.matching.proxy_coupling < 1:
         raise UsageError("finetune.lora with proxy_coupling < 1 would mix adapters of different networks; leave one of them out")
     return follows
+
+
+def check_quantizing(source: Artifact, recipe: Recipe) -> None:
+    """Raises UsageError for what a teacher cannot be calibrated by, MachineError without the library that a scheme wants."""
+    config, sampler = recipe.quantize, source.manifest.sampler
+    assert sampler is not None
+    if sampler.guidance != 1 and (config.basis_tolerance or config.repair):
+        raise UsageError(
+            "quantize.basis_tolerance and quantize.repair learn from rollouts without guidance; a teacher has to do without them"
+        )
+    if config.scheme == "nf4" and find_spec("bitsandbytes") is None:
+        raise MachineError("--scheme nf4 writes with bitsandbytes, which is not installed: pip install 'flashgen[nf4]'")
+
+
+def check_exporting(source: Artifact, recipe: Recipe, target: str = "onnx", offline: bool = False) -> Sampler:
+    """How the export will draw. Raises ArtifactError and UsageError for artifacts that the target cannot hold."""
+    if offline and target != "web":
+        raise UsageError(f"--offline has no effect on --target {target}, which downloads nothing; leave it out")
+    sampler = source.manifest.sampler
+    if sampler is None:
+        raise ArtifactError(f"{source.path}: the manifest has no sampler; make the student again with: flashgen distill")
+    if source.manifest.recipe.get("scheme") == "nf4":
+        raise ArtifactError(f"{source.path} has NF4 codes, for diffusers; quantize without --scheme nf4 to export, or export the student")
+    if target == "gguf":
+        if sampler.scales is not None:
+            raise UsageError(
+                f"{source.path} scales its steps (quantize.repair), which a GGUF cannot say and its readers would not do; quantize again "
+                "with --set quantize.repair=false, or export without --target gguf"
+            )
+    elif recipe.export.size_px:
+        check_size(source, sampler, recipe.export.size_px, "export.size_px=")
+        return sampler.model_copy(update={"size_px": recipe.export.size_px})
+    return sampler
 
 
 def _check_matching(stage: str, source: Artifact, matching: MatchingTraining, batches: list[int]) -> None:

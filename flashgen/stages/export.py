@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, begin, open_artifact
-from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import ExportRecipe, Recipe
-from flashgen.stages.checks import check_size
+from flashgen.stages.checks import check_exporting
 from flashgen.stages.plan import check
 
 if TYPE_CHECKING:
@@ -29,21 +28,12 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target:
     Raises NumericsError when a component's PSNR against torch is below the recipe's floor, and MachineError when the page's
     libraries cannot be had; nothing is published then.
     """
-    if offline and target != "web":
-        raise UsageError(f"--offline has no effect on --target {target}, which downloads nothing; leave it out")
     source = open_artifact(student, kinds=("student", "quantized", "teacher"))
-    sampler = source.manifest.sampler
-    if sampler is None:
-        raise ArtifactError(f"{source.path}: the manifest has no sampler; make the student again with: flashgen distill")
-    if source.manifest.recipe.get("scheme") == "nf4":
-        raise ArtifactError(f"{source.path} has NF4 codes, for diffusers; quantize without --scheme nf4 to export, or export the student")
+    sampler = check_exporting(source, recipe, target, offline)
     if target == "gguf":
         from flashgen.stages import gguf
 
-        return gguf.run(student, out, recipe, seed, force)
-    if recipe.export.size_px:
-        check_size(source, sampler, recipe.export.size_px, "export.size_px=")
-        sampler = sampler.model_copy(update={"size_px": recipe.export.size_px})
+        return gguf.run(source, sampler, out, recipe, seed, force)
     settings = recipe.export.model_dump() | {"target": target}
     draft = begin(
         out, kind="device", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force,

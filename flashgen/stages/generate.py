@@ -143,13 +143,15 @@ def read_seeds(text: str) -> list[int]:
 def again(png: Path, artifact: str, prompts: list[str], asked: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Prompt and options of the picture that `png` says it is; raises UsageError when something else is asked for as well."""
     if prompts or any(asked.values()):
-        raise UsageError("--from-png brings prompt, seed, steps, guidance and negative with it; leave those out")
+        raise UsageError("--from-png brings prompt, seed, steps, guidance, negative and size with it; leave those out")
     made = read_texts(png)
     if "init_image" in made:
         raise UsageError(f"--from-png {png} began with --init-image {made['init_image']}, which it does not hold; give both again by hand")
-    if made["artifact"] != open_artifact(artifact).manifest.digest:
+    source = open_artifact(artifact)
+    if made["artifact"] != source.manifest.digest:
         warn(f"{png} was drawn by another artifact ({made['artifact'][:19]}...), so expect another picture")
-    return [made["prompt"]], {"seed": made["seed"], "steps": len(made["sigmas"]) - 1} | {k: made[k] for k in ("guidance", "negative")}
+    size = {"size_px": made["size_px"]} if source.manifest.kind != "device" else {}  # that draws one size
+    return [made["prompt"]], {"steps": len(made["sigmas"]) - 1} | {k: made[k] for k in ("seed", "guidance", "negative")} | size
 
 
 def check_request(

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashgen.artifact.store import Artifact, begin, check_disk, open_artifact
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.artifact.manifest import Sampler
+from flashgen.artifact.store import Artifact, begin
 from flashgen.progress import say, warn
 from flashgen.recipe.schema import Recipe
+from flashgen.stages.plan import check
 
 
-def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
-    """transformer/model.gguf of a teacher, student or quantized artifact, read back and compared with it tensor by tensor.
-
-    Raises UsageError for an artifact with scales of its steps (`quantize.repair`), which no reader of GGUF would apply.
-    """
+def run(source: Artifact, sampler: Sampler, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
+    """transformer/model.gguf of `source`, read back and compared with it tensor by tensor."""
     import flashgen.export.gguf as writer  # needs the extra: said before any work
 
-    source = open_artifact(student, kinds=("student", "quantized", "teacher"))
-    sampler = source.manifest.sampler
-    if sampler is None:
-        raise ArtifactError(f"{source.path}: the manifest has no sampler; make the student again with: flashgen distill")
-    if sampler.scales is not None:
-        raise UsageError(
-            f"{source.path} scales its steps (quantize.repair), which a GGUF cannot say and its readers would not do; quantize again "
-            "with --set quantize.repair=false, or export without --target gguf"
-        )
     floor = recipe.export.psnr_floor_db
     settings = {"target": "gguf", "psnr_floor_db": floor}
     draft = begin(
         out, kind="gguf", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force,
-        check=lambda _: check_disk(out, source.size_bytes()),
+        check=lambda work: check("export", source, recipe, work, target="gguf"),
     )  # fmt: skip
     if isinstance(draft, Artifact):
         return draft

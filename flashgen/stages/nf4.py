@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, Draft
-from flashgen.errors import MachineError, UsageError
+from flashgen.errors import UsageError
 from flashgen.progress import track
 from flashgen.recipe.schema import Recipe
 
@@ -15,11 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flashgen.artifact.manifest import Sampler
-
-
-def check_installed() -> None:
-    if find_spec("bitsandbytes") is None:
-        raise MachineError("--scheme nf4 writes with bitsandbytes, which is not installed: pip install 'flashgen[nf4]'")
 
 
 def run(parent: Artifact, sampler: Sampler, recipe: Recipe, draft: Draft) -> Artifact:
@@ -34,7 +28,7 @@ def run(parent: Artifact, sampler: Sampler, recipe: Recipe, draft: Draft) -> Art
     from flashgen.stages.report import finish
 
     source, protect = parent.path / "transformer", recipe.quantize.protect
-    whole = {name: shape for name, shape in shapes_of(source).items() if not _skipped(name, protect)}
+    whole = {name: shape for name, shape in shapes_of(parent.path).items() if not _skipped(name, protect)}
     if not whole:
         raise UsageError("quantize.protect leaves no layer for --scheme nf4; protect fewer")
     tensors: dict[str, Tensor] = {}

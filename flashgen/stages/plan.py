@@ -31,7 +31,7 @@ MEND = {
     "finetune": f"use --set finetune.lora.rank=64, or {WITHOUT_GPU}",
     "restructure": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing",
     "quantize": "use --set quantize.method=rtn without a budget, basis_tolerance and repair, which streams the weights",
-    "export": f"export at a smaller size, or {WITHOUT_GPU}",
+    "export": f"export ONNX at a smaller size, or {WITHOUT_GPU}",
 }
 
 
@@ -166,7 +166,7 @@ def quantize(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Pla
             memory[f"round {part}"], codes = _streamed(parts[part], config, part)
             disk += codes + 2 * parts[part].count
     forwards = 0
-    if config.method == "gptq" or config.budget or config.basis_tolerance or config.repair:
+    if config.calibrated:
         widest = max(shape[1] for shape in transformer.linears.values())
         held = {"student": 4.0 * transformer.count, "vae": 4.0 * parts["vae"].count, "moments": 4.0 * 20 * widest**2}
         memory["calibrate"] = embedding(source, parts, config.prompts)[0] | held
@@ -184,8 +184,7 @@ def _streamed(part: Tensors, config: QuantizeRecipe, name: str) -> tuple[Parts, 
         count, layer = prod(shape), tensor.removesuffix(".weight")
         passing = count * (size + 2)  # as it was read and as it is written
         if layer in part.linears:
-            own = 8 if layer.startswith(tuple(config.protect)) else config.bits
-            bits = own if name == "transformer" else config.encoder_bits
+            bits = config.bits_of(layer) if name == "transformer" else config.encoder_bits
             group = config.group_of(shape[1]) if name == "transformer" else config.encoder_group
             blocks = shape[0] * -(-shape[1] // group)
             codes += blocks * (group * bits / 8 + 4 + (0 if config.symmetric else bits / 8))
@@ -194,11 +193,16 @@ def _streamed(part: Tensors, config: QuantizeRecipe, name: str) -> tuple[Parts, 
     return Parts({"program": PROGRAM, "codes and the tensor at work": peak}), codes
 
 
-def export(source: Artifact, parts: dict[str, Tensors], recipe: Recipe) -> Plan:
+def export(source: Artifact, parts: dict[str, Tensors], recipe: Recipe, target: str = "onnx") -> Plan:
     """Layers pass torch from disk; then onnxruntime holds a component's weights: mapped, packed anew, or unpacked to fp32.
+    A GGUF is written and read back tensor by tensor, no network runs.
 
     Twice the codes is what docs/fullsize.md shows, not what was derived.
     """
+    if target == "gguf":
+        packed = source.path / "quantized" / "transformer.safetensors"
+        held = Parts(program=PROGRAM, codes=packed.stat().st_size if packed.exists() else 0.0, tensor=14.0 * parts["transformer"].largest)
+        return Plan({"write": held}, 2.0 * parts["transformer"].count)
     assert source.manifest.sampler is not None
     size = recipe.export.size_px or source.manifest.sampler.size_px
     one = forward(source, parts["transformer"], size)
@@ -221,7 +225,7 @@ PLANS: dict[str, Any] = {"distill": distill, "finetune": finetune, "restructure"
 
 def plan_of(stage: str, source: Artifact, recipe: Recipe, **extra: Any) -> Plan:
     parts = tensors(source)
-    found: Plan = PLANS[stage](source, parts, recipe, **{k: v for k, v in extra.items() if k == "mode"})
+    found: Plan = PLANS[stage](source, parts, recipe, **{k: v for k, v in extra.items() if k in ("mode", "target")})
     looks = [part.watch_every for part in (recipe.distill.trajectory, recipe.distill.correction, recipe.distill.matching)]
     if stage != "export" and (recipe.bench.per_task or (stage == "distill" and any(looks))):  # the result is drawn from
         one, batch = forward(source, parts["transformer"]), min(recipe.bench.batch, 6 * recipe.bench.per_task or 8)

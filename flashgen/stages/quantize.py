@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.errors import ArtifactError
 from flashgen.models.specs import ENCODERS
 from flashgen.progress import track
 from flashgen.recipe.schema import QuantizeRecipe, Recipe
 from flashgen.stages import nf4
 from flashgen.stages.calibrate import Found, calibrate
+from flashgen.stages.checks import check_quantizing
 from flashgen.stages.plan import check
 from flashgen.stages.prompts import prompts_key
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flashgen.quant.pack import QuantizedLinear
-
-CALIBRATION_STREAM = 16
 
 
 def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
@@ -36,15 +35,9 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     parent = open_artifact(student, ("student", "teacher"))
     sampler = parent.manifest.sampler
     assert sampler is not None
-    if sampler.guidance != 1 and (config.basis_tolerance or config.repair):
-        raise UsageError(
-            "quantize.basis_tolerance and quantize.repair learn from rollouts without guidance; a teacher has to do without them"
-        )
-    if config.scheme == "nf4":
-        nf4.check_installed()
-    calibrated = config.method == "gptq" or config.budget or config.basis_tolerance or config.repair
+    check_quantizing(parent, recipe)
     draft = begin(
-        out, kind="quantized", stage="quantize", recipe=config.model_dump() | (prompts_key(recipe) if calibrated else {}), seed=seed,
+        out, kind="quantized", stage="quantize", recipe=config.model_dump() | (prompts_key(recipe) if config.calibrated else {}), seed=seed,
         parents=[parent.as_parent("student")], force=force, check=lambda work: check("quantize", parent, recipe, work),
     )  # fmt: skip
     if isinstance(draft, Artifact):
@@ -52,13 +45,13 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
     if config.scheme == "nf4":
         return nf4.run(parent, sampler, recipe, draft)
     from flashgen.models.save import save_changed
-    from flashgen.quant.layer import plain_bits, quantize_layer
+    from flashgen.quant.layer import quantize_layer
     from flashgen.quant.pack import dequantize
     from flashgen.stages.report import finish
 
     (draft.path / "quantized").mkdir()
-    found = calibrate(parent, sampler, recipe, seed, draft) if calibrated else Found()
-    codes, whole, error = dict(found.codes), shapes_of(parent.path / "transformer"), dict[str, float]()
+    found = calibrate(parent, sampler, recipe, seed, draft) if config.calibrated else Found()
+    codes, whole, error = dict(found.codes), shapes_of(parent.path), dict[str, float]()
 
     def changed(name: str, weight: Tensor) -> Tensor:
         layer, _, part = name.rpartition(".")
@@ -71,7 +64,7 @@ def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Arti
             made = dequantize(codes[f"{layer}.up"]) @ found.factored[layer].basis.T
         else:
             if layer not in codes:
-                codes[layer] = quantize_layer(weight, plain_bits(layer, config), config, None)
+                codes[layer] = quantize_layer(weight, config.bits_of(layer), config, None)
             made = dequantize(codes[layer])
         error[layer] = relative_error(made, weight)
         return made
@@ -139,16 +132,11 @@ def relative_error(made: Tensor, weight: Tensor) -> float:
     return float((made - weight).norm() / weight.norm().clamp_min(1e-12))
 
 
-def shapes_of(folder: Path) -> dict[str, tuple[int, int]]:
+def shapes_of(pipeline: Path) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every Linear of the transformer, by name, in the order of the network; from its config alone."""
-    import torch
-    from diffusers import SD3Transformer2DModel
+    from flashgen.models.networks import empty_network, linears_of
 
-    from flashgen.training.calibration import linears_of
-
-    with torch.device("meta"):
-        network = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
-    return {name: (layer.out_features, layer.in_features) for name, layer in linears_of(network).items()}
+    return {name: (layer.out_features, layer.in_features) for name, layer in linears_of(empty_network(pipeline, "transformer")).items()}
 
 
 def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor], layers: int) -> None:

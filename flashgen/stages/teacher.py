@@ -12,12 +12,13 @@ from flashgen.artifact.manifest import Parent, Sampler
 from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
 from flashgen.errors import ArtifactError
 from flashgen.flow.grid import shifted_grid
-from flashgen.models.specs import SPECS, Spec, spec
+from flashgen.models.specs import COMPONENTS, SPECS, Spec, spec
 from flashgen.processes import check_launch
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.checks import check_compiler
 
 TEACHER_STEPS = 28
+SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
 
@@ -110,7 +111,7 @@ def _download(source: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
+        patterns = ["model_index.json", *(f"{part}/*{suffix}" for part in COMPONENTS for suffix in SUFFIXES)]
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*.fp16*"]))
     except Exception as error:
         kind = type(error).__name__
@@ -122,9 +123,16 @@ def _download(source: str) -> Path:
         raise ArtifactError(f"{source} is no folder here and {why}; give a local folder") from error
 
 
+def _files(folder: Path) -> list[Path]:
+    """What of `folder` is the pipeline, relative to it. A hub repository holds more: other people's layouts, second copies of weights."""
+    parts = [path for part in COMPONENTS for path in sorted((folder / part).glob("*"))]
+    own = [path for path in parts if path.is_file() and path.suffix in SUFFIXES and not _variant(path)]
+    return [path.relative_to(folder) for path in (folder / "model_index.json", *own)]
+
+
 def _fingerprint(folder: Path) -> str:
     """Changes when a file of the pipeline does, without reading gigabytes: names, sizes and times."""
-    stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()]
+    stats = [(str(path), (folder / path).stat().st_size, (folder / path).stat().st_mtime_ns) for path in sorted(_files(folder))]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
@@ -134,20 +142,14 @@ def _variant(path: Path) -> bool:
 
 
 def _copy_pipeline(folder: Path, draft: Draft) -> None:
-    """Only files a pipeline needs: JSON, tokenizer text and safetensors. Links of a hub cache are resolved."""
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if (
-            path.is_file()
-            and path.suffix in {".json", ".txt", ".model", ".safetensors"}
-            and len(relative.parts) <= 2
-            and not _variant(path)
-        ):
-            if len(relative.parts) == 1 and path.name != "model_index.json":
-                continue
-            target = draft.path / relative
-            target.parent.mkdir(exist_ok=True)
-            if path.suffix == ".safetensors":
-                draft.link(path.resolve(), str(relative))
-            else:
-                shutil.copyfile(path, target)
+    """Weights are linked, the rest copied, without components that flashgen does not know. Links of a hub cache are resolved."""
+    for relative in _files(folder):
+        target = draft.path / relative
+        target.parent.mkdir(exist_ok=True)
+        if target.suffix == ".safetensors":
+            draft.link((folder / relative).resolve(), str(relative))
+        else:
+            shutil.copyfile(folder / relative, target)
+    index = json.loads((draft.path / "model_index.json").read_text())
+    index |= {name: [None, None] for name, part in index.items() if isinstance(part, list) and name not in COMPONENTS}
+    (draft.path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -14,8 +14,8 @@ from flashgen.randomness import generator
 from flashgen.recipe.schema import AutoencoderTraining
 from flashgen.shapes.render import render
 from flashgen.shapes.scene import TASKS, realise, sample_request
-from flashgen.training.loop import descend, fit
-from flashgen.training.schedule import cosine
+from flashgen.training.loop import descend, fit, save_state
+from flashgen.training.schedule import cosine, set_rates
 
 VAE_STREAM, DATA_STREAM = 1, 2
 TASK_SHARES = (0.1, 0.15, 0.2, 0.1, 0.25, 0.2)  # of the data set: one shape is learned long before two
@@ -48,8 +48,7 @@ def train_autoencoder(vae: AutoencoderKL, config: AutoencoderTraining, seed: int
         # A whole picture is four crops: the same pixels a step in both phases.
         batch = config.batch if crops else max(1, config.batch * config.crop_px**2 // 64**2)
         x = scene_batch(seed, step, batch, config.crop_px if crops else None)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(config.lr, step, config.steps, warmup=50)
+        set_rates([optimizer], cosine(step, config.steps, warmup=50))
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator(seed, VAE_STREAM, step))
         error = vae.decode(z).sample - x
@@ -79,7 +78,7 @@ def encode_scenes(vae: AutoencoderKL, count: int, seed: int, work: Path) -> tupl
             captions += [r.caption() for r in requests]
         z = torch.cat(latents)[:count].contiguous()
         stats = {"shift": z.float().mean().item(), "scale": 1 / z.float().std().item()}
-        torch.save({"z": z, "captions": captions[:count], **stats}, path)
+        save_state({"z": z, "captions": captions[:count], **stats}, path)
     saved = torch.load(path, weights_only=True)
     vae.register_to_config(shift_factor=saved["shift"], scaling_factor=saved["scale"])
     return (saved["z"].float() - saved["shift"]) * saved["scale"], saved["captions"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashgen.models.networks import linears_of
 from flashgen.models.text import Conditioning
 from flashgen.progress import track
 from flashgen.quant.pack import QuantizedLinear, dequantize
@@ -30,11 +31,6 @@ CLASSES = {
     r"\.norm1_context\.linear(\.up)?$": "adaLN text",
 }
 Quantize = Callable[[str, nn.Linear, int], QuantizedLinear]
-
-
-def linears_of(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear by name, in the order of the network."""
-    return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
 
 
 def unit_of(name: str) -> str:

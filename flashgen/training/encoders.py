@@ -21,7 +21,7 @@ from flashgen.models.tokenizers import WORDS
 from flashgen.recipe.schema import EncoderTraining
 from flashgen.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Relation, Request, prompt_set, sample_request
 from flashgen.training.loop import descend, fit
-from flashgen.training.schedule import cosine
+from flashgen.training.schedule import cosine, set_rates
 
 ENCODER_STREAM = 4
 SHAPE, COLOR, COUNT = (None, *SHAPES), (None, *COLORS), (None, 1, 2, 3, 4)
@@ -69,8 +69,7 @@ def train_encoders(pipe: StableDiffusion3Pipeline, config: EncoderTraining, t5_t
         requests = [sample_request(rng) for _ in range(config.batch)]
         captions = [r.caption() for r in requests]
         tokens = tokenize(pipe, captions, t5_tokens)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(config.lr, step, config.steps, warmup=50)
+        set_rates([optimizer], cosine(step, config.steps, warmup=50))
         targets = torch.tensor([meaning(r, t5_tokens) for r in requests])
         logits = heads["text_encoder_3"](pipe.text_encoder_3(tokens.t5)[0])
         grammar = torch.stack([cross_entropy(part.transpose(1, 2), want) for part, want in _fields(logits, targets)]).mean()

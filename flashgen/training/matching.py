@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashgen.flow.convert import add_noise, diffuse, move, x0_from_v
+from flashgen.flow.convert import add_noise, diffuse, x0_from_v
 from flashgen.models.text import Conditioning
 from flashgen.objectives.adversarial import banded, discriminator_loss, generator_loss
 from flashgen.objectives.evaluation import below, evaluation_point, evaluation_sigma
 from flashgen.objectives.matching import augmentation_term, distance, matching_loss, matching_term, normalise
 from flashgen.objectives.proxy import interval_loss, proxy_loss
-from flashgen.objectives.trajectory import trajectory_loss
+from flashgen.objectives.trajectory import average_velocity, trajectory_loss
 from flashgen.recipe.schema import MatchingTraining
 from flashgen.training.discriminator import Heads, Tap
 from flashgen.training.loop import Best, Ema, Stateful, Watch, descend, fit, look
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
-from flashgen.training.schedule import hold_then_decay
+from flashgen.training.schedule import hold_then_decay, set_rates
 from flashgen.training.shards import cut
 from flashgen.training.trajectories import Replay, Rollout, roll_out, teacher_velocities, velocity
 
@@ -92,7 +92,6 @@ class Matcher:
             raise ValueError("node_adversarial and node_trajectory take cached trajectories, and there are none")
         self.proxy = copy.deepcopy(teacher).requires_grad_(True) if proxy is None else proxy
         self.optimizers = muon_and_adamw(student, config.muon_lr, config.lr, betas=BETAS)
-        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         self.proxy_optimizers = muon_and_adamw(self.proxy, config.proxy_muon_lr, config.proxy_lr, betas=BETAS)
         self.ema = Ema(student, config.ema)
         self.heads: Heads | None = None
@@ -136,7 +135,7 @@ class Matcher:
             loss = interval_loss(v, x_next, eps, s_next, sigma)
         else:
             if target == "step":  # the velocity of a step follows from where it led
-                x0 = move(x, (x_next - x) / (s_next - s).reshape(-1, 1, 1, 1), s, torch.zeros_like(s))
+                x0 = x0_from_v(x, average_velocity(x, x_next, s, s_next), s)
             loss = proxy_loss(velocity(self.proxy, add_noise(x0, eps, sigma), sigma, rollout.cond), x0, eps)
         descend(loss, self.proxy.parameters(), self.proxy_optimizers, clip=1.0, where=f"{self.name} proxy step {step}")
         return loss.item()
@@ -160,7 +159,8 @@ class Matcher:
         loss = len(kept) / len(uniform) * matching_loss(x0, direction)  # rows left out have no direction, but count in the mean
         if self.weights["trajectory"][self.choices].any():
             loss = loss + self.trajectory_term(g)
-        self._set_rates(step - config.proxy_warmup)
+        rate = hold_then_decay(step - config.proxy_warmup, config.iterations, warmup=1, decay_share=config.decay_share)
+        set_rates(self.optimizers, rate)
         norm = descend(loss, self.student.parameters(), self.optimizers, clip=1.0, where=f"{self.name} step {step}")
         self.ema.update(self.student, step - config.proxy_warmup)
         if self.heads:
@@ -182,11 +182,6 @@ class Matcher:
         weight = sum(self.weights[term][node] for term in ("matching", "augmentation", "adversarial"))
         assert isinstance(weight, Tensor)
         return at_least_one(weight)
-
-    def _set_rates(self, step: int) -> None:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for group, rate in zip(groups, self.rates, strict=True):
-            group["lr"] = hold_then_decay(rate, step, self.config.iterations, warmup=1, decay_share=self.config.decay_share)
 
     @torch.no_grad()
     def direction(

@@ -20,7 +20,7 @@ from flashgen.training.loop import Ema, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
-from flashgen.training.schedule import cosine
+from flashgen.training.schedule import cosine, set_rates
 from flashgen.training.trajectories import Replay, roll_out, velocity
 
 RECOVERY_STREAM, ROLLOUT_STREAM = 13, 17
@@ -115,14 +115,11 @@ def recover(
     """
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizers = muon_and_adamw(trained, config.muon_lr, config.lr)
-    rates = [config.muon_lr, config.lr][-len(optimizers) :]
     ema = Ema(trained, 0.99)
 
     def step_fn(step: int) -> dict[str, float]:
         g = Draws(config.batch, seed, RECOVERY_STREAM, step)
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = cosine(rate, step, iterations, warmup=20)
+        set_rates(optimizers, cosine(step, iterations, warmup=20))
         value = loss(g)
         norm = descend(value, parameters, optimizers, clip=1.0, where=f"{name} step {step}")
         ema.update(trained, step)

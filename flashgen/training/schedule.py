@@ -1,18 +1,28 @@
-"""Learning rates as functions of the step."""
+"""Learning rates as functions of the step: shares of what the optimizers were made with."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+
+from torch.optim import Optimizer
 
 
-def cosine(lr: float, step: int, steps: int, *, warmup: int, floor: float = 0.02) -> float:
-    """Linear warm-up, then cosine decay to floor * lr."""
+def cosine(step: int, steps: int, *, warmup: int, floor: float = 0.02) -> float:
+    """Linear warm-up, then cosine decay to `floor`."""
     if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def hold_then_decay(lr: float, step: int, steps: int, *, warmup: int, decay_share: float, floor: float = 0.02) -> float:
-    """Linear warm-up, constant, then linear decay to floor * lr over the last `decay_share` of the steps."""
+def hold_then_decay(step: int, steps: int, *, warmup: int, decay_share: float, floor: float = 0.02) -> float:
+    """Linear warm-up, constant, then linear decay to `floor` over the last `decay_share` of the steps."""
     left = (steps - step) / max(1.0, decay_share * steps)
-    return lr * min(1.0, (step + 1) / warmup, floor + (1 - floor) * left)
+    return min(1.0, (step + 1) / warmup, floor + (1 - floor) * left)
+
+
+def set_rates(optimizers: Iterable[Optimizer], share: float) -> None:
+    """Every learning rate becomes `share` of the one that its optimizer was made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * share

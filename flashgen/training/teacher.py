@@ -14,7 +14,8 @@ from flashgen.recipe.schema import FlowTraining
 from flashgen.training.loop import Ema, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.ranks import Draws
-from flashgen.training.schedule import hold_then_decay
+from flashgen.training.schedule import hold_then_decay, set_rates
+from flashgen.training.trajectories import velocity
 
 FLOW_STREAM = 3
 
@@ -42,15 +43,12 @@ def train_flow(pipe: StableDiffusion3Pipeline, latents: Tensor, captions: list[s
     index = torch.tensor([vocabulary[c] for c in captions])
     pool = encode_prompts(pipe, [*vocabulary, ""], config.t5_tokens)
     widths = pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.hidden_size
-    base_lrs = [config.muon_lr, config.adam_lr]
     if config.compile:
         transformer.compile()
 
     def step_fn(step: int) -> dict[str, float]:
         g = Draws(config.batch, seed, FLOW_STREAM, step)
-        for optimizer, lr in zip(optimizers, base_lrs, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = hold_then_decay(lr, step, config.steps, warmup=100, decay_share=config.decay_share)
+        set_rates(optimizers, hold_then_decay(step, config.steps, warmup=100, decay_share=config.decay_share))
         rows = g.randint(len(captions))
         x0, said = latents[rows], index[rows]
         said = torch.where(g.rand() < config.caption_drop, len(vocabulary), said)
@@ -59,7 +57,7 @@ def train_flow(pipe: StableDiffusion3Pipeline, latents: Tensor, captions: list[s
         eps = g.randn(*x0.shape[1:])
         sigma = torch.sigmoid(config.sigma_mean + config.sigma_std * g.randn())
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            v = transformer(add_noise(x0, eps, sigma), cond.embeds, cond.pooled, 1000 * sigma, return_dict=False)[0]
+            v = velocity(transformer, add_noise(x0, eps, sigma), sigma, cond)
         loss = (v.float() - (eps - x0)).square().mean()
         norm = descend(loss, parameters, optimizers, clip=1.0, where=f"teacher step {step}")
         ema.update(transformer, step)

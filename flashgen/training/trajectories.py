@@ -28,7 +28,7 @@ from flashgen.training.loop import Ema, Watch, descend, fit, look, save_state
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
-from flashgen.training.schedule import cosine
+from flashgen.training.schedule import cosine, set_rates
 
 CACHE_STREAM, CORRECTION_STREAM = 10, 18  # of noise
 DRAWS = {"trajectory": 11, "correction": 19}
@@ -191,23 +191,20 @@ def train_on_trajectories(
     """
     sigmas, draws = torch.tensor(nodes), torch.tensor(by_step("node_draws", config.node_draws, len(nodes) - 1), dtype=torch.float32)
     parameters = list(student.parameters())
-    optimizers = named("", muon_and_adamw(student, config.muon_lr, config.lr))
-    rates = {"muon": config.muon_lr, "adamw": config.lr}
+    optimizers = muon_and_adamw(student, config.muon_lr, config.lr)
     ema = Ema(student, 0.99)
     learner: Any = torch.compile(student, dynamic=False) if compiled else student
 
     def step_fn(step: int) -> dict[str, float]:
         g = Draws(config.batch, seed, DRAWS[name], step)
-        for kind, optimizer in optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = cosine(rates[kind], step, config.iterations, warmup=20)
+        set_rates(optimizers, cosine(step, config.iterations, warmup=20))
         rows, node = g.randint(len(replay)), g.choice(draws)
         x_from, x_to, cond = replay.at(rows, node)
         v = velocity(learner, x_from, sigmas[node], cond)
         loss = trajectory_loss(v, x_from, x_to, sigmas[node], sigmas[node + 1], config.huber)
-        norm = descend(loss, parameters, optimizers.values(), clip=1.0, where=f"{name} step {step}")
+        norm = descend(loss, parameters, optimizers, clip=1.0, where=f"{name} step {step}")
         ema.update(student, step)
         return {"loss": loss.item(), "grad_norm": norm} | look(watch, name, step, config.iterations, config.watch_every, ema, student)
 
-    fit(name, config.iterations, step_fn, {"student": student, "ema": ema, **optimizers}, work)
+    fit(name, config.iterations, step_fn, {"student": student, "ema": ema, **named("", optimizers)}, work)
     ema.copy_to(student)

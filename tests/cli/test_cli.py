@@ -126,18 +126,6 @@ def test_each_command_calls_its_stage_with_its_options(
     assert seen == [(inputs, COMMON | recipe | given)]
 
 
-def test_device_is_handed_over_when_the_stage_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def run(student: str, out: Path, recipe: Any, seed: int, force: bool, device: str) -> Artifact:
-        seen.append(device)
-        return make(out)
-
-    fake_stage(monkeypatch, "finetune", run)
-    assert flashgen("finetune", "s", "-o", tmp_path, "--device", "cuda").exit_code == 0
-    assert seen == ["cuda"]
-
-
 # errors
 
 

@@ -102,12 +102,15 @@ def test_diffusers_computes_the_same_velocity_from_the_gguf(
     assert float((one - other).norm() / one.norm()) < 1e-3
 
 
-def test_a_changed_tensor_fails_the_check(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_changed_tensor_fails_the_check(tiny_student: Artifact, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = of(tiny_student, tmp_path / "gguf", recipe)
     file = made.path / "transformer" / "model.gguf"
     tensor = next(t for t in gguf.GGUFReader(file, "r+").tensors if t.name.endswith("joint_blocks.1.x_block.attn.qkv.weight"))
     tensor.data[40, 3] += np.float16(1)  # a row of keys: 32 rows are queries
     with pytest.raises(NumericsError, match=r"1.x_block.attn.qkv.weight: transformer_blocks.1.attn.to_k.weight is at"):
+        check(file, stored(tiny_student.path / "transformer"), 60)
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, path: setattr(self, "tensors", []))
+    with pytest.raises(NumericsError, match="has no tensor"):
         check(file, stored(tiny_student.path / "transformer"), 60)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from flashgen.errors import NumericsError
-from flashgen.quant.gptq import gptq, hessian_error
+from flashgen.quant.gptq import gptq
 from flashgen.quant.pack import dequantize, unpack
 from flashgen.quant.rounding import quantize_groups
 
@@ -33,6 +33,13 @@ def test_hqq_lowers_the_norm_that_it_is_made_for(bits: int) -> None:
 def test_hqq_refuses_groups_without_a_zero_point() -> None:
     with pytest.raises(ValueError, match="set symmetric to false"):
         quantize_groups(weights(4, 32), 4, 16, True, "hqq")
+
+
+def hessian_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of a layer's output energy that is error, for inputs with H = sum x x^T."""
+    difference = (weight - quantized).double()
+    energy = ((weight.double() @ hessian.double()) * weight.double()).sum()
+    return float(((difference @ hessian.double()) * difference).sum() / energy.clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

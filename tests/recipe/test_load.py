@@ -48,6 +48,7 @@ def test_extends_finds_a_shipped_recipe_by_name(tmp_path: Path) -> None:
     [
         ("name: a\ndistil: {}\n", [], r"a\.yaml: distil: unknown key, did you mean distill\?"),
         ("name: a\ndistill: {stepz: 2}\n", [], r"a\.yaml: distill\.stepz: unknown key, did you mean steps\?.*Known here: .*trajectory"),
+        ("name: a\n", ["distill.lora.rnk=8"], r"distill\.lora\.rnk: unknown key, did you mean rank\?.*Known here: rank, alpha"),
         ("name: a\ndistill: {steps: 0}\n", [], r"a\.yaml: distill\.steps: .*greater than or equal to 1 \(got 0\)"),
         ("name: a\ndistill: {steps: four}\n", [], r"a\.yaml: distill\.steps: .*integer"),
         ("name: a\ndistill:\n", [], r"a\.yaml: distill: .*\(got None\)"),

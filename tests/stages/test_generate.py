@@ -86,6 +86,16 @@ def test_int4_device_picture_equals_the_quantized_student(tiny_quantized: Artifa
     assert image_psnr(want, DevicePipeline(tiny_int4_device).sample(PROMPTS, [5, 6, 7])) >= 55  # fp16 file against fp32 codes
 
 
+def test_torch_and_device_say_what_they_cut(tiny_student: Artifact, tiny_device: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, sampler, said = ["a red circle and " * 30 + "a blue square", PROMPTS[0]], tiny_student.manifest.sampler, []
+    assert sampler is not None
+    pipe, device = load_pipeline(tiny_student.path), DevicePipeline(tiny_device)
+    for engine in ("torch", "onnxruntime"):
+        sample(pipe, sampler, prompts, [0, 1]) if engine == "torch" else device.sample(prompts, [0, 1])
+        said.append([line for line in capsys.readouterr().err.splitlines() if "cuts the prompt" in line])
+    assert len(said[0]) == 3 and said[0] == said[1], said
+
+
 def test_same_command_twice_gives_identical_bytes_and_says_how_it_was_made(tiny_device: Artifact, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         assert generate.run(str(tiny_device.path), [PROMPTS[0]], tmp_path / name, seed=3) == [tmp_path / name]
@@ -119,7 +129,8 @@ def test_every_prompt_is_drawn_from_each_of_the_seeds_and_shown_on_one_sheet(tin
 @pytest.mark.parametrize("which", ["tiny_device", "tiny_teacher"])
 def test_a_picture_says_how_to_draw_it_again(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     artifact: Artifact = request.getfixturevalue(which)
-    steps: dict[str, Any] = {"guidance": 3.0, "steps": 2, "negative": "a cat"} if which == "tiny_teacher" else {}
+    teacher = which == "tiny_teacher"
+    steps: dict[str, Any] = {"guidance": 3.0, "steps": 2, "negative": "a cat", "size_px": 128} if teacher else {}
     first = generate.run(str(artifact.path), [PROMPTS[0]], tmp_path / "a.png", seed=2**63, **steps)[0]
     prompts, options = generate.again(first, str(artifact.path), [], {"seed": 0, "steps": None})
     second = generate.run(str(artifact.path), prompts, tmp_path / "b.png", **options)[0]

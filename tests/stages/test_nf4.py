@@ -15,7 +15,7 @@ from flashgen.models.nf4 import STATE, pack, unpack
 from flashgen.models.sample import load_pipeline
 from flashgen.models.stream import read
 from flashgen.recipe.schema import BenchRecipe, QuantizeRecipe, Recipe
-from flashgen.stages import export, generate, nf4, quantize
+from flashgen.stages import checks, export, generate, quantize
 
 LEVELS = torch.tensor([-1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0])
 RECIPE = Recipe(name="test", quantize=QuantizeRecipe(scheme="nf4"), bench=BenchRecipe(per_task=0))
@@ -60,7 +60,7 @@ def test_it_is_not_mixed_with_what_it_has_not() -> None:
 
 
 def test_without_bitsandbytes_it_says_how_to_get_it(tiny_student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"pip install 'flashgen\[nf4\]'"):
         quantize.run(str(tiny_student.path), tmp_path / "nf4", RECIPE, 0, False)
     assert not (tmp_path / "nf4").exists()

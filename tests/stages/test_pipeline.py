@@ -6,8 +6,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from fnmatch import translate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -534,10 +535,15 @@ def test_import_takes_a_plain_diffusers_folder(chain: Chain, tmp_path: Path) -> 
     folder = tmp_path / "plain"
     load_pipeline(chain.teacher.path).save_pretrained(folder)
     (folder / "README.md").write_text("not part of a pipeline")
+    (folder / "text_encoders").mkdir()  # ComfyUI's, in SD3.5's repositories
+    shutil.copyfile(folder / TRANSFORMER, folder / "text_encoders" / "t5xxl_fp16.safetensors")
+    index = json.loads((folder / "model_index.json").read_text())  # an IP-Adapter's, which flashgen has no use for
+    (folder / "model_index.json").write_text(json.dumps(index | {"image_encoder": ["transformers", "SiglipVisionModel"]}))
     first = teacher.import_(str(folder), tmp_path / "out", False)
     assert open_artifact(first.path, ("teacher",), verify=True).manifest.sampler == chain.teacher.manifest.sampler
     assert (first.path / TRANSFORMER).samefile(folder / TRANSFORMER) and not (first.path / "README.md").exists()
-    a, b = (load_pipeline(path).transformer.state_dict() for path in (folder, first.path))
+    assert not (first.path / "text_encoders").exists()
+    a, b = (load_pipeline(path).transformer.state_dict() for path in (chain.teacher.path, first.path))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert teacher.import_(str(folder), tmp_path / "out", False).path == first.path
 
@@ -547,6 +553,28 @@ def test_import_takes_a_plain_diffusers_folder(chain: Chain, tmp_path: Path) -> 
     save_file(weights, folder / TRANSFORMER, metadata={"format": "pt"})  # other weights, the same size
     assert teacher.import_(str(folder), tmp_path / "out", False).path.name == "v0002"
     assert open_artifact(first.path, verify=True).path == first.path
+
+
+def test_a_hub_id_brings_the_pipeline_alone(monkeypatch: pytest.MonkeyPatch, chain: Chain) -> None:
+    import huggingface_hub
+
+    there = [
+        "README.md", "model_index.json", "sd3.5_medium.safetensors", "mmdit-x.py", "text_encoders/clip_g.safetensors",
+        "text_encoders/t5xxl_fp16.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors",
+        "text_encoder/model.fp16.safetensors", "text_encoder_3/model-00001-of-00002.safetensors",
+        "text_encoder_3/model.safetensors.index.json", "text_encoder_3/model.safetensors.index.fp16.json", "tokenizer/merges.txt",
+        "tokenizer_3/spiece.model", "transformer/diffusion_pytorch_model.safetensors", "vae/config.json", "scheduler/scheduler_config.json",
+    ]  # fmt: skip
+    asked: list[str] = []
+
+    def fetch(source: str, **patterns: Any) -> str:
+        wanted, unwanted = ([re.compile(translate(p)) for p in patterns[kind]] for kind in ("allow_patterns", "ignore_patterns"))
+        asked.extend(name for name in there if any(p.match(name) for p in wanted) and not any(p.match(name) for p in unwanted))
+        return str(chain.teacher.path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    teacher._download("stabilityai/stable-diffusion-3.5-medium")
+    assert asked == ["model_index.json", *(name for name in there[6:] if "fp16" not in name)]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flashgen.artifact.store import Artifact
-from flashgen.errors import MachineError
-from flashgen.models.footprint import embedded, tensors
+from flashgen.cli import run
+from flashgen.errors import MachineError, UsageError
+from flashgen.models.footprint import Tensors, embedded, tensors
 from flashgen.models.sample import load_pipeline
-from flashgen.quant.layer import plain_bits
 from flashgen.quant.rounding import quantize_groups
 from flashgen.recipe.load import load
 from flashgen.stages import distill, plan, quantize, restructure
@@ -75,13 +75,30 @@ def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp
     assert less.memory["train"]["trajectories"] == 0
 
 
+def test_prompts_take_16_bits_where_any_encoder_is_large(tiny_teacher: Artifact) -> None:
+    parts = tensors(tiny_teacher)
+    large = parts | {"text_encoder_3": Tensors({"shared.weight": ((1 << 15, 1 << 14), 4)})}
+    assert embedded(tiny_teacher, parts) == 2 * embedded(tiny_teacher, large)
+
+
+def test_plans_refuse_what_their_stages_do(tiny_teacher: Artifact, tiny_student: Artifact, tmp_path: Path) -> None:
+    path, repair = str(tiny_teacher.path), load("shapes-demo", ["quantize.repair=true"])
+    with pytest.raises(UsageError, match="a teacher has to do without them"):
+        run.plan("quantize", {"student": path}, tmp_path / "q", repair)
+    odd = load("shapes-demo", ["export.size_px=72"])
+    with pytest.raises(UsageError, match=r"export\.size_px=72"):
+        run.plan("export", {"student": path}, tmp_path / "d", odd, target="web", offline=False)
+    planned = run.plan("export", {"student": str(tiny_student.path)}, tmp_path / "d", odd, target="gguf", offline=False)  # draws nothing
+    assert planned["memory"].keys() == {"write"} and planned["forwards"] == 0
+
+
 def test_codes_are_counted_as_they_are_stored(tiny_student: Artifact) -> None:
     recipe = load("shapes-demo", ["quantize.group=16"])
     parts = tensors(tiny_student)
     _, codes = plan._streamed(parts["transformer"], recipe.quantize, "transformer")
     stored = 0.0
     for name, (n, k) in parts["transformer"].linears.items():
-        q = quantize_groups(torch.randn(n, k), plain_bits(name, recipe.quantize), 16, False)
+        q = quantize_groups(torch.randn(n, k), recipe.quantize.bits_of(name), 16, False)
         assert q.zeros is not None
         stored += q.codes.nbytes + q.scales.nbytes + q.zeros.nbytes
     assert codes == pytest.approx(stored, rel=0.02)

@@ -65,6 +65,11 @@ def test_another_budget_measures_no_damage_again(
     assert len(asked) == 1 and table(2) == table(1)  # of the finished student
     quantize.run(str(tiny_student.path), tmp_path / "q", having(recipe, budget=4.9, prompts=4), 0, False)
     assert len(asked) > len(table(1)) and table(3) != table(1)  # other prompts, another table
+    (tmp_path / "own.txt").write_text("a red circle\na blue square\n")
+    own = recipe.model_copy(update={"prompts_file": tmp_path / "own.txt"})
+    asked.clear()
+    quantize.run(str(tiny_student.path), tmp_path / "q", having(own, budget=4.5), 0, False)
+    assert len(asked) > len(table(1)) and table(4) != table(1)
 
 
 @pytest.mark.parametrize(

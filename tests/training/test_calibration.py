@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from flashgen.artifact.store import Artifact
+from flashgen.models.networks import linears_of
 from flashgen.models.sample import load_pipeline
 from flashgen.quant.pack import QuantizedLinear
 from flashgen.quant.rounding import quantize_groups
-from flashgen.training.calibration import CLASSES, Calibration, groups_of, linears_of
+from flashgen.training.calibration import CLASSES, Calibration, groups_of
 from flashgen.training.prompts import prompt_pool
 
 NODES = [1.0, 0.75, 0.0]

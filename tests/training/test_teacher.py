@@ -18,7 +18,7 @@ from flashgen.shapes.scene import parse, prompt_set
 from flashgen.training import loop, teacher
 from flashgen.training.encoders import FIELDS, PHRASES, meaning, phrases, train_encoders
 from flashgen.training.optimizers import muon_and_adamw
-from flashgen.training.schedule import cosine, hold_then_decay
+from flashgen.training.schedule import cosine, hold_then_decay, set_rates
 from flashgen.training.teacher import drop_encoders, train_flow
 
 PROMPTS = ["a red circle left of a blue square", "", "two circles", "four purple crosses on a gray background"]
@@ -143,10 +143,14 @@ def test_phrases_know_which_colour_a_shape_has_but_not_its_place() -> None:
     assert {PHRASES[i] for i, there in enumerate(one) if there} == {("circle", "red"), ("cross", "blue")}
 
 
-def test_learning_rates_warm_up_and_end_at_their_floor() -> None:
-    cosines = [cosine(2.0, step, 100, warmup=10) for step in range(100)]
-    holds = [hold_then_decay(2.0, step, 100, warmup=10, decay_share=0.3) for step in range(100)]
-    for rates in (cosines, holds):
-        assert rates[0] == 0.2 and rates[9] == 2.0 == max(rates)
-        assert rates[10:] == sorted(rates[10:], reverse=True) and 0.04 <= rates[-1] < 0.15
-    assert holds[69] == 2.0 > holds[75] and cosines[54] == pytest.approx(1.02, abs=0.05)
+def test_learning_rates_warm_up_and_end_at_their_floor(pipe: StableDiffusion3Pipeline) -> None:
+    cosines = [cosine(step, 100, warmup=10) for step in range(100)]
+    holds = [hold_then_decay(step, 100, warmup=10, decay_share=0.3) for step in range(100)]
+    for shares in (cosines, holds):
+        assert shares[0] == 0.1 and shares[9] == 1 == max(shares)
+        assert shares[10:] == sorted(shares[10:], reverse=True) and 0.02 <= shares[-1] < 0.075
+    assert holds[69] == 1 > holds[75] and cosines[54] == pytest.approx(0.51, abs=0.025)
+    muon, adamw = muon_and_adamw(pipe.transformer, 0.1, 0.01)
+    for share in (0.5, 0.25):  # of what they were made with, not of what they have
+        set_rates([muon, adamw], share)
+        assert [optimizer.param_groups[0]["lr"] for optimizer in (muon, adamw)] == [0.1 * share, 0.01 * share]
