@@ -212,12 +212,6 @@ class FinetuneRecipe(Model):
     allow_worse: float = Field(0.0, ge=0, le=1, description="composition below its input's at which a merge is still published")
     matching: MatchingTraining = MatchingTraining()
 
-    @model_validator(mode="after")
-    def _branches_are_judged_merged(self) -> FinetuneRecipe:
-        if self.matching.watch_every and not self.control:
-            raise ValueError("matching.watch_every needs finetune.control: a branch alone is no student, the merge is judged at the end")
-        return self
-
 
 class RestructureRecipe(Model):
     prompts: int = Field(2048, ge=1)

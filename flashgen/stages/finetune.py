@@ -70,7 +70,8 @@ def train_branches(
 ) -> tuple[nn.Module, nn.Module]:
     """(high, low): copies of the student, each trained on its own nodes with rollouts through both.
 
-    With `finetune.control` both are one network, trained on all nodes for as many updates as the two branches together.
+    A branch alone is no student: looks (`watch_every`), and so the best round of a branch, are of both merged, in the middle of
+    `merge_high`. With `finetune.control` both are one network, trained on all nodes for as many updates as the two branches together.
     """
     from flashgen.models.sample import latent_shape
     from flashgen.stages.report import watcher
@@ -86,6 +87,12 @@ def train_branches(
     above = [i for i, s in enumerate(nodes[:-1]) if s > config.split]
     beneath = [i for i, s in enumerate(nodes[:-1]) if s <= config.split]
     turns = [("high", high, above, config.matching), ("low", low, beneath, config.matching)]
+    watch, middle = watcher(pipe, sampler, recipe, work), sorted(config.merge_high)[len(config.merge_high) // 2]
+
+    def merged(name: str, _: nn.Module) -> float | None:
+        merge(pipe.transformer, high, low, middle)
+        return watch(name, pipe.transformer)
+
     if config.control:
         longer = config.matching.model_copy(update={"iterations": config.matching.iterations * (2 if beneath else 1)})
         turns, low = [("control", high, above + beneath, longer)], high
@@ -95,7 +102,7 @@ def train_branches(
                 name, branch, teacher, pool, nodes, matching, shape, seed + 10 + number, t5_drop=t5_drop, replay=replay,
                 proxy=proxies[number], train_nodes=own, net_at=lambda sigma: high if sigma > config.split else low,
             )  # fmt: skip
-            train_matching(matcher, work, watcher(pipe, sampler, recipe, work) if config.control else None)
+            train_matching(matcher, work, merged)
     return high, low
 
 

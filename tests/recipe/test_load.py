@@ -58,7 +58,6 @@ def test_extends_finds_a_shipped_recipe_by_name(tmp_path: Path) -> None:
         ("name: a\n", ["distill.trajectory.node_draws=[.nan]"], r"distill\.trajectory\.node_draws\.0: .*finite number"),
         ("name: a\n", ["distill.x.y=1"], r"--set distill\.x\.y=1: distill\.x: unknown key"),
         ("name: a\n", ["finetune.matching.adversarial.band=[0.2,0.1]"], "band: .*two sizes, the lower first"),
-        ("name: a\n", ["finetune.matching.watch_every=5"], r"finetune: .*matching\.watch_every needs finetune\.control"),
         ("name: a\n", ["nonsense"], "--set nonsense: write it as"),
         ("name: a\n", ["a..b=1"], r"--set a\.\.b=1: write it as"),
         ("name: a\n", ["distill.steps=[1"], "not readable as YAML"),

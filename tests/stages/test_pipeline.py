@@ -383,6 +383,24 @@ def test_the_control_spends_the_updates_of_both_branches_on_one_network(chain: C
     assert [(row["phase"], row["step"]) for row in rows] == [("control", 5)]  # 1 for the proxy alone, 2 x 2 updates
 
 
+def test_branches_are_looked_at_merged(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, 0.5, 0.4, 0.6, 0.7, 0.4, 0.5)  # the input, two looks at either branch, the merge
+    seen: list[dict[str, torch.Tensor]] = []
+    merge = finetune.merge
+
+    def recorded(target: torch.nn.Module, *given: object) -> None:
+        merge(target, *given)  # type: ignore[arg-type]
+        seen.append({name: value.clone() for name, value in target.state_dict().items()})
+
+    monkeypatch.setattr(finetune, "merge", recorded)
+    recipe = micro("finetune.matching.watch_every=1", "finetune.merge_high=[0.5]", "finetune.matching.lr=1e-3")
+    tuned = finetune.run(str(chain.student.path), tmp_path / "out", recipe, 0, False)
+    rows = [json.loads(line) for line in (tuned.path / "stats.jsonl").read_text().splitlines()]
+    assert [(row["phase"], row["composition"]) for row in rows] == [("high", 0.5), ("low", pytest.approx(0.55))]  # means
+    assert all(torch.equal(seen[2][name], value) for name, value in seen[4].items())  # both ended where they looked best
+    assert not torch.equal(seen[1]["proj_out.weight"], seen[0]["proj_out.weight"])
+
+
 def test_distill_keeps_the_best_look_and_shows_each(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch, 0.2, 0.6, 0.4)
     recipe = micro("distill.matching.iterations=3", "distill.matching.watch_every=1")
