@@ -45,7 +45,7 @@ demo: install
 	$(FLASHGEN) bench shapes $(DEMO)/student $(DEMO)/finetuned $(DEMO)/slim $(DEMO)/device $(RECIPE) --set bench.per_task=60 --out $(DEMO)/bench
 	$(BIN)/python -m benchmarks.bars $(DEMO)
 
-# The numbers that we report on the embedded world (docs/results.md): four steps with and without finetune (95 minutes of two cores with AVX-512), two steps (75 more), eight.
+# The numbers that we report on the embedded world (docs/results.md): four steps with and without finetune (95 minutes of two cores with AVX-512), two steps (75 more), eight (36).
 shapes: install
 	$(FLASHGEN) distill shapes --recipe shapes --out $(SHAPES)/student
 	$(FLASHGEN) finetune $(SHAPES)/student --recipe shapes --out $(SHAPES)/finetuned
