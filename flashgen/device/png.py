@@ -43,7 +43,8 @@ def read_texts(path: Path) -> dict[str, Any]:
 
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            found, size_px = dict(image.text), image.width  # type: ignore[attr-defined]
+            size_px = image.width
+            found = dict(image.text)  # type: ignore[attr-defined]  # a PNG's alone, and `formats` lets no other through
         sigmas = [float(sigma) for sigma in json.loads(found["sigmas"])]
         made = {"prompt": found["prompt"], "seed": int(found["seed"]), "sigmas": sigmas, "artifact": found["artifact"], "size_px": size_px}
         start = {"init_image": found["init_image"]} if "init_image" in found else {}

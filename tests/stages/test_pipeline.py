@@ -388,8 +388,8 @@ def test_branches_are_looked_at_merged(chain: Chain, tmp_path: Path, monkeypatch
     seen: list[dict[str, torch.Tensor]] = []
     merge = finetune.merge
 
-    def recorded(target: torch.nn.Module, *given: object) -> None:
-        merge(target, *given)  # type: ignore[arg-type]
+    def recorded(target: torch.nn.Module, high: torch.nn.Module, low: torch.nn.Module, weight_high: float) -> None:
+        merge(target, high, low, weight_high)
         seen.append({name: value.clone() for name, value in target.state_dict().items()})
 
     monkeypatch.setattr(finetune, "merge", recorded)
