@@ -1,4 +1,4 @@
-"""The page of the ablation: tables, differences between rows, plot. `benchmarks.ablation` makes what it shows."""
+"""The page of `benchmarks.ablation`: tables, differences between rows, and a plot."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.scores import half_interval, interval
-from flashgen.shapes.scene import TASKS
+from flashgen.worlds.shapes.scene import TASKS
 
 ABOUT = """
-Each row starts from the same base student of its seed (trajectory guidance alone, `recipes/ablation.yaml`), spends the same number of
-forwards on it with the same hyper-parameters, and is judged on 240 prompts, and on 36 more drawn 8 times each, that no stage draws from.
+Each row starts from the base student of its seed (trajectory guidance alone, `recipes/ablation.yaml`) and spends the same number of
+forward passes with the same hyper-parameters. Scores are on 240 prompts, and on 36 more drawn 8 times each, which no stage uses.
 `control`, `split + merge` and `two experts` spend the first half on `shared`. A row is an edit of `distill.matching`: see `MATCHING`
-in `benchmarks/ablation.py`.
+in `benchmarks/ablation_rows.py`.
 
-F is one transformer forward of one sample; a backward counts 2. Distances, recall and diversity (mean distance between pictures of one
-prompt) are in VAE-PCA64 ([what that is](../flashgen/metrics/distribution.py)). Variance is that of the direction at x0 of one prompt over
-8 redraws, over its mean square; "given z" with the start noise held. Intervals are 95 %: of composition a bootstrap over seeds and prompts,
-of distances (±) a jackknife over prompts and the spread of seeds. Seconds are wall time on one core, training and scoring, and noisy."""
+F is one transformer forward pass of one sample; a backward pass counts 2. Distances, recall and diversity (mean distance between the
+pictures of one prompt) are in VAE-PCA64 (defined in `benchmarks/distribution.py`). Variance is the variance of the direction at x0 over
+8 redraws of one prompt, relative to its mean square; "given z" holds the initial noise fixed. Intervals are 95 %: for composition a
+bootstrap over seeds and prompts, for distances (±) a jackknife over prompts and the spread of seeds. Seconds are wall time on one core for
+training and scoring, and noisy."""
 
 
 def table(runs: list[dict[str, Any]]) -> NDArray[np.float64]:
-    """Verdicts [runs, prompts]."""
+    """Verdicts as an array [runs, prompts]."""
     return np.array([r["passed"] for r in runs], float)
 
 
-# Column heads of the second table, and where each number is in a run.
+# Column heads of the second table, and the keys of a run that they show.
 COLUMNS = {
     "FD to teacher": "fd_teacher", "FD to true": "fd_true", "recall of teacher": "recall_teacher", "recall of true": "recall_true",
-    "diversity": "diversity", "variance": "variance", "variance given z": "variance_given_z", "F an update": "per_update",
+    "diversity": "diversity", "variance": "variance", "variance given z": "variance_given_z", "F per update": "per_update",
     "F": "forwards", "seconds": "seconds",
 }  # fmt: skip
 PAIRS = (
-    ("shared", "re-noise (DMD2)"), ("shared", "re-noise, proxy on rollouts"), ("shared", "shared, proxy on steps"),
+    ("shared", "re-noise (DMD2)"), ("shared", "re-noise, fake score on rollouts"), ("shared", "shared, fake score on steps"),
     ("shared", "shared, last step interpolated"), ("shared", "interval"), ("shared", "trajectory"),
     ("shared + adversarial", "shared"), ("split + merge", "control"), ("two experts", "control"),
 )  # fmt: skip
@@ -47,7 +48,7 @@ def _rows(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def page(kept: dict[str, Any], plot: str) -> str:
-    """The whole report in Markdown; rows in the order of the runs."""
+    """The report in Markdown; rows in the order of the runs."""
     teacher, runs = kept["teacher"], kept["runs"]
     lines = ["# Ablation", "", f"`make ablation` writes this page, [its raw numbers](ablation.json) and the plot. {ABOUT}", ""]
     lines += [kept["note"], ""] if "note" in kept else []
@@ -68,7 +69,7 @@ def page(kept: dict[str, Any], plot: str) -> str:
         lines += [_cells(row, *(_mean(own, key) for key in COLUMNS.values())) for row, own in rows.items() if own]
         lines += ["", *_differences(mine), ""]
     if len({r["steps"] for r in runs}) > 1:
-        lines += ["## All of these steps and seeds together", "", *_differences(runs), ""]
+        lines += ["## All steps and seeds together", "", *_differences(runs), ""]
     return "\n".join(lines)
 
 
@@ -87,7 +88,7 @@ def _mean(own: list[dict[str, Any]], key: str) -> str:
 
 
 def _differences(runs: list[dict[str, Any]]) -> list[str]:
-    """Differences in composition, same steps and seed, same prompts, same noise."""
+    """Differences in composition between runs of the same steps, seed, prompts and noise."""
     lines = []
     for a, b in PAIRS:
         ours, theirs = ({(r["steps"], r["seed"]): r for r in runs if r["row"] == row} for row in (a, b))
@@ -99,7 +100,7 @@ def _differences(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(kept: dict[str, Any], path: Path) -> None:
-    """Composition by row with its interval, one panel a number of steps."""
+    """Plot the composition of each row with its interval, one panel per number of steps."""
     every, rows = sorted({r["steps"] for r in kept["runs"]}), _rows(kept["runs"])
     figure = Figure(figsize=(3 + 3 * len(every), 0.34 * len(rows) + 1.2), layout="constrained")
     panels = figure.subplots(1, len(every), sharey=True, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""An artifact of `flashgen export --target web` in headless Chromium, on WebAssembly, beside Python: the same pictures, how fast?
+"""Compares an artifact of `flashgen export --target web` in headless Chromium, on WebAssembly, with Python: pictures and times.
 
 python -m benchmarks.browser artifacts/web [--screenshot docs/web.png]
 """
@@ -20,18 +20,20 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from benchmarks.bars import psnr
+from flashgen import worlds
 from flashgen.artifact.store import open_artifact
-from flashgen.device.noise import randn
 from flashgen.device.sampler import DevicePipeline
-from flashgen.shapes.scene import prompt_set
+from flashgen.noise import randn
 
 PICTURES = 12
 NOISE = 65536  # numbers, as many as a 1024 px latent of SD3.5 has
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """A file server that logs nothing."""
+
     def log_message(self, *_: Any) -> None:
-        pass
+        """Log nothing."""
 
 
 def draw(page: Page, prompt: str, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -49,16 +51,16 @@ def draw(page: Page, prompt: str, seed: int) -> tuple[np.ndarray, dict[str, Any]
 
 
 def noise_error(page: Page) -> float:
-    """Largest difference of the page's noise from Python's."""
+    """Largest difference between the page's noise and Python's."""
     seeds = (0, 1, 2**40 + 5, 2**64 - 1)
-    numbers = "import('./flashgen.js').then((m) => Array.from(m.randn({}, {}n)))"
-    found = [page.evaluate(numbers.format(NOISE, seed)) for seed in seeds]
-    return max(float(np.abs(np.array(f) - randn((NOISE,), seed)).max()) for f, seed in zip(found, seeds, strict=True))
+    numbers = "import('./noise.js').then((m) => Array.from(m.randn({}, {}n)))"
+    return max(float(np.abs(np.array(page.evaluate(numbers.format(NOISE, seed))) - randn((NOISE,), seed)).max()) for seed in seeds)
 
 
 def measure(page: Page, url: str, artifact: Path) -> dict[str, float]:
+    """Numbers to print, by name."""
     source = open_artifact(artifact)
-    prompts = [request.caption() for request in prompt_set(4, PICTURES // 6)]
+    prompts = worlds.get("shapes").prompts(4, PICTURES // 6)
     expected = DevicePipeline(source).sample(prompts, list(range(PICTURES)))
     page.goto(url)
     page.locator("#facts:not(:empty)").wait_for()
@@ -69,14 +71,15 @@ def measure(page: Page, url: str, artifact: Path) -> dict[str, float]:
         "noise, largest difference from Python": noise_error(page),
         "first picture, s": laps[0]["total"] / 1000,
         "later pictures, new prompt, median s": float(np.median([lap["total"] for lap in laps[1:]])) / 1000,
-        "of which loading networks, median s": float(np.median([lap["load"] for lap in laps[1:]])) / 1000,
+        "loading networks, part of that, median s": float(np.median([lap["load"] for lap in laps[1:]])) / 1000,
         "step, median ms": float(np.median(steps)),
         "folder, MB": source.size_bytes() / 1e6,
-        "of which networks, MB": sum(f.size for f in source.manifest.files if "model.onnx" in f.path) / 1e6,
+        "networks, part of that, MB": sum(f.size for f in source.manifest.files if "model.onnx" in f.path) / 1e6,
     }
 
 
 def main() -> None:
+    """Serve the artifact, draw in Chromium and print the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact")
     parser.add_argument("--screenshot", type=Path, help="of the page after the last picture")

@@ -1,4 +1,4 @@
-"""The page of `benchmarks.compression`: three tables and a plot of damage against bytes."""
+"""The page of `benchmarks.compression`: three tables, and a plot of the error of each quantizer."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.scores import interval, ratio_interval
-from flashgen.shapes.scene import TASKS
+from flashgen.worlds.shapes.scene import TASKS
 
 ABOUT = """
-`make compression` writes this page, [its raw numbers](compression.json) and the plot. Same student, same 360 prompts and noise in every
-row, from a stream that no stage draws from; intervals are 95 %, bootstrapped over prompts. Bytes are those of the weights of all Linear
-layers of the transformer with their scales and zero points. Latent error is |z - z*|^2 / |z*|^2 of the final latents against the
-student's own; PSNR is of the pictures; distance and FD are in VAE-PCA64 ([what that is](../flashgen/metrics/distribution.py)), against
-the student's own pictures. Peers run through their own packages at 4 bits in groups of 32 (NF4: 64); what a peer leaves whole counts 2
-bytes a weight."""
-STEP = """Step: time of one transformer call for one picture over that of `full`, interleaved, median. Adapter: prune that trains the
-embedder of CLIP's tokens alone. Compact: a small T5 makes the tokens, trained through the frozen student; or, embedding loss, onto the
-tokens of the large one."""
-CHAIN = ("nearest, 4.25 bits by damage", "+ GPTQ", "+ adaLN on a shared basis")  # the next step is what `flashgen, 4.25 bits` is
+`make compression` writes this page, [its raw numbers](compression.json) and the plot. All rows use the same student, the same 360 prompts
+and the same noise, none of which any stage uses. Intervals are 95 %, by bootstrap over prompts. Mean bits count the weights of all Linear
+layers of the transformer with their scales and zero points. Latent error is |z - z*|^2 / |z*|^2, where z* are the final latents of the
+student; PSNR compares pictures; distance and FD are in VAE-PCA64 (defined in `benchmarks/distribution.py`), from the student's pictures.
+Other projects' quantizers run through their own packages at 4 bits in groups of 32 (NF4: 64); weights that they do not quantize count
+2 bytes each."""
+STEP = """Step: median time of one transformer call for one picture, relative to `full`, interleaved. Adapter: prune that trains only the
+embedder of CLIP's tokens. Compact: a small T5 replaces the large one, trained through the frozen student; with embedding loss, trained to
+reproduce the tokens of the large one."""
+CHAIN = ("nearest, 4.25 bits by damage", "+ GPTQ", "+ adaLN on a shared basis")  # `flashgen, 4.25 bits` adds the next ingredient
 
 
 def page(kept: dict[str, Any], plot: str) -> str:
+    """The report in Markdown."""
     heads = ["encoder", "composition", "over full", *TASKS, "T5 MB", "tokens", "step"]
     lines = ["# Compression", ABOUT, "", "## A. Encoders", "", *table(heads)]
     full = np.array(kept["encoders"]["full"]["passed"], float)
@@ -38,9 +39,15 @@ def page(kept: dict[str, Any], plot: str) -> str:
     lines += ["", STEP, ""]
     rows = kept["weights"]
     peers = [name for name in rows if name not in CHAIN]
-    lines += ["## B. Weights", "", f"![error of the final latents, quantizer by quantizer]({plot})", "", *_weights(rows, peers), ""]
+    lines += ["## B. Weights", "", f"![error of the final latents per quantizer]({plot})", "", *_weights(rows, peers), ""]
     chain = _weights(rows, [name for name in (*CHAIN, "flashgen, 4.25 bits") if name in rows])
-    lines += ["## C. What each ingredient adds, at 4.25 mean bits", "", *chain, "", "The last row adds repair scalars."]
+    lines += [
+        "## C. What each ingredient adds, at 4.25 mean bits",
+        "",
+        *chain,
+        "",
+        "The last row adds step scales (`quantize.step_scales`).",
+    ]
     return "\n".join(lines)
 
 
@@ -64,15 +71,17 @@ def _mean(values: list[float]) -> tuple[float, float, float]:
 
 
 def table(heads: list[str]) -> list[str]:
+    """Head lines of a Markdown table."""
     return [cells(*heads), "|---" * len(heads) + "|"]
 
 
 def cells(*cells: str) -> str:
+    """One row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def draw(kept: dict[str, Any], path: Path) -> None:
-    """Mean latent error with its interval, a line a quantizer, fewest bits on top."""
+    """Plot the mean latent error of each quantizer with its interval, fewest bits on top."""
     rows = [(float(row["mean_bits"]), name, row) for name, row in kept["weights"].items() if name not in ("student, fp32", *CHAIN)]
     rows.sort(key=lambda row: row[0], reverse=True)
     figure = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
@@ -85,6 +94,6 @@ def draw(kept: dict[str, Any], path: Path) -> None:
         range(len(rows)), [f"{name.partition(',')[0] if name.startswith('flashgen') else name} ({bits:.2f})" for bits, name, _ in rows]
     )
     axes.set_xscale("log")
-    axes.set_xlabel("error of the final latents, 95 %\n(mean bits a weight, scales and zero points included)")
+    axes.set_xlabel("error of the final latents, 95 %\n(mean bits per weight, scales and zero points included)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

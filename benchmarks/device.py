@@ -1,9 +1,9 @@
-"""One step of an SD3.5-Medium-shaped transformer on every engine: flashgen's exports beside what others run.
+"""Times one step of a transformer in the shapes of SD3.5-Medium on every engine: flashgen's exports and other projects' ways to run it.
 
     python -m benchmarks.device artifacts/device-bench --page docs/device.md      # `make bench-device`
 
-Four blocks of the real width, two of them with dual attention, random weights, 512 px, one picture, two threads. Every time is of a
-process of its own, the rows of a round one after another, so that a slow minute of the machine meets all of them; medians over rounds.
+Four blocks of the real width, two of them with dual attention, random weights, 512 px, one picture, two threads. Every row runs in its own
+process; the rows of a round run one after another, so that a slow minute of the machine affects all of them. Times are medians of rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from flashgen.progress import say
 THREADS, ROUNDS, TOKENS, BLOCKS, CALLS = 2, 5, (77, 333), 4, 2
 Feeds = dict[str, NDArray[np.float32]]
 Step = Callable[[Feeds], NDArray[np.float32]]
-# name: who, engine, profile, file
+# name: (peer or flashgen, engine, profile, file)
 ROWS: dict[str, tuple[str, str, str, str]] = {
     "diffusers, torch fp32": ("peer", "torch", "fp32", "net"),
     "diffusers, torch bf16": ("peer", "torch", "bf16", "net"),
@@ -50,9 +50,10 @@ ROWS: dict[str, tuple[str, str, str, str]] = {
 
 
 def network() -> Any:
+    """The transformer with seeded random weights."""
     from diffusers import SD3Transformer2DModel
 
-    from flashgen.models.specs import spec
+    from flashgen.families.sd3.specs import spec
 
     config = spec("sd35-medium").transformer | {"num_layers": BLOCKS, "dual_attention_layers": (0, 1)}
     torch.manual_seed(0)
@@ -60,18 +61,19 @@ def network() -> Any:
 
 
 def feeds(tokens: int) -> Feeds:
+    """Inputs of one step by name, in the order of the transformer's arguments."""
     rng = np.random.default_rng(0)
     shapes = {"hidden_states": (1, 16, 64, 64), "encoder_hidden_states": (1, tokens, 4096), "pooled_projections": (1, 2048)}
     return {k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()} | {"timestep": np.full(1, 750, np.float32)}
 
 
 def prepare(work: Path) -> None:
-    """Every model of `ROWS` that is not there yet."""
-    from flashgen.export.components import Call, Component, _velocity
-    from flashgen.export.write import write_component
+    """Write the models of `ROWS` that `work` lacks."""
+    from flashgen import families
+    from flashgen.export.write import write_graph
+    from flashgen.families.graphs import Call, Component
     from flashgen.models.networks import linears_of
-    from flashgen.quant.pack import QuantizedLinear
-    from flashgen.quant.rounding import quantize_groups
+    from flashgen.quant.layer import Rounding, layer_bits, quantize_layer
 
     def once(name: str, make: Callable[[], object]) -> None:
         if not (work / f"{name}.done").exists():
@@ -81,42 +83,44 @@ def prepare(work: Path) -> None:
 
     def component() -> Component:
         inputs = {name: torch.from_numpy(value) for name, value in feeds(TOKENS[-1]).items()}
-        return Component(
-            "transformer", Call(network(), _velocity), inputs, ("out_hidden_states",), {"encoder_hidden_states": {1: "tokens"}}
-        )
+        call = Call(network(), lambda net, *args: net(*args, return_dict=False)[0])
+        return Component("transformer", call, inputs, ("out_hidden_states",), {"encoder_hidden_states": {1: "tokens"}})
 
-    def codes(bits: int, group: int | None) -> dict[str, QuantizedLinear]:
-        """4 bits, asymmetric, with the last layer at 8; or 8 bits a row."""
-        layers = linears_of(network())
-        if group is None:
-            return {name: quantize_groups(layer.weight, bits, layer.in_features, True) for name, layer in layers.items()}
-        return {name: quantize_groups(layer.weight, 8 if name == "proj_out" else bits, group, False) for name, layer in layers.items()}
+    def export(name: str, bits: int, group: int | Literal["channel"], accuracy_level: int = 0) -> None:
+        """Asymmetric groups, with the last layer at 8 bits; or, with group "channel", one symmetric scale per row."""
+        part, family, rounding = component(), families.get("sd3"), Rounding(group, symmetric=group == "channel")
+        layers = {
+            layer: quantize_layer(linear.weight, layer_bits(layer, bits, ("proj_out",)), rounding)
+            for layer, linear in linears_of(part.module.net).items()
+        }
+        family.prepare_export(part.module.net, tuple(part.inputs["hidden_states"].shape[1:]))
+        write_graph(part, layers, work / name, accuracy_level, family.modulation)
 
     def reference() -> None:
         net = network()
         net.save_pretrained(work / "net")
-        with torch.no_grad():
-            np.save(work / "reference.npy", torch_step(net)(feeds(TOKENS[-1])))
+        np.save(work / "reference.npy", torch_step(net)(feeds(TOKENS[-1])))
 
     work.mkdir(parents=True, exist_ok=True)
     once("reference", reference)
     once("stock", lambda: plain_export(component(), work / "stock"))
-    once("size", lambda: write_component(component(), codes(4, 128), work / "size", 0, 1.0))
-    once("size4", lambda: write_component(component(), codes(4, 128), work / "size4", 4, 1.0))
-    once("speed", lambda: write_component(component(), codes(8, None), work / "speed", 0, 1.0))
+    once("size", lambda: export("size", 4, 128))
+    once("size4", lambda: export("size4", 4, 128, accuracy_level=4))
+    once("speed", lambda: export("speed", 8, "channel"))
     once("nbits", lambda: onnxruntime_nbits(work))
     once("dynamic", lambda: onnxruntime_dynamic(work))
     once("nncf", lambda: nncf_weights(work))
 
 
 def plain_export(part: Any, folder: Path) -> None:
-    """What torch.onnx.export and onnxscript's optimizer make of the network; the crop of the position table is ours."""
+    """Export with torch.onnx.export and onnxscript's optimizer; only the crop of the position table is flashgen's."""
     import onnx_ir as ir
     import onnxscript.optimizer
 
-    from flashgen.export.components import crop_positions, trace
+    from flashgen.export.graph import trace
+    from flashgen.families.sd3.components import crop_positions
 
-    crop_positions(part.module.net, 64)
+    crop_positions(part.module.net, 64, 64)
     model = trace(part)
     onnxscript.optimizer.optimize_ir(model)
     (folder / "transformer").mkdir(parents=True, exist_ok=True)
@@ -124,6 +128,7 @@ def plain_export(part: Any, folder: Path) -> None:
 
 
 def onnxruntime_nbits(work: Path) -> None:
+    """onnxruntime's 4-bit weights, with 8-bit activations."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -134,17 +139,17 @@ def onnxruntime_nbits(work: Path) -> None:
 
 
 def onnxruntime_dynamic(work: Path) -> None:
+    """onnxruntime's dynamic 8-bit quantization."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    options = {"MatMulConstBOnly": True, "DefaultTensorType": 1}
-    stock, kinds = work / "stock" / "transformer" / "model.onnx", ["MatMul", "Gemm"]
     quantize_dynamic(
-        stock, work / "dynamic.onnx", op_types_to_quantize=kinds, per_channel=True, weight_type=QuantType.QInt8,
-        use_external_data_format=True, extra_options=options,
+        work / "stock" / "transformer" / "model.onnx", work / "dynamic.onnx", op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+        weight_type=QuantType.QInt8, use_external_data_format=True, extra_options={"MatMulConstBOnly": True, "DefaultTensorType": 1},
     )  # fmt: skip
 
 
 def nncf_weights(work: Path) -> None:
+    """NNCF's 8-bit and 4-bit weights."""
     import nncf
     import openvino as ov
 
@@ -155,25 +160,27 @@ def nncf_weights(work: Path) -> None:
 
 
 def torch_step(net: Any, dtype: torch.dtype = torch.float32) -> Step:
+    """A step of a torch network in `dtype`."""
+
     def step(given: Feeds) -> NDArray[np.float32]:
         x, embeds, pooled, timestep = (torch.from_numpy(value).to(dtype) for value in given.values())
         with torch.no_grad():
-            found: NDArray[np.float32] = net(x, embeds, pooled, timestep, return_dict=False)[0].float().numpy()
-        return found
+            return np.asarray(net(x, embeds, pooled, timestep, return_dict=False)[0].float().numpy())
 
     return step
 
 
 def opened(who: str, engine: str, profile: str, path: Path) -> Step:
+    """The step of one row of `ROWS`."""
     if engine == "torch":
         from diffusers import SD3Transformer2DModel
 
         dtype = torch.bfloat16 if profile == "bf16" else torch.float32
         net = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype).eval()
         return torch_step(torch.compile(net, dynamic=False) if profile == "compile" else net, dtype)
-    if who == "flashgen":
-        from flashgen.device.engine import NETWORKS
+    from flashgen.device.engine import NETWORKS, open_session
 
+    if who == "flashgen":
         network = NETWORKS[engine](path, THREADS, profile != "size", "")
         return lambda given: network.run(["out_hidden_states"], given)[0]
     if engine == "openvino":
@@ -182,15 +189,13 @@ def opened(who: str, engine: str, profile: str, path: Path) -> Step:
         hints = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": profile, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}
         model = ov.Core().compile_model(path, "CPU", hints)
         return lambda given: np.asarray(model(given)[0])
-    from flashgen.device.engine import open_session
-
     session = open_session(path, THREADS)
     return lambda given: np.asarray(session.run(None, given)[0])
 
 
 def measure(work: Path, name: str) -> dict[str, Any]:
-    """Seconds of a step, the best of `CALLS` after a warm one, by text tokens; in this process."""
-    from flashgen.timing import peak_rss_mib
+    """Measure one row in this process: seconds per step by text tokens (the best of `CALLS` after a warm-up), memory and error."""
+    from flashgen.runtime.memory import peak_rss_mib
 
     torch.set_num_threads(THREADS)
     who, engine, profile, file = ROWS[name]
@@ -208,13 +213,12 @@ def measure(work: Path, name: str) -> dict[str, Any]:
 
 
 def peak(work: Path) -> float:
-    """Operations a second of one int8 product of the feed-forward's size, on onnxruntime: what a step is held against."""
+    """Operations per second of one int8 product of the feed-forward's size on onnxruntime, to compare steps with."""
     import onnx_ir as ir
 
     from flashgen.device.engine import open_session
 
-    m, k, n = 1357, 1536, 6144
-    rng = np.random.default_rng(0)
+    rng, m, k, n = np.random.default_rng(0), 1357, 1536, 6144
     x = ir.Value(name="x", shape=ir.Shape([m, k]), type=ir.TensorType(ir.DataType.FLOAT))
     values = {"w": rng.integers(-127, 128, (k, n), np.int8), "s": np.full(n, 0.01, np.float32), "z": np.zeros(n, np.int8)}
     inputs = [ir.Value(name=name, const_value=ir.tensor(value, name=name)) for name, value in values.items()]
@@ -231,26 +235,27 @@ def peak(work: Path) -> float:
 
 
 def operations(tokens: int) -> float:
-    """Of the products of one step, attention's too."""
+    """Operations in the matrix products of one step, attention included."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         net = network()
-    given = [torch.empty(value.shape, device="meta") for value in feeds(tokens).values()]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(*given, return_dict=False)
+        net(*(torch.empty(value.shape, device="meta") for value in feeds(tokens).values()), return_dict=False)
     return float(counter.get_total_flops())
 
 
 def size(path: Path) -> int:
+    """Bytes of the model at `path`."""
     files = path.glob("*.safetensors") if path.is_dir() else [p for p in path.parent.glob(f"{path.stem}*") if p.suffix != ".done"]
     return sum(file.stat().st_size for file in files)
 
 
 def main() -> None:
+    """Write the models, measure all rows in rounds, and write the page after each round."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("work", type=Path, help="where the models go")
-    parser.add_argument("--page", type=Path, default=Path("docs/device.md"), help="Markdown; raw numbers beside it as .json")
+    parser.add_argument("work", type=Path, help="folder for the models")
+    parser.add_argument("--page", type=Path, default=Path("docs/device.md"), help="Markdown file; numbers are written beside it")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--row", help="measure this one here and print it as JSON")
     given = parser.parse_args()
@@ -267,10 +272,11 @@ def main() -> None:
                 raise SystemExit(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
             laps.append(json.loads(done.stdout.splitlines()[-1]))
             say(f"round {number + 1} of {given.rounds}, {name}: {laps[-1] if name == 'peak' else laps[-1]['seconds']}")
-        write(found, given.work, given.page)  # after every round: a run that is cut off leaves a page
+        write(found, given.work, given.page)  # after every round, so that an interrupted run leaves a page
 
 
 def write(found: dict[str, list[Any]], work: Path, target: Path) -> None:
+    """Write the page and its numbers from the measurements of each row."""
     top, rows = float(np.max(found["peak"])), []
     counts = {tokens: operations(tokens) for tokens in TOKENS}
     for name, (who, engine, profile, file) in ROWS.items():

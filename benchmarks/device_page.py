@@ -1,4 +1,4 @@
-"""The page of `benchmarks.device`: one table a text length, rows by time."""
+"""The page of `benchmarks.device`: one table per text length, rows ordered by time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from benchmarks.compression_page import cells, table
 
 ABOUT = """
 `make bench-device` writes this page and [its raw numbers](device.json). One denoising step of four blocks of SD3.5-Medium's width (two of
-them with dual attention), random weights, 512 px, one picture, two threads, every row a process of its own, the rows of a round one
-after another, medians of rounds; spread is (greatest - least) / median. Error is |out - fp32| / |fp32| against torch at 333 text
-tokens; of random weights, so it ranks arithmetic, not pictures. Peak is {peak:.0f} G operations a second: the best that one int8
-product of the feed-forward's size reached on onnxruntime here; the share counts all products of a step, attention's too."""
+them with dual attention), random weights, 512 px, one picture, two threads. Every row runs in a process of its own, the rows of a round
+one after another; times are medians of rounds, and spread is (largest - smallest) / median. Error is |out - fp32| / |fp32| against torch
+at 333 text tokens; weights are random, so it ranks arithmetic, not pictures. Peak is {peak:.0f} G operations per second: the best that
+one int8 product of the feed-forward's size reached on onnxruntime here; the share counts all products of a step, attention included."""
 HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "of peak", "RSS MiB", "MB", "error"]
 
 
 def page(rows: list[dict[str, Any]], peak: float) -> str:
+    """The report in Markdown; `peak` in operations per second."""
     rounds = len(rows[0]["step_s_all"])
     lines = ["# One step, engine by engine", ABOUT.format(peak=peak / 1e9), "", f"{rounds} round{'s' * (rounds > 1)} on {machine()}."]
     for tokens in sorted({row["text_tokens"] for row in rows}):
@@ -38,6 +39,7 @@ def page(rows: list[dict[str, Any]], peak: float) -> str:
 
 
 def machine() -> str:
+    """Processor, cores and system of this machine."""
     try:
         with open("/proc/cpuinfo") as file:
             model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

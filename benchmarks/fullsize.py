@@ -1,9 +1,9 @@
-"""SD3.5-Medium's shapes with random weights through every stage: memory, time and disk, each stage a process of its own.
+"""Measures memory, time and disk of every stage at SD3.5-Medium's size with random weights, each stage in a process of its own.
 
 python -m benchmarks.fullsize artifacts/fullsize --page docs/fullsize.md
 
-Peak memory is ru_maxrss of the stage's process, as the kernel counted it (mapped files that were read count too). Finished rows are kept
-in the folder and not measured again: the same command goes on. Pictures are noise; memory, disk, time and numerics are real.
+Peak memory is ru_maxrss of the stage's process (pages of mapped files that were read count too). Finished rows are saved in the folder, so
+the same command resumes. Pictures are noise; memory, disk, time and numerics are real.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# This process stays small: a child's ru_maxrss begins with what its parent had when it was started.
+# This process stays small: a child's ru_maxrss starts with the memory that its parent had when the child was started.
 RECIPE = ("--recipe", "sd35-medium-24gb")
 ONE_ROUND = (
     "trajectory.iterations=0",
     "matching.iterations=1",
-    "matching.proxy_warmup=0",
-    "matching.proxy_updates=1",
+    "matching.fake_score_warmup=0",
+    "matching.fake_score_updates=1",
     "matching.prompts=2",
 )
 BUNDLE_MIB = 1812  # 1.9 GB
@@ -32,7 +32,7 @@ PROMPT = "two red circles on a white background"
 
 
 class Row(NamedTuple):
-    """One stage: `command` is flashgen's arguments, or those of this module where it begins with "-"."""
+    """One stage: `command` are arguments of flashgen, or of this module if the first one starts with "-"."""
 
     stage: str
     bar_mib: int
@@ -43,7 +43,8 @@ class Row(NamedTuple):
     disk_mib: int | None = None
 
 
-def rows(folder: Path, base: str) -> list[Row]:
+def rows(folder: Path) -> list[Row]:
+    """The rows of the page, in the order in which stages need each other."""
     at = {name: str(folder / name) for name in ("random", "embeds", "student", "slim", "int4", "device", "device-1024")}
     at |= {f"{name}.png": str(folder / f"{name}.png") for name in ("device", "device-1024")}
     one_round = [word for setting in (*ONE_ROUND, "matching.batch=1") for word in ("--set", f"distill.{setting}")]
@@ -53,7 +54,8 @@ def rows(folder: Path, base: str) -> list[Row]:
     int4 = ("quantize", at["slim"], *RECIPE, "--out", at["int4"])
     device = ("export", at["int4"], *RECIPE, "--out", at["device"])
     large = ("export", at["int4"], *RECIPE, "--set", "export.size_px=1024", "--out", at["device-1024"])
-    drawn, drawn_large = (("generate", at[name], PROMPT, "-o", at[f"{name}.png"]) for name in ("device", "device-1024"))
+    draw = (PROMPT, "--engine", "onnxruntime", "-o")
+    drawn, drawn_large = (("generate", at[name], *draw, at[f"{name}.png"]) for name in ("device", "device-1024"))
     return [
         Row("embed 64 prompts, three encoders", 12 << 10, ("-embed", at["random"], at["embeds"]), at["embeds"], ("embed", *many)),
         Row("distill, one round, LoRA roles, 512 px", 18 << 10, distill, at["student"], ("", *distill)),
@@ -67,18 +69,19 @@ def rows(folder: Path, base: str) -> list[Row]:
 
 
 def embed(artifact: str, out: str) -> None:
-    """64 training prompts into files, as distill does it first."""
+    """Encode 64 training prompts into files, as distill does first."""
+    from flashgen import worlds
     from flashgen.artifact.store import open_artifact
-    from flashgen.models.sample import load_pipeline
-    from flashgen.training.prompts import prompt_pool
+    from flashgen.models.pipeline import load_pipeline
+    from flashgen.stages.inputs import sampler_of
+    from flashgen.training.prompts import prompt_pool, training_prompts
 
-    source = open_artifact(artifact)
-    assert source.manifest.sampler is not None
-    prompt_pool(load_pipeline(source.path, weights="text"), 64, 1, source.manifest.sampler.t5_tokens, Path(out))
+    source, prompts = open_artifact(artifact), training_prompts(worlds.get("shapes"), None, 64, 1)
+    prompt_pool(prompts, load_pipeline(source.path, weights="text"), sampler_of(source), Path(out), "matching")
 
 
 def needs(artifact: str) -> None:
-    """Prints the bytes that generate --memory counts for one picture."""
+    """Print the bytes that generate --memory plans for one picture."""
     from flashgen.artifact.store import open_artifact
     from flashgen.device.memory import plan
 
@@ -86,7 +89,7 @@ def needs(artifact: str) -> None:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """(peak MiB, seconds) of a process and its children; ends with an error when it does."""
+    """(peak MiB, seconds) of a process and its children. Raises SystemExit when it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -96,14 +99,14 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def written_mib(path: Path) -> float:
-    """Of the newest version in `path` (or of what it is), files that no other version shares."""
+    """MiB in `path` (a file, a folder, or the newest version in it) that no other version shares."""
     latest = path / "latest"
     files = [path] if path.is_file() else [p for p in (latest if latest.exists() else path).resolve().rglob("*") if p.is_file()]
     return sum(p.stat().st_size for p in files if p.stat().st_nlink == 1) / 2**20
 
 
 def planned(row: Row, flashgen: list[str]) -> float | None:
-    """Peak that --plan says, MiB: of one phase where the row is one."""
+    """Peak of --plan in MiB, for the row's phase or for all."""
     if not row.plan:
         return None
     phase, *command = row.plan
@@ -112,11 +115,12 @@ def planned(row: Row, flashgen: list[str]) -> float | None:
         return float(done.stdout) / 2**20
     done = subprocess.run([*flashgen, *command, "--plan", "--json"], capture_output=True, text=True, check=True)
     memory = json.loads(done.stdout)["memory"]
-    wanted: list[dict[str, int]] = [memory[phase]] if phase else list(memory.values())
-    return max(sum(parts.values()) for parts in wanted) / 2**20
+    phases: list[dict[str, int]] = [memory[phase]] if phase else list(memory.values())
+    return max(sum(parts.values()) for parts in phases) / 2**20
 
 
 def measure(folder: Path, page: Path, base: str) -> None:
+    """Measure the missing rows, saving each at once, and write the page."""
     flashgen = [sys.executable, "-m", "flashgen"]
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "rows.json"
@@ -125,14 +129,14 @@ def measure(folder: Path, page: Path, base: str) -> None:
         found["rows"] = json.loads(kept.read_text())
     if not (folder / "random" / "latest").exists():
         run([*flashgen, "teacher", "random", "--like", base, "--out", str(folder / "random")])
-    for row in rows(folder, base):
+    for row in rows(folder):
         kept_row = next((done for done in found["rows"] if done["stage"] == row.stage), None)
         if kept_row:
             try:
-                plan = planned(row, flashgen)  # today's, beside what was measured
+                plan = planned(row, flashgen)  # of the present code, beside what was measured
                 kept_row["plan_mib"] = plan and round(plan)
             except subprocess.CalledProcessError:
-                pass  # what it is made of is gone
+                pass  # its inputs are gone
             continue
         shutil.rmtree(row.out, ignore_errors=True)  # what an interrupted measurement left
         plan = planned(row, flashgen)
@@ -148,16 +152,18 @@ def measure(folder: Path, page: Path, base: str) -> None:
 
 
 def replace(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
     path.with_suffix(".tmp").write_text(text + "\n")
     path.with_suffix(".tmp").replace(path)
 
 
 def write(found: dict[str, Any], page: Path) -> None:
+    """Write the page and its numbers."""
     lines = [
         "# Full size",
         "",
-        "SD3.5-Medium's shapes with random weights through every stage, each measured in a process of its own (`ru_maxrss`).",
-        "`make fullsize` makes this page; rows that are missing were not measured. Seconds are wall-clock and count what else ran.",
+        "Every stage at SD3.5-Medium's size with random weights, each measured in a process of its own (`ru_maxrss`).",
+        "`make fullsize` writes this page; missing rows were not measured. Seconds are wall time, slowed by other programs that ran.",
         "",
         f"Machine: {found['machine']}.",
         "",
@@ -184,6 +190,7 @@ def write(found: dict[str, Any], page: Path) -> None:
 
 
 def machine() -> str:
+    """The machine and the number of threads."""
     from flashgen.stages.bench import machine as about
 
     found = about()

@@ -1,4 +1,4 @@
-"""Curves of a good run and of three failures, from the statistics that every run writes.
+"""Plots the statistics that every run writes, for a good run and three failures.
 
 python -m benchmarks.healthy artifacts/healthy docs/healthy-run.png      # `make healthy-run`
 """
@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from flashgen.artifact.store import open_artifact
 
 PANELS = {
-    "composition": "composition, held-out prompts", "std": "std of the latents", "matching": "|proxy - teacher|",
-    "augmentation": "size of guidance", "proxy_loss": "proxy loss", "grad_norm": "gradient norm",
-    "logits": "logit of real - of fake", "adversarial_ratio": "adversarial / matching",
+    "score": "composition, held-out prompts", "std": "std of the latents", "matching": "|fake score - teacher|",
+    "augmentation": "size of guidance", "fake_score_loss": "fake score loss", "grad_norm": "gradient norm",
+    "logits": "logit: real - fake", "adversarial_ratio": "adversarial / matching",
 }  # fmt: skip
 
 
 def curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each statistic of a run's matching."""
+    """Steps and values of each statistic of one run."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for line in (open_artifact(path).path / "stats.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -35,6 +35,7 @@ def curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def main(runs: Path, out: Path) -> None:
+    """Plot every run in `runs` to the PNG `out`."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     panels = dict(zip(PANELS, figure.subplots(2, 4).flat, strict=True))
     for key, panel in panels.items():

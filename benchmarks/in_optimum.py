@@ -1,5 +1,6 @@
-"""An exported artifact's pictures in optimum's ORTDiffusionPipeline; run by the Python of optimum's own environment, without flashgen's
-dependencies.
+"""Draws an exported artifact's pictures with optimum's ORTDiffusionPipeline.
+
+Runs in optimum's own environment, which lacks most of flashgen's dependencies.
 
 python -m benchmarks.in_optimum ARTIFACT PICTURES.npy PROMPT...
 """
@@ -14,25 +15,25 @@ import numpy as np
 import torch
 from optimum.onnxruntime import ORTDiffusionPipeline
 
-from flashgen.device.noise import latents
 from flashgen.flow.grid import unshift
+from flashgen.noise import latents
 
 
 def main(folder: Path, out: Path, prompts: list[str]) -> None:
-    """Writes uint8 [B, H, W, 3]; picture i is drawn from seed i."""
+    """Write pictures, uint8 [B, H, W, 3]; picture i is drawn from seed i."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    sampler = manifest["sampler"]
+    sampler, shape, factor = manifest["sampler"], manifest["extra"]["latent_shape"], manifest["extra"]["graph"]["vae"]["factor"]
     pipe = ORTDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     pictures = [
         pipe(
             prompt,
-            latents=torch.from_numpy(latents(tuple(manifest["extra"]["latent_shape"]), [seed])),
+            latents=torch.from_numpy(latents(tuple(shape), [seed])),
             sigmas=[unshift(s, sampler["shift"]) for s in sampler["sigmas"][:-1]],
             guidance_scale=sampler["guidance"],
-            max_sequence_length=sampler["t5_tokens"],
-            height=sampler["size_px"],
-            width=sampler["size_px"],
+            max_sequence_length=sampler["tokens"]["t5"],
+            height=shape[1] * factor,
+            width=shape[2] * factor,
             output_type="np",
         ).images[0]
         for seed, prompt in enumerate(prompts)

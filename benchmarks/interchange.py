@@ -24,15 +24,15 @@ from PIL import Image
 
 from benchmarks.bars import in_diffusers, psnr
 from benchmarks.scores import Bar, report
+from flashgen import worlds
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.device.engine import Engine, Network, OnnxRuntimeNetwork
 from flashgen.device.sampler import DevicePipeline
-from flashgen.shapes.scene import prompt_set
 
-PROMPTS = [request.caption() for request in prompt_set(5, 1)]
+PROMPTS = worlds.get("shapes").prompts(5, 1)
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXPORTS = {"device-fp32": "fp32", "device": "INT4", "device-int8": "INT4, int8 activations", "slim-device": "INT4 without T5"}
-# qemu shows the host's /proc/cpuinfo, in which onnxruntime looks for ARM cores, and it crashes when it finds none. A Cortex-A76.
+# qemu shows the host's /proc/cpuinfo. onnxruntime looks for ARM cores there and crashes when it finds none. This one is a Cortex-A76.
 CPUINFO = """processor\t: {}
 Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
 CPU implementer\t: 0x41
@@ -45,6 +45,7 @@ CPU revision\t: 0
 
 
 def run(command: list[str], **environment: str) -> str:
+    """Output of a command; exits with its errors when it fails."""
     done = subprocess.run(command, env=os.environ | environment, text=True, capture_output=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
@@ -52,19 +53,19 @@ def run(command: list[str], **environment: str) -> str:
 
 
 def drawn(artifact: Path, python: list[str], folder: Path) -> np.ndarray:
-    """Pictures of `flashgen generate`, picture i from seed i."""
-    run(
-        [*python, "-m", "flashgen", "generate", str(artifact.absolute()), *PROMPTS, "-o", str(folder / "a.png")], PYTHONPATH=str(REPOSITORY)
-    )
+    """Pictures of `flashgen generate` on onnxruntime, picture i from seed i."""
+    options = ["--engine", "onnxruntime", "-o", str(folder / "a.png")]
+    run([*python, "-m", "flashgen", "generate", str(artifact.absolute()), *PROMPTS, *options], PYTHONPATH=str(REPOSITORY))
     return np.stack([np.asarray(Image.open(folder / f"a-{i + 1}.png")) for i in range(len(PROMPTS))])
 
 
 def worst(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Lowest PSNR between pictures of the same place, in dB."""
     return min(psnr(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def loaders(root: Path, peer: str) -> list[Bar]:
-    """optimum in its own environment and diffusers in this one."""
+    """Bars of optimum, in its own environment, and of diffusers, in this one."""
     bars = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, what in EXPORTS.items():
@@ -92,7 +93,7 @@ def loaders(root: Path, peer: str) -> list[Bar]:
 
 
 def arm64(root: Path, machine: str) -> list[Bar]:
-    """The base install under qemu, in the root and with the wheels that the Makefile put into `machine`."""
+    """Bars of the base install under qemu, with the root and the wheels that the Makefile put into `machine`."""
     rootfs = Path(machine, "root").absolute()
     (rootfs / "proc").mkdir(exist_ok=True)
     (rootfs / "proc" / "cpuinfo").write_text("".join(CPUINFO.format(i) for i in range(os.cpu_count() or 1)))
@@ -108,27 +109,28 @@ def arm64(root: Path, machine: str) -> list[Bar]:
 
 
 class OrtFormat(Engine):
-    """Of the .ort files in `folder`."""
+    """Runs the .ort files in `folder`."""
 
     def __init__(self, source: Artifact, folder: Path) -> None:
         super().__init__(source)
         self.folder = folder
 
-    def network(self, component: str) -> Network:  # opened anew for every run, which nobody times
+    def network(self, component: str) -> Network:
+        """The network of `component`, opened anew for every run."""
         return OnnxRuntimeNetwork(self.folder / component / "model.ort", None, False)
 
 
 def mobile(root: Path) -> list[Bar]:
-    """onnxruntime's verdict on each component for phones, and pictures from its .ort format."""
+    """Print what onnxruntime reports on each component for phones; the bar compares pictures from its .ort format."""
     source = open_artifact(root / "device")
     bars = []
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "device")
         shutil.copytree(source.path, copy)
         for model in sorted(copy.glob("*/model.onnx")):
-            said = run([sys.executable, "-m", "onnxruntime.tools.check_onnx_model_mobile_usability", str(model)])
-            verdicts = re.findall(r"Model should perform well with (.+?)( if modified to have fixed input shapes| as is)(: \w+)", said)
-            print(f"{model.parent.name}: {'; '.join(map(''.join, verdicts))}; {said.strip().splitlines()[-1]}")
+            output = run([sys.executable, "-m", "onnxruntime.tools.check_onnx_model_mobile_usability", str(model)])
+            verdicts = re.findall(r"Model should perform well with (.+?)( if modified to have fixed input shapes| as is)(: \w+)", output)
+            print(f"{model.parent.name}: {'; '.join(map(''.join, verdicts))}; {output.strip().splitlines()[-1]}")
         convert = "onnxruntime.tools.convert_onnx_models_to_ort"
         run([sys.executable, "-m", convert, str(copy), "--optimization_style", "Fixed", "--target_platform", "arm"])
         for model in sorted(copy.glob("*/model.onnx")):

@@ -1,9 +1,9 @@
-"""The whole job, prompt to PNG, each time a process of its own: flashgen's device artifacts beside diffusers in fp32.
+"""Times the full way from prompt to PNG, each run in a process of its own: flashgen's device artifacts and diffusers in fp32.
 
     python -m benchmarks.job artifacts/fullsize artifacts/shapes --page docs/job.md      # `make bench-job`
 
-SD3.5-Medium's shapes with random weights, 512 px: `make fullsize` makes what is drawn from. diffusers draws without T5's weights (zeros in
-its place, as its users save memory), 28 steps with guidance; it is asked for `FEW` steps, and its last step's time is counted for the rest.
+SD3.5-Medium's size with random weights, 512 px, from the artifacts of `make fullsize`. diffusers draws without T5 (with zeros in its place,
+as its users do to save memory) in 28 steps with guidance; it runs `FEW` steps, and the time of its last step counts for each of the others.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 
 from benchmarks.fullsize import PROMPT, RECIPE, replace, run
 
-# Nothing heavy is imported here: a child's peak begins with its parent's, see benchmarks.fullsize.
+# Nothing heavy is imported here: a child's peak starts with its parent's memory, see benchmarks.fullsize.
 FEW, STEPS, GUIDANCE, SIZE_PX, ROUNDS = 3, 28, 4.5, 512, 3
 FLASHGEN = [sys.executable, "-m", "flashgen"]
 
 
 def diffusers_fp32(folder: str, few: int, size_px: int, tokens: int, out: str) -> None:
-    """Prints the seconds that the other steps would add, and the peak in MiB."""
+    """Draw with diffusers; print the seconds that the other steps would add, and the peak in MiB."""
     import torch
     from diffusers import StableDiffusion3Pipeline
 
@@ -50,6 +50,7 @@ def diffusers_fp32(folder: str, few: int, size_px: int, tokens: int, out: str) -
 
 
 def peer(folder: Path, few: int, size_px: int, tokens: int) -> dict[str, Any]:
+    """Seconds and peak of diffusers."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         given = [str(folder), str(few), str(size_px), str(tokens), str(Path(scratch, "job.png"))]
@@ -61,17 +62,19 @@ def peer(folder: Path, few: int, size_px: int, tokens: int) -> dict[str, Any]:
 
 
 def ours(artifact: Path, engine: str) -> dict[str, Any]:
+    """Seconds and peak of `flashgen generate`."""
     peak, seconds = run([*FLASHGEN, "generate", str(artifact), PROMPT, "--engine", engine, "-o", str(artifact.parent / "job.png")])
     return {"seconds": seconds, "peak_rss_mib": peak}
 
 
 def measure(full: Path, shapes: Path) -> list[dict[str, Any]]:
+    """Rows of the page; `full` and `shapes` are the folders of `make fullsize` and `make shapes`."""
     level4, int8 = full / "device-level4", full / "device-int8"
     run([*FLASHGEN, "export", str(full / "int4"), *RECIPE, "--set", "export.accuracy_level=4", "--out", str(level4)])
     speed = ("quantize.bits=8", "quantize.group=channel", "quantize.symmetric=true")
     run([*FLASHGEN, "quantize", str(full / "slim"), *RECIPE, *(part for s in speed for part in ("--set", s)), "--out", str(full / "int8")])
     run([*FLASHGEN, "export", str(full / "int8"), *RECIPE, "--out", str(int8)])
-    teacher = Path("flashgen/shapes/teacher")
+    teacher = Path("flashgen/worlds/shapes/teacher")
     jobs: dict[str, list[tuple[str, Any]]] = {
         "SD3.5-Medium's shapes, 512 px": [
             ("diffusers, torch fp32, 28 steps with guidance", lambda: peer(full / "random" / "latest", FEW, SIZE_PX, 256)),
@@ -92,8 +95,8 @@ def measure(full: Path, shapes: Path) -> list[dict[str, Any]]:
         laps: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in ways}
         for number in range(ROUNDS):
             for name, way in ways:
-                if number == 0 or "diffusers" not in name or job.startswith("shapes"):  # minutes each, and the bar is 30 x
-                    os.environ["XDG_CACHE_HOME"] = str(full / "cache" / name.replace(" ", "-"))  # a stranger to what the others keep
+                if number == 0 or "diffusers" not in name or job.startswith("shapes"):  # a run takes minutes, and the bar is 30 x
+                    os.environ["XDG_CACHE_HOME"] = str(full / "cache" / name.replace(" ", "-"))  # not shared with the other ways
                     laps[name].append(way())
                     print(job, name, laps[name][-1], file=sys.stderr, flush=True)
         slowest = sorted(lap["seconds"] for lap in laps[ways[0][0]])[len(laps[ways[0][0]]) // 2]
@@ -108,6 +111,7 @@ def measure(full: Path, shapes: Path) -> list[dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
+    """The report in Markdown."""
     from benchmarks.compression_page import cells, table
     from benchmarks.device_page import machine
 
@@ -115,9 +119,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# From prompt to picture",
         "",
         "`make bench-job` writes this page and [its raw numbers](job.json): a process from its start to the PNG, one picture, two threads,",
-        "interleaved, medians of up to three. SD3.5-Medium's shapes have random weights (`make fullsize`) and no T5: diffusers puts zeros",
-        f"in its place. Of diffusers' 28 steps there {FEW} were run, once, and the last one's time counted for the others. The first",
-        "picture is slower: files are hashed, and OpenVINO compiles and keeps what it compiled.",
+        "interleaved, medians of up to three. SD3.5-Medium's shapes have random weights (`make fullsize`) and no T5: diffusers uses zeros",
+        f"in its place. There diffusers ran {FEW} of its 28 steps, once, and the time of the last step counts for each of the others. The",
+        "first picture is slower: files are hashed, and OpenVINO compiles the networks and caches the result.",
         "",
         f"{machine()}.",
     ]

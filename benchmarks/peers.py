@@ -1,7 +1,7 @@
-"""Other people's weight quantizers, run through their own packages on a student's transformer.
+"""Weight quantizers of other projects, run through their own packages on a student's transformer.
 
-Each returns (network, bytes): something that takes a transformer's place when sampling, and what the weights of its Linears occupy with
-scales and zero points. Linears that a peer leaves alone count 2 bytes a weight (our choice: nobody would ship them in fp32).
+Each function returns (network, bytes): a module that replaces the transformer when sampling, and the size of the weights of its Linears
+with scales and zero points. Linears that a quantizer leaves unchanged count 2 bytes per weight (our choice: nobody would ship fp32).
 """
 
 from __future__ import annotations
@@ -13,39 +13,41 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from flashgen.artifact.manifest import Sampler
-from flashgen.export.components import components
-from flashgen.export.write import write_component
+from flashgen.export.parity import check, reference
+from flashgen.export.write import write_graph
 from flashgen.models.networks import linears_of
+from flashgen.models.pipeline import Pipeline
 
 GROUP = 32
 
 
 class Session(nn.Module):
-    """An ONNX transformer in place of a torch one."""
+    """An ONNX transformer, called like the torch one."""
 
     def __init__(self, path: Path, config: Any) -> None:
         super().__init__()
         self.session, self.config = onnxruntime.InferenceSession(path), config
 
-    def forward(self, x: Tensor, embeds: Tensor, pooled: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
-        feeds = {"hidden_states": x, "encoder_hidden_states": embeds, "pooled_projections": pooled, "timestep": timestep}
-        return (torch.from_numpy(self.session.run(None, {name: value.numpy() for name, value in feeds.items()})[0]),)
+    def forward(self, return_dict: bool = False, **inputs: Tensor) -> tuple[Tensor]:
+        """Output of the graph for the transformer's keyword arguments."""
+        return (torch.from_numpy(self.session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]),)
 
 
-def onnxruntime_nbits(pipe: StableDiffusion3Pipeline, sampler: Sampler, kind: str, folder: Path) -> tuple[nn.Module, float]:
+def onnxruntime_nbits(pipe: Pipeline, sampler: Sampler, kind: str, folder: Path) -> tuple[nn.Module, float]:
     """ONNX Runtime's MatMulNBitsQuantizer, `kind` default, hqq or k_quant, 4 bits, asymmetric, on flashgen's fp32 export.
 
-    It knows MatMul only, and adaLN, whose input has two dimensions, comes out of the exporter as Gemm: those weights stay whole.
+    It changes MatMul only. adaLN, whose input has two dimensions, is exported as Gemm: these weights stay unquantized.
     """
     import onnx
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
-    part = next(c for c in components(copy.deepcopy(pipe), sampler) if c.name == "transformer")
-    write_component(part, {}, folder, 0, 60.0)
+    part = next(c for c in pipe.family.export_components(copy.deepcopy(pipe), sampler) if c.name == "transformer")
+    expected = reference(part)
+    pipe.family.prepare_export(part.module.net, tuple(part.inputs["hidden_states"].shape[1:]))
+    check(part, expected, write_graph(part, {}, folder), 60.0)
     configs = {
         "default": lambda: nbits.DefaultWeightOnlyQuantConfig(block_size=GROUP, is_symmetric=False),
         "hqq": lambda: nbits.HQQWeightOnlyQuantConfig(block_size=GROUP, bits=4),
@@ -60,7 +62,9 @@ def onnxruntime_nbits(pipe: StableDiffusion3Pipeline, sampler: Sampler, kind: st
     nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     parts = [stored[name] for node in nodes for name in node.input[1:4] if name in stored]
-    packed = sum(part.nbytes if part.dtype == np.uint8 else 2 * part.size for part in parts)  # fp32 in the file, fp16 would do
+    packed = sum(
+        part.nbytes if part.dtype == np.uint8 else 2 * part.size for part in parts
+    )  # scales are fp32 in the file; fp16 would be enough
     left = sum(layer.weight.numel() for layer in linears_of(pipe.transformer).values()) - sum(_size(node) for node in nodes)
     return Session(path, pipe.transformer.config), packed + 2 * left
 
@@ -71,18 +75,28 @@ def _size(node: Any) -> int:
 
 
 class _Plain(nn.Module):
-    """A transformer whose forward takes and returns tensors only."""
+    """A transformer that takes and returns tensors only; by position, as NNCF calls it, or by the transformer's argument names."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net, self.config = net, net.config
 
-    def forward(self, x: Tensor, embeds: Tensor, pooled: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        return (self.net(x, embeds, pooled, timestep, return_dict=return_dict)[0],)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        return (self.net(hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[0],)
 
 
 def nncf_int4(transformer: nn.Module, example: tuple[Tensor, ...]) -> tuple[nn.Module, float]:
-    """NNCF's compress_weights, INT4_ASYM, every layer; one whose inputs do not divide into groups gets smaller ones."""
+    """NNCF's compress_weights, INT4_ASYM, all layers; a layer whose inputs do not divide into groups gets smaller groups.
+
+    `example` are the inputs of one call, by position.
+    """
     import nncf
 
     adjust = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
@@ -98,7 +112,7 @@ def nncf_int4(transformer: nn.Module, example: tuple[Tensor, ...]) -> tuple[nn.M
 
 
 def bitsandbytes_nf4(transformer: nn.Module) -> tuple[nn.Module, float]:
-    """bitsandbytes NF4, blocks of 64 with fp32 scales: what diffusers' BitsAndBytesConfig does by default."""
+    """bitsandbytes NF4, blocks of 64 with fp32 scales: the default of diffusers' BitsAndBytesConfig."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     net, total = copy.deepcopy(transformer), 0

@@ -1,4 +1,4 @@
-"""What the benchmarks measure of a network: verdicts on test prompts, distances between sets of pictures, diversity, forwards, noise."""
+"""Measurements of a network: verdicts on test prompts, distances between sets of pictures, diversity, forward passes, gradient noise."""
 
 from __future__ import annotations
 
@@ -12,34 +12,49 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.distribution import Features, Space, diversity, frechet_distance, pooled_latents, recall
+from flashgen import worlds
 from flashgen.artifact.manifest import Sampler
-from flashgen.metrics.distribution import Features, Space, diversity, frechet_distance, pooled_latents, recall
+from flashgen.models.pipeline import Pipeline
 from flashgen.models.sample import sample
-from flashgen.shapes.render import render
-from flashgen.shapes.scene import Request, prompt_set, realise
-from flashgen.shapes.verify import judge
 from flashgen.training.matching import Matcher
 from flashgen.training.ranks import Draws
-from flashgen.training.trajectories import roll_out
+from flashgen.training.rollout import roll_out
+from flashgen.worlds.shapes.render import render
+from flashgen.worlds.shapes.scene import prompt_set, realise
 
-TEST_SEED = 4000  # a stream of prompts and noise that no stage draws from; single captions do occur in training, the world is small
+TEST_SEED = 4000  # prompts and noise that no stage uses; single prompts also occur in training, because the world is small
 TENTHS = 10  # parts of the prompts that the jackknife leaves out in turn
-REDRAWS = 8  # pictures a prompt of the sets that distances and diversity are of
+REDRAWS = 8  # pictures per prompt in the sets for distances and diversity
+
+
+@contextmanager
+def replaced_transformer(pipe: Pipeline, network: nn.Module) -> Iterator[None]:
+    """Inside, `pipe` draws with `network`."""
+    before, pipe.transformer = pipe.transformer, network
+    try:
+        yield
+    finally:
+        pipe.transformer = before
+
+
+def verdicts(images: NDArray[np.uint8], prompts: list[str]) -> list[int]:
+    """1 for each picture that shows what its prompt asks for, else 0."""
+    return worlds.get("shapes").judge(images, prompts).passed.astype(int).tolist()  # type: ignore[no-any-return]  # numpy's tolist
 
 
 class Ruler:
-    """Scores of networks in the teacher's pipeline: verdicts on 6 `per_task` prompts, distances on 6 `few` prompts drawn 8 times each.
+    """Scores of networks in the teacher's pipeline: verdicts on `per_task` prompts per task, distances on `few` prompts drawn 8 times each.
 
-    The teacher's own pictures and true scenes, which distances are taken to, are computed once and kept in `folder`.
+    The two references of the distances, the teacher's own pictures and true scenes, are computed once and saved in `folder`.
     """
 
-    def __init__(self, pipe: StableDiffusion3Pipeline, taught: Sampler, folder: Path, per_task: int, few: int) -> None:
+    def __init__(self, pipe: Pipeline, taught: Sampler, folder: Path, per_task: int, few: int) -> None:
         self.pipe, self.taught, self.teacher, self.folder = pipe, taught, pipe.transformer, folder
-        self.requests = prompt_set(TEST_SEED, per_task)
+        self.prompts = worlds.get("shapes").prompts(TEST_SEED, per_task)
         self.few = [request for request in prompt_set(TEST_SEED + 1, few) for _ in range(REDRAWS)]
 
     def score(self, network: nn.Module, sampler: Sampler) -> dict[str, Any]:
@@ -47,62 +62,53 @@ class Ruler:
         return self.verdicts(network, sampler) | self.spread(network, sampler)
 
     def verdicts(self, network: nn.Module, sampler: Sampler) -> dict[str, Any]:
-        """`passed`, prompt by prompt in task order."""
-        with self._drawing(network):
-            images = self._draw(self.requests, 0, sampler)
-        return {"passed": [int(judge(image, request).passed) for image, request in zip(images, self.requests, strict=True)]}
+        """`passed`: 1 or 0 per prompt, in the order of the tasks."""
+        return {"passed": verdicts(self._draw(network, self.prompts, 0, sampler), self.prompts)}
 
     def spread(self, network: nn.Module, sampler: Sampler) -> dict[str, Any]:
-        """Distances of its pictures to the teacher's and to true scenes, and their diversity."""
-        with self._drawing(network):
-            features = pooled_latents(self.pipe.vae, self._draw(self.few, 10_000, sampler))
-        return self.distances(features)
+        """Distances of the network's pictures to the teacher's and to true scenes, and their diversity."""
+        return self.distances(self._features(network, 10_000, sampler))
 
-    @contextmanager
-    def _drawing(self, network: nn.Module) -> Iterator[None]:
-        self.pipe.transformer = network
-        try:
-            yield
-        finally:
-            self.pipe.transformer = self.teacher
+    def _draw(self, network: nn.Module, prompts: list[str], first: int, sampler: Sampler) -> NDArray[np.uint8]:
+        with replaced_transformer(self.pipe, network):
+            return sample(self.pipe, sampler, prompts, list(range(first, first + len(prompts))), batch=60)
 
-    def _draw(self, requests: list[Request], first: int, sampler: Sampler) -> NDArray[np.uint8]:
-        return sample(self.pipe, sampler, [r.caption() for r in requests], list(range(first, first + len(requests))), batch=60)
+    def _features(self, network: nn.Module, first: int, sampler: Sampler) -> Features:
+        return pooled_latents(self.pipe.vae, self._draw(network, [request.caption() for request in self.few], first, sampler))
 
     def distances(self, features: Features) -> dict[str, Any]:
-        """Distances of [6 few, 8] pictures, and the same without each tenth of the prompts (`without`, for the jackknife)."""
+        """Distances of pictures [6 few, 8], and of those without each tenth of the prompts (`without`, for the jackknife)."""
         teacher, true = self.references()
         space = Space.of(true)
         sets = [space(part).reshape(-1, REDRAWS, space.axes.shape[1]) for part in (teacher, true, features)]
-        tenths = np.arange(len(sets[0])) % TENTHS  # of the prompts of every task
+        tenths = np.arange(len(sets[0])) % TENTHS  # each tenth has prompts of every task
         without = [_distances(*(part[tenths != tenth] for part in sets)) for tenth in range(TENTHS)]
         return {**_distances(*sets), "without": {key: [round(one[key], 4) for one in without] for key in without[0]}}
 
     def references(self) -> tuple[Features, Features]:
-        """Features of the teacher's pictures and of true scenes for the same prompts, other noise."""
+        """Features of the teacher's pictures and of true scenes, for the same prompts with other noise."""
         path = self.folder / "references.npz"
         if not path.exists():
             rng = np.random.default_rng(TEST_SEED)
-            with self._drawing(self.teacher):
-                taught = pooled_latents(self.pipe.vae, self._draw(self.few, 20_000, self.taught))
+            taught = self._features(self.teacher, 20_000, self.taught)
             true = pooled_latents(self.pipe.vae, np.stack([render(realise(request, rng)) for request in self.few]))
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.npz")  # several processes may be at it
+            temporary = path.with_suffix(f".{os.getpid()}.npz")  # several processes may write it
             np.savez(temporary, teacher=taught, true=true)
             os.replace(temporary, path)
         with np.load(path) as saved:
             return saved["teacher"], saved["true"]
 
 
-def keep(path: Path, found: dict[str, Any]) -> None:
-    """As JSON; a kill at any moment leaves the old file or the new one."""
+def keep(path: Path, data: dict[str, Any]) -> None:
+    """Write `data` as JSON; a kill at any moment leaves the old file or the new one."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    temporary.write_text(json.dumps(data, separators=(",", ":")) + "\n")
     os.replace(temporary, path)
 
 
 def _distances(teacher: Features, true: Features, mine: Features) -> dict[str, float]:
-    """Of pictures [prompts, redraws, dimensions] of the same prompts."""
+    """Distances between sets of features [prompts, redraws, dimensions] of the same prompts."""
     taught, real, drawn = (part.reshape(-1, part.shape[-1]) for part in (teacher, true, mine))
     return {
         "fd_teacher": frechet_distance(taught, drawn), "fd_true": frechet_distance(real, drawn), "recall_teacher": recall(taught, drawn),
@@ -111,23 +117,24 @@ def _distances(teacher: Features, true: Features, mine: Features) -> dict[str, f
 
 
 class Meter:
-    """Counts F of the networks it is hung on."""
+    """Counts F: forward passes per sample; a backward pass counts 2."""
 
     def __init__(self) -> None:
         self.forwards = 0.0
 
     def _hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        """On the first block of a transformer: the last that a backward reaches, also from features in the middle."""
+        """Hook of a transformer's first block: every backward pass ends there, also one from features in the middle."""
         rows = len(output[1])
         self.forwards += rows
         if output[1].requires_grad:
-            output[1].register_hook(lambda _: self._add(2 * rows))  # type: ignore[no-untyped-call]  # torch leaves it so
+            output[1].register_hook(lambda _: self._add(2 * rows))  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _add(self, rows: float) -> None:
         self.forwards += rows
 
     @contextmanager
     def on(self, *networks: nn.Module) -> Iterator[Meter]:
+        """Inside, count the passes of `networks`, which may repeat."""
         blocks: list[Any] = [network.transformer_blocks for network in {id(n): n for n in networks}.values()]
         handles = [first.register_forward_hook(self._hook) for first, *_ in blocks]
         try:
@@ -139,33 +146,32 @@ class Meter:
 
 @torch.no_grad()
 def gradient_variance(matcher: Matcher, prompts: int = 8, redraws: int = 8) -> dict[str, float]:
-    """Mean variance an element of the direction at x0 over redraws, prompt by prompt, averaged over all nodes but the last.
+    """Mean variance per element of the direction at x0 over redraws of one prompt, averaged over prompts and all nodes but the last.
 
-    `variance` redraws the start noise and everything after it; `variance_given_z` only what is random once the start noise is
-    fixed (nothing, for `shared` with tied augmentation; its last node has no next level to share, so it is left out for all).
-    Both over the mean square of the direction, so that scales cancel.
+    `variance` redraws the initial noise and everything after it; `variance_given_z` redraws only what is random once the initial noise
+    is fixed. With `shared` and tied augmentation nothing is, except at the last node, which has no next level to share: the last node is
+    left out for all. Both are relative to the mean square of the direction, so that scales cancel.
     """
-    found = {}
-    said = matcher.pool.cond[torch.arange(prompts).repeat_interleave(redraws)]
-    count = prompts * redraws
+    task, count, variances = matcher.task, prompts * redraws, {}
+    cond = task.pool.cond[torch.arange(prompts).repeat_interleave(redraws)]
     for name, fixed in (("variance", False), ("variance_given_z", True)):
-        g, parts = Draws(count, matcher.seed, 99), []
-        noise = g.randn(*matcher.shape)
+        g, parts = Draws(count, task.seed, 99), []
+        noise = g.randn(*task.shape)
         if fixed:
             noise = noise[::redraws].repeat_interleave(redraws, 0)
-        rollout = roll_out(matcher.net_at, noise, said, matcher.nodes)
-        for index in range(len(matcher.nodes) - 2):
-            node = torch.full((count,), index)
-            x0, x_eval, sigma_eval = matcher.estimate(rollout.states[index], node, said, g.rand(), g.randn(*matcher.shape))
-            direction, _ = matcher.direction(x0, x_eval, matcher.sigmas[node], sigma_eval, node, said, g)
+        rollout = roll_out(matcher.net_at, noise, cond, task.nodes)
+        for index in range(len(task.nodes) - 2):
+            node, rows = torch.full((count,), index), torch.arange(count)
+            _, comparison = matcher.compare(rollout.states[index], node, cond, g.rand(), g.randn(*task.shape), rows)
+            direction, _ = matcher.matching.direction(comparison, g)
             drawn = direction.reshape(prompts, redraws, -1)
             parts.append((drawn.var(1).mean() / drawn.square().mean()).item())
-        found[name] = float(np.mean(parts))
-    return found
+        variances[name] = float(np.mean(parts))
+    return variances
 
 
 def interval(table: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Mean of [runs, prompts] and its 95 % bootstrap interval over runs and prompts."""
+    """Mean of `table` [runs, prompts] and its 95 % bootstrap interval over runs and prompts."""
     rng, means = np.random.default_rng(0), []
     for _ in range(2000):
         runs = rng.integers(len(table), size=len(table))
@@ -175,9 +181,9 @@ def interval(table: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def half_interval(runs: list[dict[str, Any]], key: str) -> float:
-    """Half of the 95 % interval of a distance's mean over runs (seeds): their spread, and a jackknife over prompts, which they share.
+    """Half of the 95 % interval of a distance's mean over runs (seeds): the spread of the runs, and a jackknife over their prompts.
 
-    No bootstrap: a Frechet distance grows when samples repeat.
+    A bootstrap would be wrong: a Frechet distance grows when samples repeat.
     """
     without = np.mean([r["without"][key] for r in runs], 0)
     prompts = (len(without) - 1) * np.var(without)
@@ -212,12 +218,13 @@ class Bar:
 
     @property
     def met(self) -> bool:
+        """Whether the number reaches its bar."""
         sign, limit = self.bar.split()
         return self.measured >= float(limit) if sign == ">=" else self.measured <= float(limit)
 
 
 def report(bars: list[Bar], path: Path, command: str) -> None:
-    """The table on stdout, the same as JSON in `path`."""
+    """Print the table on stdout and write it to `path` as JSON."""
     print(f"\n{'what':<50}{'measured':>9}  {'95 %':<15}bar")
     for bar in bars:
         spread = "" if bar.low is None else f"{bar.low:.3f}..{bar.high:.3f}"

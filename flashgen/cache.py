@@ -1,21 +1,28 @@
-"""What flashgen keeps for the user between runs, all of which can be made again."""
+"""Files that flashgen keeps for the user between runs. All of them can be made again."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 
 def cache_path(name: str) -> Path:
-    """~/.cache/flashgen/`name`, or below XDG_CACHE_HOME where that is set; it need not exist, and cannot where a user has no home."""
+    """`name` in the user's cache folder: XDG_CACHE_HOME/flashgen where that is set, else the system's usual place (~/.cache/flashgen).
+
+    The path need not exist. For a user without a home folder it can never exist, so that reading and `remember` fail as for a full disk.
+    """
+    root = os.environ.get("XDG_CACHE_HOME")
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashgen" / name
+        folder = Path(root, "flashgen") if root else user_cache_path("flashgen", appauthor=False)
     except RuntimeError:
-        return Path(os.devnull, "flashgen", name)
+        folder = Path()
+    return (folder if root or folder.is_absolute() else Path(os.devnull, "flashgen")) / name
 
 
 def remember(file: Path, text: str) -> OSError | None:
-    """Write `file` whole or not at all; what went wrong is returned, since nobody's work fails for a cache."""
+    """Write `text` to `file` completely or not at all; returns the error if it fails, since no work depends on a cache."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")

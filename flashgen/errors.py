@@ -4,6 +4,8 @@ from __future__ import annotations
 
 
 class FlashgenError(Exception):
+    """Base class; the exit code of a plain one says that it is a bug of flashgen."""
+
     exit_code = 1
 
 

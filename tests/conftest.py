@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from flashgen.artifact.draft import Origin, begin
 from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, Draft, begin
+from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path
 from flashgen.flow.grid import shifted_grid
-from flashgen.recipe.schema import ExportRecipe, QuantizeRecipe, Recipe
+from flashgen.models.pipeline import Pipeline
+from flashgen.recipe.compression import ExportRecipe, QuantizeRecipe
+from flashgen.recipe.schema import Recipe
+from tests import runs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,24 +53,38 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return found
 
 
-def make_pipeline_artifact(out: Path, *, kind: str, sampler: Sampler, seed: int = 0) -> Artifact:
-    """A tiny SD3 pipeline with random weights, published as `kind`."""
-    from flashgen.models.build import build_pipeline
-    from flashgen.models.save import save_pipeline
-    from flashgen.models.specs import SPECS
+@pytest.fixture
+def pipe() -> Pipeline:
+    """A tiny SD3 pipeline with random weights, in memory, in eval mode."""
+    from flashgen.families.sd3.build import build_pipeline
+    from flashgen.families.sd3.specs import SPECS
 
-    draft = begin(out, kind=kind, stage="test", recipe={}, seed=seed, parents=[])  # type: ignore[arg-type]
-    assert isinstance(draft, Draft)
-    pipe = build_pipeline(SPECS["tiny"], seed)
-    if not sampler.has_t5:
-        pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    tiny = build_pipeline(SPECS["tiny"], 0)
+    for network in tiny.networks():
+        network.eval()
+    return tiny
+
+
+def make_pipeline_artifact(
+    out: Path, *, kind: str, sampler: Sampler, seed: int = 0, world: str | None = "shapes", words: Sequence[str] | None = None
+) -> Artifact:
+    """A tiny SD3 pipeline with random weights, published as `kind`; `words` are its vocabulary."""
+    from flashgen.families.sd3.build import build_pipeline
+    from flashgen.families.sd3.specs import SPECS
+    from flashgen.families.sd3.tokenizers import COMMON_WORDS
+    from flashgen.models.save import save_pipeline
+
+    draft = begin(out, Origin(kind, "test", "sd3", world, {}, seed, []))  # type: ignore[arg-type]
+    pipe = build_pipeline(SPECS["tiny"], seed, words or COMMON_WORDS)
+    if not sampler.has_all_encoders:
+        pipe.parts |= {"text_encoder_3": None, "tokenizer_3": None}
     pipe.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
-    save_pipeline(draft, pipe)
+    save_pipeline(draft.path, pipe)
     return draft.publish(sampler=sampler)
 
 
 def tiny_sampler(**changes: object) -> Sampler:
-    plain = {"sigmas": shifted_grid(4, 3.0), "shift": 3.0, "guidance": 1.0, "encoder": "full", "clip_tokens": 16, "t5_tokens": 16}
+    plain = {"sigmas": shifted_grid(4, 3.0), "shift": 3.0, "guidance": 1.0, "encoder": "full", "tokens": {"clip": 16, "t5": 16}}
     return Sampler.model_validate({**plain, "size_px": 64, "trained_steps": [4], **changes})
 
 
@@ -82,21 +100,28 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.fixture(scope="session")
-def tiny_device(tiny_student: Artifact, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    from flashgen.stages import export
+def outside_student(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A student that belongs to no world: no default recipe, no prompts, no judge."""
+    return make_pipeline_artifact(tmp_path_factory.mktemp("artifacts") / "student", kind="student", sampler=tiny_sampler(), world=None)
 
-    return export.run(str(tiny_student.path), tmp_path_factory.mktemp("artifacts") / "device", recipe, 0, False)
+
+@pytest.fixture(scope="session")
+def outside_teacher(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A teacher that belongs to no world."""
+    sampler = tiny_sampler(sigmas=shifted_grid(3, 3.0), guidance=4.5, trained_steps=[])
+    return make_pipeline_artifact(tmp_path_factory.mktemp("artifacts") / "teacher", kind="teacher", sampler=sampler, seed=1, world=None)
+
+
+@pytest.fixture(scope="session")
+def tiny_device(tiny_student: Artifact, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return runs.export(str(tiny_student.path), tmp_path_factory.mktemp("artifacts") / "device", recipe, 0, False)
 
 
 @pytest.fixture(scope="session")
 def tiny_quantized(tiny_student: Artifact, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    from flashgen.stages import quantize
-
-    return quantize.run(str(tiny_student.path), tmp_path_factory.mktemp("artifacts") / "int4", recipe, 0, False)
+    return runs.quantize(str(tiny_student.path), tmp_path_factory.mktemp("artifacts") / "int4", recipe, 0, False)
 
 
 @pytest.fixture(scope="session")
 def tiny_int4_device(tiny_quantized: Artifact, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    from flashgen.stages import export
-
-    return export.run(str(tiny_quantized.path), tmp_path_factory.mktemp("artifacts") / "int4-device", recipe, 0, False)
+    return runs.export(str(tiny_quantized.path), tmp_path_factory.mktemp("artifacts") / "int4-device", recipe, 0, False)

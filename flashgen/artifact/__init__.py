@@ -1,0 +1,1 @@
+"""Versioned artifact directories: manifest, opening, drafts."""

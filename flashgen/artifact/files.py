@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flashgen.artifact.manifest import PICKLED
 from flashgen.errors import ArtifactError, MachineError
 
-if sys.platform != "win32":
-    import fcntl
+CHUNK_BYTES = 1 << 30
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of disk that the files below `folder` take; some have holes, and it need not exist."""
+    """Bytes of disk that the files below `folder` occupy (sparse files count what is allocated); 0 if it does not exist."""
     states = [path.stat() for path in folder.rglob("*") if path.is_file()]
     return sum(getattr(state, "st_blocks", -(-state.st_size // 512)) * 512 for state in states)
+
+
+def check_disk(out: Path, bytes_needed: int) -> None:
+    """Raises MachineError if the disk that holds `out` (which need not exist yet) has fewer free bytes."""
+    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < bytes_needed:
+        raise MachineError(
+            f"{out} needs {bytes_needed / 2**20:.0f} MiB of disk, {free / 2**20:.0f} MiB are free; free some or give another --out"
+        )
 
 
 def walk(path: Path) -> Iterator[tuple[str, int]]:
@@ -40,11 +51,46 @@ def walk(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def sha256(file: Path) -> str:
+    """sha256 of a file's contents, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def flip(out: Path, version: str) -> None:
+def identity(path: Path) -> tuple[int, int, int]:
+    """Device, inode and modification time: equal for two hard links to one file."""
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_mtime_ns
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link `source` to `target`, or copy it where links are not possible. Only for files of published versions."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        copy(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy `source` (links resolved) to `target`; file systems with reflinks share the blocks."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    if hasattr(os, "copy_file_range"):
+        try:
+            with source.open("rb") as reader, target.open("wb") as writer:
+                left = os.fstat(reader.fileno()).st_size
+                while left and (done := os.copy_file_range(reader.fileno(), writer.fileno(), min(left, CHUNK_BYTES))):
+                    left -= done
+            if not left:
+                return
+        except OSError as error:
+            if error.errno == 28:  # ENOSPC: a second way of copying needs the same room
+                raise
+    shutil.copyfile(source, target)
+
+
+def point_latest(out: Path, version: str) -> None:
     """Point `latest` at `version` in one step."""
     new = out / ".latest.new"
     new.unlink(missing_ok=True)
@@ -57,6 +103,7 @@ def flip(out: Path, version: str) -> None:
 
 
 def fsync(path: Path) -> None:
+    """Write a file or folder through to the disk."""
     if sys.platform == "win32" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
@@ -66,24 +113,22 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-_locks: dict[Path, int] = {}  # held until publish or the end of the process, so that a crash cannot leave one behind
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the write lock of `out`, a folder, inside; released on any exception and when the process dies.
 
+    Raises MachineError if another process or thread holds it. File systems without locks are not locked.
+    """
+    from filelock import FileLock, Timeout
 
-def lock(out: Path) -> None:
-    """One process at a time writes to `out`."""
-    if sys.platform == "win32" or out.resolve() in _locks:
-        return
-    handle = os.open(out, os.O_RDONLY)
+    lock = FileLock(out / ".lock", timeout=0)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
+        lock.acquire()
+    except Timeout as error:
         raise MachineError(f"another process is writing to {out}; wait until it ends, or give another --out") from error
-    except OSError:
-        pass  # this file system has no locks
-    _locks[out.resolve()] = handle
-
-
-def unlock(out: Path) -> None:
-    if out.resolve() in _locks:
-        os.close(_locks.pop(out.resolve()))
+    except NotImplementedError:  # this file system has no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()

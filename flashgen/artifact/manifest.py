@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flashgen.errors import ArtifactError
+from flashgen.pixels import SizePx
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 8 << 20  # of a manifest; a hostile one must not fill the memory
 NAME = "manifest.json"
+NAME_PATTERN = r"^[a-z][a-z0-9_-]{0,63}$"  # of families and worlds
 PICKLED = re.compile(r"(?i)\.(pt|pth|ckpt|pkl|pickle|joblib)$|pytorch_model.*\.bin$")  # formats that run code when loaded
 
 Kind = Literal["teacher", "student", "quantized", "device", "gguf"]
@@ -27,6 +29,8 @@ class _Strict(BaseModel):
 
 
 class Parent(_Strict):
+    """An input of the stage that made the version."""
+
     role: str = Field(min_length=1)
     path: str
     digest: Sha256
@@ -51,28 +55,45 @@ class File(_Strict):
 
 
 class Sampler(_Strict):
-    """How pictures are drawn. `sigmas` are final (already shifted), fall strictly, and end with 0."""
+    """How pictures are drawn. `sigmas` are final (already shifted), fall strictly, and end with 0.
+
+    Manifests of flashgen 0.1 and 0.2 have one field per token length, `clip_tokens` and `t5_tokens`; they become entries of `tokens`.
+    """
 
     sigmas: list[float] = Field(min_length=2)
     shift: float = Field(gt=0)
     guidance: float = Field(ge=1, description="1 for students: none")
     prediction: Literal["velocity"] = "velocity"
-    encoder: Literal["full", "zeros", "prune", "compact"]
-    clip_tokens: int = Field(ge=1)
-    t5_tokens: int = Field(ge=0, description="0 when the T5 encoder is pruned")
-    size_px: int = Field(ge=1)
+    encoder: Literal["full", "zeros", "prune", "compact"] = "full"
+    tokens: dict[str, Annotated[int, Field(ge=0)]] = Field(description="text tokens by the family's label; 0: pruned from the sequence")
+    size_px: SizePx
     trained_steps: list[int]
     solver: Literal["euler"] = "euler"
     scales: list[tuple[float, float]] | None = Field(None, description="a step: of the state and of the velocity; none: 1 and 1")
 
     def scales_on(self, sigmas: Sequence[float]) -> list[tuple[float, float]] | None:
-        """`scales`, which belong to the artifact's own grid, or None on another one."""
-        return self.scales if list(sigmas) == self.sigmas else None
+        """`scales` of the steps along `sigmas`, which are this sampler's grid or its end; None on another grid."""
+        count = len(sigmas)
+        return self.scales[1 - count :] if self.scales and count > 1 and list(sigmas) == self.sigmas[-count:] else None
 
     @property
-    def has_t5(self) -> bool:
-        """Whether a T5-type encoder, the teacher's or a compact one, makes the T5 tokens."""
+    def num_steps(self) -> int:
+        """Number of evaluations of the transformer per picture."""
+        return len(self.sigmas) - 1
+
+    @property
+    def has_all_encoders(self) -> bool:
+        """True unless restructuring has removed a text encoder without a successor."""
         return self.encoder in ("full", "compact")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "tokens" in data:
+            return data
+        old = {key: value for key, value in data.items() if key.endswith("_tokens")}
+        rest = {key: value for key, value in data.items() if key not in old}
+        return rest | {"tokens": {key.removesuffix("_tokens"): value for key, value in old.items()}}
 
     @model_validator(mode="after")
     def _falls_to_zero(self) -> Self:
@@ -85,8 +106,15 @@ class Sampler(_Strict):
 
 
 class Manifest(_Strict):
+    """Everything that is recorded about one version. `family` and `world` are names that `families.get` and `worlds.get` know.
+
+    A manifest without `family` was written by flashgen 0.1 or 0.2, which knew only "sd3".
+    """
+
     schema_version: Literal[1] = 1
     kind: Kind
+    family: str = Field("sd3", pattern=NAME_PATTERN)
+    world: str | None = Field(None, pattern=NAME_PATTERN)
     stage: str = Field(min_length=1)
     version: str = Field(pattern=r"^v\d{4,}$")
     created: str
@@ -108,16 +136,25 @@ class Manifest(_Strict):
             raise ValueError("a file is listed twice")
         return self
 
-    def content_digest(self) -> str:
-        """sha256 over the sorted files, the sampler and the kind: what the artifact is, not when it was made."""
-        sampler = self.sampler.model_dump(mode="json", exclude_none=True) if self.sampler else None
-        return hash_json([self.kind, sampler, sorted([f.path, f.size, f.sha256] for f in self.files)])
-
     def sealed(self) -> Manifest:
-        return self.model_copy(update={"digest": self.content_digest()})
+        """Copy of the manifest with its content digest filled in."""
+        return self.model_copy(update={"digest": content_digest(self.model_dump(mode="json"))})
+
+
+def content_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 over kind, sampler and sorted files of a manifest as JSON data.
+
+    The digest says what the artifact is, not when it was made. It is computed from the data as written, so fields that later versions
+    rename or add leave the digest of an old manifest valid.
+    """
+    sampler = manifest["sampler"]
+    if sampler is not None:
+        sampler = {key: value for key, value in sampler.items() if value is not None}
+    return hash_json([manifest["kind"], sampler, sorted([f["path"], f["size"], f["sha256"]] for f in manifest["files"])])
 
 
 def hash_json(value: Any) -> str:
+    """sha256 (hex) of `value` as canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -138,6 +175,6 @@ def parse(data: bytes, where: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtifactError(f"{where}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}; {mend}") from error
-    if manifest.digest != manifest.content_digest():
+    if manifest.digest != content_digest(raw):
         raise ArtifactError(f"{where}: digest does not fit the files, sampler and kind listed, so it was altered; {mend}")
     return manifest

@@ -47,7 +47,8 @@ for name, function in (
 
 
 def main() -> None:
-    # The libraries' own bars and notices would drown ours; whoever sets these variables keeps their say.
+    """Run the command line."""
+    # Progress bars and notices of the libraries would hide ours; a variable that the user has set keeps its value.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

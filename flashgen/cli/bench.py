@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from flashgen.cli.options import Options, command
-from flashgen.cli.run import check_device, emit, recipe_of
+from flashgen.cli.run import check_device, choice_of, emit
 
 
 @command("recipe", "set", "seed", "device")
@@ -16,13 +16,15 @@ def bench(
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help="any artifacts; `shapes` is the embedded teacher")],
     options: Options,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="folder for the report")] = None,
-    per_task: Annotated[int | None, typer.Option("--per-task", metavar="N", min=1, help="prompts of each task")] = None,
+    per_task: Annotated[int | None, typer.Option("--per-task", metavar="N", min=1, help="prompts per task")] = None,
+    engine: Annotated[Literal["onnxruntime", "openvino"], typer.Option("--engine", help="of exported artifacts")] = "onnxruntime",
 ) -> None:
     """Measure latency, memory, size and quality."""
     check_device(options)
-    recipe = recipe_of(options)
-    from flashgen.stages.bench import run
+    from flashgen.stages import bench as stage
 
-    report = run(artifacts, out, recipe, options.seed, per_task)
+    opened = stage.open_all(artifacts)
+    recipe = choice_of(options).resolve(opened[0])
+    report = stage.bench(artifacts, opened, out, recipe, options.seed, per_task, engine)
     if options.json or out:
         emit(options, str(out), report)

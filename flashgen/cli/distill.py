@@ -12,8 +12,11 @@ from flashgen.cli.run import run_stage
 
 @command(*STAGE)
 def distill(
-    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="`shapes`, an artifact, a diffusers folder or a hub id")],
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="`shapes`, an artifact, a diffusers folder or hf:OWNER/NAME")],
     options: Options,
 ) -> None:
     """Distil a few-step student: trajectory guidance, then distribution matching."""
-    run_stage(options, "distill", {"teacher": teacher})
+    from flashgen.stages.teacher import open_teacher
+
+    ref = teacher if options.plan else str(open_teacher(teacher, options.out).path)  # a plan starts nothing, not even an import
+    run_stage(options, "distill.Distill", {"teacher": ref})

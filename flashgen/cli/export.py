@@ -18,4 +18,4 @@ def export(
     offline: Annotated[bool, typer.Option("--offline", help="with --target web: take its libraries from the cache only")] = False,
 ) -> None:
     """Export for devices, each component checked against torch; --target web adds a page that draws in the browser."""
-    run_stage(options, "export", {"student": student}, target=target, offline=offline)
+    run_stage(options, "export.Export", {"student": student}, target=target, offline=offline)

@@ -16,4 +16,4 @@ def finetune(
     options: Options,
 ) -> None:
     """Fine-tune split-timestep branches and merge them into one checkpoint."""
-    run_stage(options, "finetune", {"student": student})
+    run_stage(options, "finetune.Finetune", {"student": student})

@@ -17,12 +17,12 @@ from flashgen.cli.run import exit_codes
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Values of the common options; those a command does not offer keep their default."""
+    """Values of the common options; options that a command does not offer keep their default."""
 
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="artifact folder; a new version appears in it")] = Path()
-    recipe: Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="numbers of the run")] = "shapes-demo"
+    recipe: Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="numbers of the run; default: the world's")] = None
     set: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.SUB=VALUE", help="change one number; repeatable")] = None
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="of all randomness")] = 0
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="seed of all randomness")] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", help="where to compute")] = "auto"
     plan: Annotated[bool, typer.Option("--plan", help="print recipe, inputs, output and estimates; start nothing")] = False
     force: Annotated[bool, typer.Option("--force", help="make a new version even if the latest is up to date")] = False

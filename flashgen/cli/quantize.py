@@ -20,6 +20,6 @@ def quantize(
 ) -> None:
     """Quantize the transformer to INT4."""
     given = {"budget": budget, "scheme": scheme}
-    own = [f"quantize.{name}={value}" for name, value in given.items() if value is not None]
-    options = replace(options, set=[*(options.set or []), *own])
-    run_stage(options, "quantize", {"student": student})
+    overrides = [f"quantize.{name}={value}" for name, value in given.items() if value is not None]
+    options = replace(options, set=[*(options.set or []), *overrides])
+    run_stage(options, "quantize.Quantize", {"student": student})

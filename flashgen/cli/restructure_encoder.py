@@ -13,8 +13,8 @@ from flashgen.cli.run import run_stage
 @command(*STAGE)
 def restructure_encoder(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="an artifact folder, DIR@v0001, or a version")],
-    mode: Annotated[Literal["zeros", "prune", "compact"], typer.Option("--mode", help="what replaces T5")],
+    mode: Annotated[Literal["zeros", "prune", "compact"], typer.Option("--mode", help="what replaces the large text encoder")],
     options: Options,
 ) -> None:
-    """Make the student run without its T5 encoder."""
-    run_stage(options, "restructure", {"student": student}, mode=mode)
+    """Make the student run without its large text encoder (SD3: T5-XXL)."""
+    run_stage(options, "restructure.RestructureEncoder", {"student": student}, mode=mode)

@@ -1,34 +1,34 @@
-"""What every command shares: errors to exit codes, time and memory, one result on stdout."""
+"""What every command shares: exit codes, time and memory, one result on stdout."""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from flashgen.errors import FlashgenError, UsageError
-from flashgen.processes import rank
 from flashgen.progress import say
-from flashgen.timing import peak_rss_mib
+from flashgen.runtime.memory import peak_rss_mib
+from flashgen.runtime.processes import rank
 
 if TYPE_CHECKING:
     from flashgen.artifact.store import Artifact
     from flashgen.cli.options import Options
-    from flashgen.recipe.schema import Recipe
+    from flashgen.stages.inputs import RecipeChoice
 
-EXTRAS = {"gguf": "gguf"}  # by what cannot be imported; everything else is in `train`
+EXTRAS = {"gguf": "gguf", "openvino": "openvino", "bitsandbytes": "nf4"}  # extra by module; all others are in `train`
 
 
 @contextmanager
 def exit_codes(debug: bool) -> Iterator[None]:
-    """Turn exceptions into one sentence on stderr and an exit code."""
+    """Turn an exception inside into one sentence on stderr and an exit code."""
     try:
         yield
     except (typer.Exit, BrokenPipeError):
@@ -42,7 +42,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """(exit code, sentence for the user)"""
+    """(exit code, sentence for the user) of an exception."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, FlashgenError):
         return error.exit_code, str(error)
@@ -60,19 +60,21 @@ def explain(error: BaseException) -> tuple[int, str]:
     return 1, f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
 
 
-def recipe_of(options: Options) -> Recipe:
-    from flashgen.recipe.load import load
+def choice_of(options: Options) -> RecipeChoice:
+    """The recipe that the options name."""
+    from flashgen.stages.inputs import RecipeChoice
 
-    return load(options.recipe, options.set or [])
+    return RecipeChoice(options.recipe, tuple(options.set or ()))
 
 
 def emit(options: Options, text: str, record: Mapping[str, Any]) -> None:
-    """The result, the only thing on stdout."""
+    """Print the result, the only thing on stdout, in the first process."""
     if rank() == 0:
         print(json.dumps(record) if options.json else text, flush=True)
 
 
 def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object that a command prints with --json."""
     return {
         "artifact": str(artifact.path),
         "stage": stage,
@@ -83,68 +85,24 @@ def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[s
     }
 
 
-def run_stage(options: Options, stage: str, inputs: Mapping[str, str], function: str = "run", **extra: Any) -> None:
-    """Call `flashgen.stages.<stage>.<function>(*inputs, ...)` with the offered options and print the artifact it returns."""
-    import importlib
-
+def run_stage(options: Options, stage: str, refs: Mapping[str, str], **fields: Any) -> None:
+    """Run stage MODULE.CLASS of `flashgen.stages` on the inputs `refs`, or print its plan; print the artifact that it returns."""
     check_device(options)
     started = time.perf_counter()
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("out", "seed", "force") if name in options.offered}
-    if "recipe" in options.offered:
-        given["recipe"] = recipe_of(options)
-    module = importlib.import_module(f"flashgen.stages.{stage}")
+    from flashgen.stages.base import describe, execute, prepare
+
+    module, _, name = stage.partition(".")
+    kind = getattr(importlib.import_module(f"flashgen.stages.{module}"), name)
+    prepared = prepare(kind, refs, choice_of(options), options.seed, **fields)
     if options.plan:
-        planned = plan(stage, inputs, options.out, given.get("recipe"), **extra)
-        print(json.dumps({"stage": stage, "seed": options.seed, **extra, **planned}, indent=None if options.json else 2))
+        planned = {"stage": kind.name, "seed": options.seed, **fields, **describe(prepared, options.out)}
+        print(json.dumps(planned, indent=None if options.json else 2))
         return
-    artifact: Artifact = getattr(module, function)(*inputs.values(), **given, **extra)
+    artifact = execute(prepared, options.out, options.force)
     emit(options, str(artifact.path), record_of(artifact, artifact.manifest.stage, started, artifact.manifest.metrics))
 
 
 def check_device(options: Options) -> None:
-    """A device that flashgen cannot use is an error, never ignored."""
+    """Raises UsageError for a device that flashgen cannot use."""
     if options.device not in ("auto", "cpu"):
         raise UsageError(f"--device {options.device}: flashgen computes on the CPU only; leave the option out")
-
-
-def plan(stage: str, inputs: Mapping[str, str], out: Path, recipe: Recipe | None, **extra: Any) -> dict[str, Any]:
-    """What a run would read, write and need. Raises what the run itself would, for broken files and for what recipes cannot ask of them."""
-    from flashgen.artifact.store import open_artifact, versions
-
-    opened = {role: open_artifact(ref) for role, ref in inputs.items() if role != "source"}  # a source is no artifact yet
-    needs: dict[str, Any] = dict.fromkeys(("memory", "memory_bytes", "machine_bytes", "disk_bytes", "forwards", "seconds"))
-    source = next(iter(opened.values()), None)
-    if source is not None and recipe is not None and (source.path / "transformer" / "config.json").is_file():
-        from flashgen.stages import checks
-        from flashgen.stages import plan as plans
-
-        match stage:
-            case "distill":
-                if start := checks.check_distillation(source, recipe):
-                    opened["start"] = start
-            case "finetune":
-                checks.check_finetuning(source, recipe)
-            case "quantize":
-                checks.check_quantizing(source, recipe)
-            case "export":
-                checks.check_exporting(source, recipe, **extra)
-        found = plans.plan_of(stage, source, recipe, **extra)
-        needs |= {
-            "memory": {phase: {name: int(size) for name, size in parts.items()} for phase, parts in found.memory.items()},
-            "memory_bytes": int(found.peak),
-            "machine_bytes": plans.memory_bytes(),
-            "disk_bytes": int(found.disk),
-            "forwards": found.forwards,
-            "seconds": plans.seconds(found),
-        }
-    described = [
-        {"role": role, "path": str(a.path), "kind": a.manifest.kind, "digest": a.manifest.digest, "bytes": a.size_bytes()}
-        for role, a in opened.items()
-    ]
-    return {
-        "inputs": described or [{"role": role, "path": ref} for role, ref in inputs.items()],
-        "out": str(out),
-        "versions": [path.name for path in versions(out)],
-        **needs,
-        "recipe": recipe.model_dump(mode="json") if recipe else None,
-    }

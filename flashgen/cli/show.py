@@ -23,9 +23,9 @@ def show(
     verify: Annotated[bool, typer.Option("--verify", help="check the sha256 of every file")] = False,
 ) -> None:
     """Print lineage, recipe and digests."""
-    from flashgen.artifact.store import open_artifact
+    from flashgen.stages.inputs import open_input
 
-    opened = open_artifact(artifact, verify=verify)
+    opened = open_input(artifact, verify=verify)
     if options.json:
         print(opened.manifest.model_dump_json())
     else:
@@ -40,6 +40,7 @@ def _lines(opened: Artifact, verified: bool) -> list[str]:
         f"size     {opened.size_bytes() / 2**20:.1f} MiB in {len(manifest.files)} files, {'digests' if verified else 'sizes'} checked",
         f"digest   {manifest.digest}",
         f"seed     {manifest.seed}",
+        f"family   {manifest.family}; world {manifest.world or 'none'}",
     ]
     if sampler:
         sigmas = " ".join(f"{sigma:.4g}" for sigma in sampler.sigmas)
@@ -49,7 +50,7 @@ def _lines(opened: Artifact, verified: bool) -> list[str]:
 
 
 def _lineage(manifest: Manifest, name: str, indent: str, seen: set[str]) -> list[str]:
-    """The artifact and, indented below, its ancestors as far as they are still there."""
+    """Lines for the artifact and, indented below, its ancestors that are still there."""
     from flashgen.artifact.store import open_artifact
 
     lines = [f"{indent}  {name}  {manifest.kind} by {manifest.stage}  {manifest.digest[:12]}"]

@@ -9,24 +9,27 @@ import typer
 from flashgen.cli.options import STAGE, Options, command
 from flashgen.cli.run import run_stage
 
+WORLD = typer.Option("--world", metavar="NAME", help="world whose prompts and judge it is for, as `shapes`; default: none")
+
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help="Make, import or fabricate a teacher.")
 
 
 @app.command("train")
 @command(*STAGE)
 def train(options: Options) -> None:
-    """Train the embedded shapes teacher from nothing."""
-    run_stage(options, "teacher", {}, "train")
+    """Train the embedded world's teacher from nothing."""
+    run_stage(options, "teacher.Train", {})
 
 
 @app.command("import")
 @command("out", "plan", "force")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a diffusers folder or a hub id")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a diffusers folder, or hf:OWNER/NAME")],
     options: Options,
+    world: Annotated[str | None, WORLD] = None,
 ) -> None:
-    """Bring in a diffusers folder or hub id, checked and digested."""
-    run_stage(options, "teacher", {"source": source}, "import_")
+    """Bring in a diffusers folder or a hub repository, checked, copied and digested."""
+    run_stage(options, "teacher.Import", {}, origin=source, of_world=world)
 
 
 @app.command("random")
@@ -34,7 +37,8 @@ def import_(
 def random(
     like: Annotated[str, typer.Option("--like", metavar="sd35-medium|sd35-large|sd3-medium|shapes|tiny", help="architecture")],
     options: Options,
-    layers: Annotated[int | None, typer.Option("--layers", metavar="N", min=1, help="at most so many of each network")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", metavar="N", min=1, help="at most, per network")] = None,
+    world: Annotated[str | None, WORLD] = None,
 ) -> None:
     """Right shapes, seeded random weights: for tests at scale without a hub."""
-    run_stage(options, "teacher", {}, "random", like=like, layers=layers)
+    run_stage(options, "teacher.Random", {}, like=like, layers=layers, of_world=world)

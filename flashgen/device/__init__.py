@@ -1,0 +1,1 @@
+"""Drawing with exported artifacts; imports no torch."""

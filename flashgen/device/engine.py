@@ -1,4 +1,4 @@
-"""What runs an exported network: onnxruntime everywhere, OpenVINO where it is installed. One network in memory at a time."""
+"""Engines that run exported networks: onnxruntime everywhere, OpenVINO where it is installed. One network is in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,34 +18,41 @@ from numpy.typing import NDArray
 from flashgen.artifact.files import sha256
 from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path, remember
-from flashgen.errors import ArtifactError, UsageError
-from flashgen.timing import Laps
+from flashgen.device.graph import MEND
+from flashgen.device.memory import out_of_memory
+from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError
+from flashgen.progress import warn
+from flashgen.runtime.memory import cpu_count
+from flashgen.runtime.timing import Laps
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Array = NDArray[Any]
-COMPILED = 8  # networks whose compiled form the user's cache holds at most, a transformer and a decoder of four artifacts
-GROUP = 128  # activations that share a scale in OpenVINO's 8 bits; 32 to 256 are alike, without groups they lose accuracy
+DRAWING = ("transformer", "vae_encoder", "vae_decoder")  # components that run on the chosen engine; text encoders run on onnxruntime
+COMPILED = 8  # compiled networks that the user's cache keeps, at most: a transformer and a decoder of four artifacts
+GROUP = 128  # activations that share a scale in OpenVINO's 8 bits: 32 to 256 are alike, without groups the accuracy drops
 
 
 class Network(Protocol):
-    """One open component: the names of its outputs, and a run of some of them."""
+    """One open component: the shapes of its inputs by name (None: any size), the names of its outputs, and a call of it."""
 
+    inputs: dict[str, list[int | None]]
     outputs: list[str]
 
-    def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]: ...
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs called `outputs` for the inputs `feeds`."""
 
 
 def open_session(model: Path, threads: int | None = None) -> InferenceSession:
-    """A CPU session on `threads` threads (default: OMP_NUM_THREADS or all cores) that gives memory back instead of pooling it."""
+    """A CPU session on `threads` threads (None: `default_threads`) that frees memory instead of pooling it."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
-    # x86 without VNNI adds products of int8 in 16 bits, which overflow: there weights are made unsigned on loading, slower and exact
+    # x86 without VNNI adds products of int8 in 16 bits, which overflow. This entry makes the weights unsigned: slower, and exact.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     try:
@@ -55,28 +62,35 @@ def open_session(model: Path, threads: int | None = None) -> InferenceSession:
 
 
 def default_threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+    """OMP_NUM_THREADS, or the number of processors that this process may use."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or cpu_count()
 
 
 def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"{engine} cannot load {model} ({error}); check it with: flashgen show {model.parents[1]} --verify")
+    return ArtifactError(f"{engine} cannot load {model} ({_line(error)}); check it with: flashgen show {model.parents[1]} --verify")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class OnnxRuntimeNetwork:
-    """`rounded` has no meaning here: the graph itself says how products are computed."""
+    """A component in onnxruntime. `rounded` and `key` have no effect: the graph itself fixes the arithmetic, and nothing is compiled."""
 
     def __init__(self, model: Path, threads: int | None, rounded: bool, key: str = "") -> None:
         self.session = open_session(model, threads)
-        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.inputs = {put.name: [n if isinstance(n, int) else None for n in put.shape] for put in self.session.get_inputs()}
+        self.outputs = [put.name for put in self.session.get_outputs()]
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        """As `Network.run`."""
         return [np.asarray(value) for value in self.session.run(list(outputs), dict(feeds))]
 
 
 class OpenVinoNetwork:
-    """The same file, in fp32; `rounded` allows bf16, where the processor has it, and activations of 8 bits before quantized weights.
+    """A component in OpenVINO, in fp32. `rounded` allows bf16, where the processor has it, and 8-bit activations for quantized weights.
 
-    Compiling takes seconds a gigabyte, so what it gives is kept in the user's cache under `key`, when that is given.
+    Compiling takes seconds per gigabyte. With a `key` the compiled network is kept in the user's cache.
     """
 
     def __init__(self, model: Path, threads: int | None, rounded: bool, key: str = "") -> None:
@@ -93,19 +107,21 @@ class OpenVinoNetwork:
         try:
             self.model = core.compile_model(str(model), "CPU", hints | ({"CACHE_DIR": str(folder)} if folder else {}))
         except RuntimeError:
-            try:  # whatever is wrong with the cache, a picture can do without
+            try:  # the compile cache is optional: on any failure, compile without it
                 self.model = core.compile_model(str(model), "CPU", hints)
             except RuntimeError as error:
                 raise _broken("openvino", model, error) from error
-        self.outputs = [output.get_any_name() for output in self.model.outputs]
+        self.inputs = {p.get_any_name(): [n.get_length() if n.is_static else None for n in p.partial_shape] for p in self.model.inputs}
+        self.outputs = [put.get_any_name() for put in self.model.outputs]
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
-        found = self.model(dict(feeds))
-        return [np.array(found[name]) for name in outputs]  # the engine reuses its own buffers
+        """As `Network.run`."""
+        results = self.model(dict(feeds))
+        return [np.array(results[name]) for name in outputs]  # copies: the engine reuses its own buffers
 
 
 def compiled(key: str) -> Path | None:
-    """Where the compiled form of a component belongs, the least recently used one gone; None where nothing can be written."""
+    """Folder of the user's cache for a compiled component; the folders used longest ago are removed. None if it cannot be written."""
     folder = cache_path("openvino") / key
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +129,7 @@ def compiled(key: str) -> Path | None:
         others = sorted((path for path in folder.parent.iterdir() if path != folder), key=lambda path: path.stat().st_mtime)
         for old in others[: 1 - COMPILED]:
             shutil.rmtree(old, ignore_errors=True)
-    except OSError:  # a cache is no reason to fail; another process may be at it, too
+    except OSError:  # another process may change the folder at the same time
         return None
     return folder
 
@@ -124,69 +140,99 @@ NETWORKS: dict[str, Callable[[Path, int | None, bool, str], Network]] = {"onnxru
 class Engine:
     """Runs the components of one exported artifact. Opening a component closes the one before.
 
-    A file has the manifest's sha256 before it is used the first time: weights of another artifact can have the right size. The user's
-    cache remembers which files had, and they are read again when the file system says that they changed.
-    Raises UsageError for an engine that is not installed and ArtifactError for a file that is not the manifest's.
+    The sha256 of a file is compared with the manifest's before the file is used first: weights of another artifact can have the right
+    size. The user's cache remembers which files passed, and they are read again when the file system reports a change.
+    With `falls_back` any failure of another engine than onnxruntime is a warning, and onnxruntime continues.
+    Raises UsageError for an engine that is not installed, and ArtifactError for files that are not the manifest's.
     """
 
-    def __init__(self, artifact: Artifact, laps: Laps | None = None, name: str = "onnxruntime") -> None:
+    def __init__(self, artifact: Artifact, laps: Laps | None = None, name: str = "onnxruntime", falls_back: bool = False) -> None:
         if find_spec(name) is None:
             raise UsageError(f"--engine {name} is not installed; install it with: pip install 'flashgen[{name}]'")
-        self.path, self.name = artifact.path, name
+        self.path, self.name, self.falls_back = artifact.path, name, falls_back
         self.laps = laps or Laps()
         self._files = {file.path: file.sha256 for file in artifact.manifest.files}
-        # Whoever exported with 8-bit activations takes that rounding.
+        # Artifacts exported at accuracy level 4 already accept 8-bit activations, so bf16 is allowed for them too.
         self._rounded = artifact.manifest.extra.get("accuracy_level") == 4
         self._checked: set[str] = set()
         self._open: tuple[str, Network] | None = None
 
     def network(self, component: str) -> Network:
+        """The open network of `component`."""
         if self._open is None or self._open[0] != component:
             self._open = None
             self._check(component)
             with self.laps.lap("load"):
-                # Text encoders run once a prompt, so loading decides; and their errors would stay in every step.
-                name = "onnxruntime" if component.startswith("text_encoder") else self.name
-                model, key = self.path / component / "model.onnx", self._key(component)
-                self._open = (component, NETWORKS[name](model, None, self._rounded, key))
+                self._open = component, self._load(component)
         return self._open[1]
 
     def run(self, component: str, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        """Outputs of `component` for `feeds`. Raises ArtifactError for inputs and outputs that its graph does not have."""
         network = self.network(component)
-        with self.laps.lap(component):
-            return network.run(outputs, feeds)
+        if wrong := sorted({*feeds} ^ {*network.inputs} | {*outputs} - {*network.outputs}):
+            raise ArtifactError(f"{self.path}: {component} and its description do not agree on {wrong[0]!r}; {MEND}")
+        try:
+            with self.laps.lap(component):
+                return network.run(outputs, feeds)
+        except Exception as error:  # the engines' exception types have no common base
+            if component == "vae_decoder" and out_of_memory(error):
+                raise  # the sampler decodes in smaller tiles
+            self._fall_back(component, error)
+        return self.run(component, outputs, feeds)
 
     def close(self) -> None:
+        """Free the open network."""
         self._open = None
 
+    def _load(self, component: str) -> Network:
+        # Text encoders run once per prompt, so loading decides, and onnxruntime loads faster. Their errors would stay in all steps.
+        name = self.name if component in DRAWING else "onnxruntime"
+        try:
+            return NETWORKS[name](self.path / component / "model.onnx", None, self._rounded, self._key(component))
+        except Exception as error:
+            self._fall_back(component, error)
+        return self._load(component)
+
+    def _fall_back(self, component: str, error: Exception) -> None:
+        """Switch to onnxruntime; where that is not allowed or not possible, raise `error` as one for users."""
+        if not self.falls_back or self.name == "onnxruntime" or component not in DRAWING:
+            if isinstance(error, FlashgenError):
+                raise error
+            if out_of_memory(error):
+                raise MachineError(f"{component} ran out of memory ({_line(error)}); use a smaller --batch, or --memory") from error
+            mend = f"check it with: flashgen show {self.path} --verify"
+            raise ArtifactError(f"{self.name} failed in {component} of {self.path} ({_line(error)}); {mend}") from error
+        warn(f"{self.name} failed in {component} ({_line(error)}); onnxruntime continues (--engine decides otherwise)")
+        self.name, self._open = "onnxruntime", None
+
     def _key(self, component: str) -> str:
-        """Of the user's cache: where the component is and what it holds."""
-        own = sorted(f"{name} {digest}" for name, digest in self._files.items() if name.startswith(f"{component}/"))
-        return hashlib.sha256("\n".join([str(self.path.resolve()), *own]).encode()).hexdigest()[:16]
+        """Name in the user's cache: changes with the component's place and with its content."""
+        files = sorted(f"{name} {digest}" for name, digest in self._files.items() if name.startswith(f"{component}/"))
+        return hashlib.sha256("\n".join([str(self.path.resolve()), *files]).encode()).hexdigest()[:16]
 
     def _check(self, component: str) -> None:
         if component in self._checked:
             return
-        own = {name: digest for name, digest in self._files.items() if name.startswith(f"{component}/")}
-        if f"{component}/model.onnx" not in own:
+        files = {name: digest for name, digest in self._files.items() if name.startswith(f"{component}/")}
+        if f"{component}/model.onnx" not in files:
             raise ArtifactError(f"{self.path}: its manifest names no {component}; take the artifact from its source again")
-        known, states = cache_path("checked") / self._key(component), json.dumps([_state(self.path / name) for name in own])
+        cached, states = cache_path("checked") / self._key(component), json.dumps([_state(self.path / name) for name in files])
         try:
-            seen = known.read_text() == states and sys.platform != "win32"  # which has no time of change
+            passed = cached.read_text() == states and sys.platform != "win32"  # Windows keeps no time of change
         except (OSError, ValueError):
-            seen = False
-        for name, digest in own.items():
-            if not seen and sha256(self.path / name) != digest:
+            passed = False
+        for name, digest in files.items():
+            if not passed and sha256(self.path / name) != digest:
                 raise ArtifactError(
                     f"{self.path}: {name} was altered or comes from another artifact (sha256 differs from the manifest's); "
                     "take the artifact from its source again"
                 )
-        if not seen:
-            remember(known, states)
+        if not passed:
+            remember(cached, states)
         self._checked.add(component)
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    """What changes when a file does; the time of change is the system's own, which copying tools cannot set."""
+    """Size, time of modification and time of change; copying tools cannot set the last."""
     state = file.stat()
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns

@@ -1,40 +1,37 @@
-"""Drawing pictures from an exported artifact with numpy and an engine alone."""
+"""Drawing pictures from an exported artifact with numpy and an engine alone, by the description in its manifest (`device.graph`)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact
 from flashgen.device.engine import Engine
+from flashgen.device.graph import read_graph
 from flashgen.device.memory import Plan, out_of_memory, plan, smaller_tile
-from flashgen.device.noise import latents
 from flashgen.device.tiles import decode_tiled
 from flashgen.device.tokens import PromptTokenizer
-from flashgen.errors import ArtifactError, MachineError
+from flashgen.errors import MachineError
 from flashgen.flow.ode import euler, guide
-from flashgen.progress import track, warn
-from flashgen.timing import Laps
+from flashgen.noise import latents
+from flashgen.pixels import Floats, from_uint8, slices, to_uint8
+from flashgen.progress import Progress, warn
+from flashgen.runtime.timing import Laps
 
-Floats = NDArray[np.float32]
-Preview = Callable[[int, Callable[[], NDArray[np.uint8]]], None]  # (step, what decodes the first picture as it would become)
-CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+Preview = Callable[[int, Callable[[], NDArray[np.uint8]]], None]  # called with (step, a function that decodes the first picture so far)
+Conditioning = Mapping[str, Floats]  # the transformer's text inputs [B, ...] by name
 
 
 class DevicePipeline:
-    """All prompts pass one component before the next is loaded, so that one network at a time is in memory."""
+    """Draws with one network in memory at a time: all prompts pass a component before the next one is loaded."""
 
-    def __init__(self, artifact: Artifact, laps: Laps | None = None, engine: str = "onnxruntime") -> None:
-        if artifact.manifest.sampler is None:
-            raise ArtifactError(f"{artifact.path}: the manifest has no sampler; export the student again with: flashgen export")
-        self.artifact = artifact
-        self.sampler: Sampler = artifact.manifest.sampler
-        self.extra = artifact.manifest.extra
-        self.engine = Engine(artifact, laps, engine)
+    def __init__(self, artifact: Artifact, laps: Laps | None = None, engine: str = "onnxruntime", falls_back: bool = False) -> None:
+        self.graph = read_graph(artifact)
+        assert artifact.manifest.sampler is not None  # read_graph needs it
+        self.artifact, self.sampler = artifact, artifact.manifest.sampler
+        self.engine = Engine(artifact, laps, engine, falls_back)
         self._tile: int | None = None
 
     def sample(
@@ -52,43 +49,43 @@ class DevicePipeline:
     ) -> NDArray[np.uint8]:
         """Pictures [B, H, W, 3] of `prompts`; picture i starts from the noise of seeds[i]. Defaults are the manifest's.
 
-        With `init` [H, W, 3] all start from a mixture of that picture and their noise at sigmas[0]. `preview` is shown every step of
-        each batch; it keeps the decoder in memory, too. `within` says how to keep memory low; by default `batch` goes and only the
-        decoder is spared.
+        With `init` [H, W, 3] all pictures start from a mixture of it and their noise at sigmas[0]. `preview` is called at every step of
+        each batch, and keeps the decoder in memory. `within` limits batch and tiles; by default the batch is `batch`, and only the
+        decoder's memory is limited.
         """
         sigmas = self.sampler.sigmas if sigmas is None else sigmas
         weight = self.sampler.guidance if guidance is None else guidance
         asked = {"guided": weight != 1, "preview": preview is not None, "init": init is not None}
         within = within or plan(self.artifact, self.engine.name, len(prompts), batch, **asked)
-        batch, self._tile = within.batch, within.tile
-        embeds, pooled = self.encode(prompts, batch)
-        uncond = self.encode([negative], batch) if weight != 1 else None
-        noise = latents(tuple(self.extra["latent_shape"]), seeds)
+        self._tile = within.tile
+        cond = self.encode(prompts, within.batch)
+        uncond = self.encode([negative], within.batch) if weight != 1 else None
+        x = latents(tuple(self.graph.latent_shape), seeds)
         if init is not None:
-            noise = np.float32(1 - sigmas[0]) * self.encode_picture(init) + np.float32(sigmas[0]) * noise
-        viewer = Engine(self.artifact, name=self.engine.name)
+            x = np.float32(1 - sigmas[0]) * self.encode_picture(init) + np.float32(sigmas[0]) * x
+        viewer = Engine(self.artifact, name=self.engine.name, falls_back=self.engine.falls_back)
 
         def watch(index: int, x0: Floats) -> None:
             if preview is not None:
                 preview(index, lambda: self.decode(x0[:1], viewer)[0])
 
-        parts = slices(len(prompts), batch)
-        count = len(parts) * (len(sigmas) - 1)
-        tick = iter(track(range(count), "draw", total=count))
-        z = np.concatenate([self.denoise(noise[s], embeds[s], pooled[s], uncond, weight, sigmas, tick, watch) for s in parts])
-        next(tick, None)
+        parts, z = slices(len(prompts), within.batch), []
+        with Progress("draw", len(parts) * (len(sigmas) - 1)) as progress:
+            for rows in parts:
+                step = self._velocity({name: value[rows] for name, value in cond.items()}, uncond, weight, progress)
+                z.append(euler(x[rows], step, sigmas, self.sampler.scales_on(sigmas), watch))
         viewer.close()
-        return np.concatenate([self.decode(z[s], self.engine) for s in slices(len(z), within.rows)])
+        final = np.concatenate(z)
+        return np.concatenate([self.decode(final[rows], self.engine) for rows in slices(len(final), within.rows)])
 
     def decode(self, z: Floats, engine: Engine) -> NDArray[np.uint8]:
         """Pictures [B, H, W, 3] of latents [B, C, h, w] on the transformer's scale.
 
-        When memory runs out one picture at a time, then in smaller and smaller tiles, which later pictures begin with. Raises
-        MachineError when the smallest do not fit.
+        When memory runs out, pictures are decoded one at a time, then in smaller and smaller tiles, which later calls start with. Raises
+        MachineError when the smallest tile does not fit.
         """
-        vae = self.extra["vae"]
-        factor = self.sampler.size_px // int(self.extra["latent_shape"][-1])  # pixels a latent
-        scaled = z / np.float32(vae["scaling_factor"]) + np.float32(vae["shift_factor"])
+        vae = self.graph.vae
+        scaled = z / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
 
         def run(part: Floats) -> Floats:
             return engine.run("vae_decoder", ["sample"], {"latent_sample": part})[0]
@@ -97,11 +94,11 @@ class DevicePipeline:
         while True:
             try:
                 with engine.laps.lap("decode"):
-                    return to_uint8(run(scaled) if self._tile is None else decode_tiled(run, scaled, self._tile, factor))
+                    return to_uint8(run(scaled) if self._tile is None else decode_tiled(run, scaled, self._tile, vae.factor))
             except Exception as error:  # the engines' exception types have no common base
                 if not out_of_memory(error):
                     raise
-                smaller = smaller_tile(self._tile, z.shape[-1])
+                smaller = smaller_tile(self._tile, max(z.shape[2:]))
                 if len(z) == 1 and smaller is None:
                     raise MachineError(f"decoding one picture ran out of memory ({type(error).__name__}); close other programs") from error
             if len(z) > 1:
@@ -111,75 +108,41 @@ class DevicePipeline:
             self._tile = smaller
 
     def encode_picture(self, picture: NDArray[np.uint8]) -> Floats:
-        """Latents [1, C, h, w] of a picture [H, W, 3] on the transformer's scale: the mode of what the VAE says."""
+        """Latents [1, C, h, w] of a picture [H, W, 3] on the transformer's scale: the mode of the VAE's posterior."""
         moments = self.engine.run("vae_encoder", ["latent_parameters"], {"sample": from_uint8(picture)})[0]
-        vae, mean = self.extra["vae"], moments[:, : moments.shape[1] // 2]
-        return np.asarray((mean - np.float32(vae["shift_factor"])) * np.float32(vae["scaling_factor"]))
+        vae, mean = self.graph.vae, moments[:, : moments.shape[1] // 2]
+        return np.asarray((mean - np.float32(vae.shift_factor)) * np.float32(vae.scaling_factor))
 
-    def encode(self, prompts: list[str], batch: int) -> tuple[Floats, Floats]:
-        """Embeddings [B, L, D] and pooled [B, P] as `StableDiffusion3Pipeline.encode_prompt` builds them."""
-        features, pooled = zip(*(self._clip(encoder, tokenizer, prompts, batch) for encoder, tokenizer in CLIPS), strict=True)
-        clip = np.concatenate(features, -1)
-        width = int(self.extra["joint_dim"])
-        clip = np.pad(clip, ((0, 0), (0, 0), (0, width - clip.shape[-1])))
-        if self.sampler.has_t5:
-            ids = self._ids("tokenizer_3", prompts)
+    def encode(self, prompts: list[str], batch: int) -> Conditioning:
+        """The transformer's text inputs for `prompts`, `batch` of which pass an encoder together."""
+        values: dict[str, Floats] = {}
+        for encoder in self.graph.encoders:
+            file = self.engine.path / encoder.tokenizer / "tokenizer.json"
+            tokens = PromptTokenizer(file, encoder.length, encoder.pad_id).encode(prompts)
+            feeds = {encoder.ids: tokens.ids} | ({encoder.mask: tokens.mask} if encoder.mask else {})
+            names = list(encoder.outputs.values())
             parts = [
-                self.engine.run("text_encoder_3", ["last_hidden_state"], {"input_ids": ids[s]})[0] for s in slices(len(prompts), batch)
+                self.engine.run(encoder.component, names, {name: feed[rows] for name, feed in feeds.items()})
+                for rows in slices(len(prompts), batch)
             ]
-            t5 = np.concatenate(parts)
-        else:  # zeros keep their places in the sequence; a pruned encoder has 0 of them
-            t5 = np.zeros((len(prompts), self.sampler.t5_tokens, width), np.float32)
-        return np.concatenate([clip, t5], 1), np.concatenate(pooled, -1)
+            values |= {value: np.concatenate(outputs) for value, outputs in zip(encoder.outputs, zip(*parts, strict=True), strict=True)}
+            if encoder.mask_value:
+                values[encoder.mask_value] = tokens.mask.astype(np.float32)
+        return self.graph.condition(values, len(prompts))
 
-    def _clip(self, encoder: str, tokenizer: str, prompts: list[str], batch: int) -> tuple[Floats, Floats]:
-        ids = self._ids(tokenizer, prompts)
-        hidden = [m for name in self.engine.network(encoder).outputs if (m := re.fullmatch(r"hidden_states\.(\d+)", name))]
-        names = [max(hidden, key=lambda m: int(m.group(1))).group(), "text_embeds"]
-        parts = [self.engine.run(encoder, names, {"input_ids": ids[s]}) for s in slices(len(prompts), batch)]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-    def _ids(self, name: str, prompts: list[str]) -> NDArray[np.int64]:
-        spec = self.extra["tokenizers"][name]
-        return PromptTokenizer(self.engine.path / name / "tokenizer.json", spec["length"], spec["pad_id"]).encode(prompts)
-
-    def denoise(
-        self,
-        x: Floats,
-        embeds: Floats,
-        pooled: Floats,
-        uncond: tuple[Floats, Floats] | None,
-        weight: float,
-        sigmas: Sequence[float],
-        tick: Iterator[int],
-        watch: Callable[[int, Floats], None],
-    ) -> Floats:
-        """Euler from noise `x` [B, C, h, w] along `sigmas`, guided away from `uncond` when that is given; one `tick` a step."""
-        rows = len(x)
+    def _velocity(
+        self, cond: Conditioning, uncond: Conditioning | None, weight: float, progress: Progress
+    ) -> Callable[[Floats, float, int], Floats]:
+        """The guided velocity of one batch as `euler` calls it; advances `progress` by one per step."""
+        rows = len(next(iter(cond.values())))
         if uncond is not None:
-            embeds = np.concatenate([np.repeat(uncond[0], rows, 0), embeds])
-            pooled = np.concatenate([np.repeat(uncond[1], rows, 0), pooled])
+            cond = {name: np.concatenate([np.repeat(uncond[name], rows, 0), value]) for name, value in cond.items()}
 
-        def velocity(x: Floats, sigma: float, _: int) -> Floats:
-            next(tick)
+        def step(x: Floats, sigma: float, _: int) -> Floats:
             doubled = x if uncond is None else np.concatenate([x, x])
-            feeds = {"hidden_states": doubled, "encoder_hidden_states": embeds, "pooled_projections": pooled}
-            feeds["timestep"] = np.full(len(doubled), 1000 * sigma, np.float32)
-            v = self.engine.run("transformer", ["out_hidden_states"], feeds)[0]
+            feeds = self.graph.feeds(doubled, sigma, cond)
+            v = self.graph.velocity(self.engine.run("transformer", [self.graph.transformer.output], feeds)[0])
+            progress.advance()
             return v if uncond is None else guide(v[:rows], v[rows:], weight)
 
-        return euler(x, velocity, sigmas, self.sampler.scales_on(sigmas), watch)
-
-
-def to_uint8(sample: Floats) -> NDArray[np.uint8]:
-    """Decoder output [B, 3, H, W] in [-1, 1] to pictures [B, H, W, 3], rounded as diffusers rounds."""
-    return np.asarray(np.round(np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255), np.uint8)
-
-
-def from_uint8(picture: NDArray[np.uint8]) -> Floats:
-    """A picture [H, W, 3] as the VAE encoder's input [1, 3, H, W] in [-1, 1]."""
-    return (picture.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
-
-
-def slices(count: int, batch: int) -> list[slice]:
-    return [slice(i, i + batch) for i in range(0, count, batch)]
+        return step

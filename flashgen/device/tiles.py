@@ -1,17 +1,16 @@
-"""Decoding large latents in overlapping tiles, so that memory follows the tile and not the picture."""
+"""Decoding large latents in overlapping tiles, so that memory grows with the tile and not with the picture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from flashgen.pixels import Floats
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that they cover `length` with at least `overlap` between neighbours; the last one ends at the end."""
+    """First indices of tiles that cover `length` with at least `overlap` between neighbours; the last tile ends at the end."""
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))
@@ -19,7 +18,7 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def ramp(tile: int, overlap: int, before: bool, after: bool) -> Floats:
-    """Weights of a tile along one axis: rising and falling over `overlap` on the sides that have a neighbour."""
+    """Weights of a tile along one axis: they rise and fall over `overlap` on the sides that have a neighbour."""
     rise = (np.arange(overlap, dtype=np.float32) + 0.5) / overlap
     weights = np.ones(tile, np.float32)
     if before:
@@ -30,10 +29,10 @@ def ramp(tile: int, overlap: int, before: bool, after: bool) -> Floats:
 
 
 def decode_tiled(decode: Callable[[Floats], Floats], z: Floats, tile: int, factor: int) -> Floats:
-    """What `decode` makes of z [B, C, h, w], tile by tile of `tile` latents a side, a quarter of it shared: [B, 3, h factor, w factor].
+    """Pictures [B, 3, h factor, w factor] of latents `z` [B, C, h, w], decoded in tiles of at most `tile` latents a side.
 
-    Neighbours are blended linearly (diffusers' `AutoencoderKL.tiled_decode`). Differs from decoding at once where the decoder
-    looks at the whole picture: group norms and attention.
+    Neighbours share a quarter of a tile and are blended linearly (diffusers' `AutoencoderKL.tiled_decode`). The result differs from
+    that of one pass where the decoder uses the whole picture: in group norms and attention.
     """
     rows, _, height, width = z.shape
     overlap = max(1, tile // 4)
@@ -44,11 +43,11 @@ def decode_tiled(decode: Callable[[Floats], Floats], z: Floats, tile: int, facto
         for left in lefts:
             part = decode(z[:, :, top : top + tile, left : left + tile])
             sides = [
-                ramp(size, min(overlap * factor, size), begin > 0, begin * factor + size < whole)
-                for size, begin, whole in ((part.shape[2], top, out.shape[2]), (part.shape[3], left, out.shape[3]))
+                ramp(size, min(overlap * factor, size), begin > 0, begin * factor + size < full)
+                for size, begin, full in ((part.shape[2], top, out.shape[2]), (part.shape[3], left, out.shape[3]))
             ]
             weights = np.outer(*sides)
-            place = (slice(top * factor, top * factor + part.shape[2]), slice(left * factor, left * factor + part.shape[3]))
-            out[:, :, *place] += part * weights
-            total[place] += weights
+            area = (slice(top * factor, top * factor + part.shape[2]), slice(left * factor, left * factor + part.shape[3]))
+            out[:, :, *area] += part * weights
+            total[area] += weights
     return np.asarray(out / total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,15 @@ from flashgen.errors import ArtifactError
 from flashgen.progress import warn
 
 
+class Tokens(NamedTuple):
+    """Token ids and attention mask (1 for tokens of the prompt, 0 for padding), int64 [B, length] each."""
+
+    ids: NDArray[np.int64]
+    mask: NDArray[np.int64]
+
+
 class PromptTokenizer:
-    """`tokenizer.json` adds the special tokens (CLIP: start and end, T5: end); `pad_id` fills up to `length`."""
+    """A `tokenizer.json` that adds its special tokens itself; `pad_id` fills up to `length`."""
 
     def __init__(self, file: Path, length: int, pad_id: int) -> None:
         from tokenizers import Tokenizer
@@ -24,19 +32,21 @@ class PromptTokenizer:
         self.label, self.length, self.pad_id = file.parent.name, length, pad_id
         self.tokenizer.no_padding()
 
-    def encode(self, prompts: list[str]) -> NDArray[np.int64]:
-        """Ids [B, length]. Warns about every prompt that loses its end."""
-        ids = np.full((len(prompts), self.length), self.pad_id, np.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
+    def encode(self, prompts: list[str]) -> Tokens:
+        """Tokens of `prompts`. Warns about every prompt that is cut."""
+        tokens = Tokens(np.full((len(prompts), self.length), self.pad_id, np.int64), np.zeros((len(prompts), self.length), np.int64))
+        for row, prompt in enumerate(prompts):
             self.tokenizer.no_truncation()
-            found = self.tokenizer.encode(prompt).ids
-            if len(found) > self.length:
-                warn_cut(prompt, self.label, len(found), self.length)
+            ids = self.tokenizer.encode(prompt).ids
+            if len(ids) > self.length:
+                warn_cut(prompt, self.label, len(ids), self.length)
                 self.tokenizer.enable_truncation(self.length)
-                found = self.tokenizer.encode(prompt).ids
-            row[: len(found)] = found
-        return ids
+                ids = self.tokenizer.encode(prompt).ids
+            tokens.ids[row, : len(ids)] = ids
+            tokens.mask[row, : len(ids)] = 1
+        return tokens
 
 
-def warn_cut(prompt: str, tokenizer: str, found: int, limit: int) -> None:
-    warn(f"{tokenizer} cuts the prompt after {limit} of {found} tokens, the rest has no effect on it: '{prompt[:60]}...'")
+def warn_cut(prompt: str, tokenizer: str, count: int, limit: int) -> None:
+    """Warn that `tokenizer` uses `limit` of a prompt's `count` tokens."""
+    warn(f"{tokenizer} cuts the prompt after {limit} of {count} tokens, the rest has no effect on it: '{prompt[:60]}...'")

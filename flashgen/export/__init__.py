@@ -1,0 +1,1 @@
+"""From networks to components for other runtimes."""

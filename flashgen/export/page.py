@@ -1,4 +1,4 @@
-"""The static page of `export --target web`: our own files, and its libraries out of npm packages pinned by version and hash."""
+"""The static page of `export --target web`: the files of web/, and libraries from npm packages that are pinned by version and hash."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ REGISTRY = "https://registry.npmjs.org"
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package; `integrity` is npm's own, `files` maps its members to names in the page's vendor folder.
+    """An npm package; `integrity` is the hash in npm's notation, `files` maps its members to names in the page's vendor folder.
 
-    Modules are named .js there: not every static server knows .mjs to be JavaScript, and browsers insist on it.
+    Modules are named .js there: some static servers do not serve .mjs as JavaScript, and browsers refuse it then.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Package:
 
     @property
     def tarball(self) -> str:
+        """File name of the package in the registry and in the cache."""
         return f"{self.name.rpartition('/')[2]}-{self.version}.tgz"
 
 
@@ -51,7 +52,7 @@ PACKAGES = (
             "dist/ort.webgpu.min.mjs": "ort.webgpu.min.js",
             "dist/ort-wasm-simd-threaded.asyncify.mjs": "ort-wasm-simd-threaded.asyncify.js",
             "dist/ort-wasm-simd-threaded.asyncify.wasm": "ort-wasm-simd-threaded.asyncify.wasm",
-            "package.json": "onnxruntime-web.json",  # names its licence, MIT; the package has no file for it
+            "package.json": "onnxruntime-web.json",  # names the licence, MIT, for which the package has no file
         },
     ),
     Package(
@@ -64,9 +65,9 @@ PACKAGES = (
 
 
 def fetch(package: Package, offline: bool) -> Path:
-    """The package's tarball in the cache, of the right hash; downloaded when it is not there, unless `offline`.
+    """Path of the package's tarball in the cache, with its hash checked; it is downloaded when missing, unless `offline`.
 
-    Raises MachineError when it cannot be had.
+    Raises MachineError when it cannot be downloaded, or has another hash.
     """
     path = cache_path("npm") / package.tarball
     label = f"{package.name} {package.version}"
@@ -85,25 +86,24 @@ def fetch(package: Package, offline: bool) -> Path:
             with urllib.request.urlopen(url, timeout=60) as response:
                 shutil.copyfileobj(response, file)
             file.close()
-            found = integrity(temporary)
-            if found != package.integrity:
-                raise MachineError(f"{url} is not the pinned {label}: {found} instead of {package.integrity}; nothing was kept; {mend}")
+            if (actual := integrity(temporary)) != package.integrity:
+                raise MachineError(f"{url} is not the pinned {label}: {actual} instead of {package.integrity}; nothing was kept; {mend}")
             os.replace(temporary, path)
         except (OSError, HTTPException) as error:
-            raise MachineError(f"{url} cannot be had ({error}); check the network, {mend}") from error
+            raise MachineError(f"{url} cannot be downloaded ({error}); check the network, {mend}") from error
         finally:
             temporary.unlink(missing_ok=True)
     return path
 
 
 def integrity(file: Path) -> str:
-    """npm's notation of the sha512."""
+    """sha512 of `file` in npm's notation."""
     with file.open("rb") as stream:
         return f"sha512-{base64.b64encode(hashlib.file_digest(stream, 'sha512').digest()).decode()}"
 
 
 def write_page(folder: Path, offline: bool) -> dict[str, str]:
-    """The page and vendor/ into `folder`; returns the packages' versions. Raises MachineError when one cannot be had."""
+    """Write the page and vendor/ into `folder`; returns the packages' versions. Raises MachineError as `fetch` does."""
     tarballs = [fetch(package, offline) for package in PACKAGES]
     for file in PAGE.iterdir():
         shutil.copyfile(file, folder / file.name)

@@ -1,26 +1,28 @@
-"""Quantized layers become single nodes, written from the artifact's own codes: what was measured is what ships.
+"""Quantized layers as single nodes of an ONNX graph, written from the artifact's own codes.
 
-MatMulNBits for groups, and DynamicQuantizeMatMul where each output has one scale: onnxruntime's fastest product, of integers.
+MatMulNBits for groups; DynamicQuantizeMatMul, onnxruntime's fastest product of integers, where one scale per output was asked for.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from flashgen.errors import ArtifactError
-from flashgen.models.factored import MODULATION
+from flashgen.models.save import to_half
 from flashgen.quant.pack import QuantizedLinear, as_bits
 
 DOMAIN = "com.microsoft"
 
 
 class Linear(NamedTuple):
-    """A Linear found in the graph: its input, its result, the nodes it consists of."""
+    """A Linear in the graph: its input, its output, its bias, its inputs and outputs per row, the nodes that compute it."""
 
     x: ir.Value
     out: ir.Value
@@ -31,13 +33,13 @@ class Linear(NamedTuple):
 
 
 def linears(graph: ir.Graph) -> dict[str, Linear]:
-    """Every Linear by parameter name without `.weight`, whether it came out as Gemm or as Transpose, MatMul (and Add)."""
-    found = {}
+    """Every Linear by parameter name without `.weight`, whether it was exported as Gemm or as Transpose, MatMul (and Add)."""
+    matches = {}
     for name, weight in graph.initializers.items():
         linear = _linear(weight)
         if linear is not None and name.endswith(".weight"):
-            found[name.removesuffix(".weight")] = linear
-    return found
+            matches[name.removesuffix(".weight")] = linear
+    return matches
 
 
 def _linear(weight: ir.Value) -> Linear | None:
@@ -69,64 +71,71 @@ def _only_user(value: ir.Value) -> ir.Node | None:
     return nodes[0] if len(nodes) == 1 and not value.is_graph_output() else None
 
 
-def quantize_linears(model: ir.Model, layers: Mapping[str, QuantizedLinear], accuracy_level: int) -> None:
-    """Rewrite every layer of `layers` in place; 3 bits get the room of 4, the least that the node knows.
+def quantize_linears(
+    model: ir.Model, layers: Mapping[str, QuantizedLinear], accuracy_level: int, modulation: re.Pattern[str] | None = None
+) -> None:
+    """Replace every layer of `layers` by one node with its codes, in place; the node takes 3-bit codes in 4 bits.
 
-    Raises ArtifactError when one is not in the graph with the same shape, or when an adaLN Linear would stay in fp32.
+    Raises ArtifactError when a layer is not in the graph with the same shape, or when a Linear whose name matches `modulation` (adaLN)
+    has no codes.
     """
     graph = model.graph
-    found = {name.removeprefix("net."): linear for name, linear in linears(graph).items()}
-    missing = [name for name, q in layers.items() if name not in found or not _fits(found[name], q)]
-    left = [name for name in found if MODULATION.search(name) and name not in layers]
-    if missing or left:
-        what = f"quantized layers that the exported graph does not have: {missing}" if missing else f"adaLN layers left in fp32: {left}"
+    in_graph = {name.removeprefix("net."): linear for name, linear in linears(graph).items()}
+    missing = [name for name, q in layers.items() if name not in in_graph or not _fits(in_graph[name], q)]
+    whole = [name for name in in_graph if modulation is not None and modulation.search(name) and name not in layers]
+    if missing or whole:
+        what = f"quantized layers that the exported graph does not have: {missing}" if missing else f"adaLN layers left in fp32: {whole}"
         raise ArtifactError(f"{what}; make the student's codes again with: flashgen quantize STUDENT --out DIR")
     model.opset_imports[DOMAIN] = 1
     for name, q in layers.items():
-        _replace(graph, name, found[name], as_bits(q, 4) if q.bits == 3 else q, accuracy_level)
+        _replace(graph, name, in_graph[name], as_bits(q, 4) if q.bits == 3 else q, accuracy_level)
 
 
 def halve_scales(model: ir.Model) -> None:
-    """`halve_weights` for scales, zero points between codes and a shared basis: half the bytes, nothing lost (see
-    `quant.pack`)."""
+    """Store scales, fractional zero points and a shared basis in fp16, which holds them exactly (`quant.pack`)."""
     graph = model.graph
     scales = {value.name for node in graph if node.op_type == "MatMulNBits" for value in node.inputs[2:4] if value is not None}
     halve_weights(model, [name for name in graph.initializers if name in scales or name.endswith(".basis")])
 
 
-def turn_weights(model: ir.Model) -> None:
-    """Weights that a Transpose alone looks at are stored turned, under their own name, when they are written: onnxscript's optimizer would
-    turn them all at once, in memory.
+def transpose_weights(model: ir.Model) -> None:
+    """Store weights that only a Transpose reads in transposed form, under their own name, transposed when they are written.
+
+    onnxscript's optimizer would transpose all of them at once, in memory.
     """
     graph = model.graph
     for name, value in list(graph.initializers.items()):
-        node, whole = _only_user(value), value.const_value
-        if node is None or node.op_type != "Transpose" or whole is None or len(whole.shape) != 2:
+        node, constant = _only_user(value), value.const_value
+        if node is None or node.op_type != "Transpose" or constant is None or len(constant.shape) != 2:
             continue
         del graph.initializers[name]
-        turned = ir.Value(name=name, const_value=_turned(whole, name))
-        graph.register_initializer(turned)
-        ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+        transposed = ir.Value(name=name, const_value=_transposed(constant, name))
+        graph.register_initializer(transposed)
+        ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
         graph.remove(node, safe=True)
 
 
-def _turned(whole: ir.TensorProtocol, name: str) -> ir.LazyTensor:
-    shape = ir.Shape(list(whole.shape.numpy())[::-1])
-    return ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(whole.numpy().T), name=name), dtype=whole.dtype, shape=shape, name=name)
+def _transposed(constant: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    shape = ir.Shape(list(constant.shape.numpy())[::-1])
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(constant.numpy().T), name=name), dtype=constant.dtype, shape=shape, name=name
+    )
 
 
 def halve_weights(model: ir.Model, names: Collection[str]) -> None:
-    """Store constants as fp16 behind a Cast, which onnxruntime folds when it loads; an embedding table's rows are cast behind its Gather.
-    Nothing is lost of what files keep in fp16. To be called after every pass that folds constants.
+    """Store constants in fp16 behind a Cast, which onnxruntime folds when it loads; rows of an embedding table are cast behind its Gather.
+
+    fp16 sources lose nothing, bf16 sources numbers below 6e-8. To be called after every pass that folds constants; a constant that fp16
+    cannot hold raises NumericsError when the graph is saved.
     """
     graph = model.graph
     for name in [name for name in graph.initializers if name in names]:
         value = graph.initializers[name]
-        whole, users = value.const_value, [use.node for use in value.uses()]
-        if whole is None or whole.dtype != ir.DataType.FLOAT or not users:
+        constant, users = value.const_value, [use.node for use in value.uses()]
+        if constant is None or constant.dtype != ir.DataType.FLOAT or not users:
             continue
         del graph.initializers[name]
-        half = ir.Value(name=name, const_value=_halved(whole, name))
+        half = ir.Value(name=name, const_value=_halved(constant, name))
         graph.register_initializer(half)
         table = users[0].op_type == "Gather" and len(users) == 1 and users[0].inputs[0] is value
         cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT.value})
@@ -144,27 +153,22 @@ def halve_weights(model: ir.Model, names: Collection[str]) -> None:
             ir.convenience.replace_all_uses_with(value, cast.outputs[0])
 
 
-def _halved(whole: ir.TensorProtocol, name: str) -> ir.LazyTensor:
-    return ir.LazyTensor(
-        lambda: ir.tensor(whole.numpy().astype(np.float16), name=name),
-        dtype=ir.DataType.FLOAT16,
-        shape=ir.Shape(list(whole.shape.numpy())),
-        name=name,
-    )
+def _halved(constant: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    def get() -> ir.TensorProtocol:
+        weight = torch.from_numpy(np.require(constant.numpy(), requirements="W"))
+        return ir.tensor(to_half(weight, name.removeprefix("net.")).numpy(), name=name)
+
+    return ir.LazyTensor(get, dtype=ir.DataType.FLOAT16, shape=ir.Shape(list(constant.shape.numpy())), name=name)
 
 
 def _fits(linear: Linear, q: QuantizedLinear) -> bool:
-    blocks = -(-linear.k // q.group)
-    return tuple(q.codes.shape) == (linear.n, blocks, q.group * q.bits // 8) and tuple(q.scales.shape) == (linear.n, blocks)
-
-
-def whole_rows(q: QuantizedLinear) -> bool:
-    """Whether each output has a single scale and nothing else, so that its product is one of integers."""
-    return q.bits == 8 and q.zeros is None and q.group == q.k
+    groups = -(-linear.k // q.group)
+    codes, scales = (linear.n, groups, q.group * q.bits // 8), (linear.n, groups)
+    return q.k == linear.k and tuple(q.codes.shape) == codes and tuple(q.scales.shape) == scales
 
 
 def _replace(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> None:
-    node = _integer_node(graph, name, linear, q) if whole_rows(q) else _nbits_node(graph, name, linear, q, accuracy_level)
+    node = _integer_node(graph, name, linear, q) if q.channel else _nbits_node(graph, name, linear, q, accuracy_level)
     result = node.outputs[0]
     result.shape, result.type, result.name = linear.out.shape, linear.out.type, linear.out.name  # it may be the graph's output
     graph.insert_before(linear.nodes[0], node)
@@ -185,7 +189,7 @@ def _nbits_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, 
 
 
 def _integer_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear) -> ir.Node:
-    """Activations get one scale and zero point a call, weights are signed: unsigned ones take twice as long (docs/device.md)."""
+    """Activations get one scale and zero point per call. Weights are signed: unsigned ones take twice as long (docs/device.md)."""
     signed = np.ascontiguousarray((q.codes[:, 0].numpy().astype(np.int16) - 128).astype(np.int8).T)
     parts = {"codes": signed, "scales": q.scales[:, 0].numpy()}
     inputs: list[ir.Value | None] = [linear.x, *(_constant(graph, f"{name}.{part}", value) for part, value in parts.items())]

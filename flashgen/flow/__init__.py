@@ -1,0 +1,1 @@
+"""Rectified-flow algebra: sigma grids, conversions, ODE steps; no networks."""

@@ -11,22 +11,22 @@ def shift(u: float, k: float) -> float:
 
 
 def unshift(sigma: float, k: float) -> float:
-    """The inverse of `shift`: what to hand to a diffusers scheduler, which shifts every list it is given."""
+    """Inverse of `shift`. A diffusers scheduler shifts every list of sigmas that it is given, so it gets unshifted ones."""
     return sigma / (k - (k - 1) * sigma)
 
 
 def shifted_grid(n: int, k: float) -> list[float]:
     """`n` evaluations at shift(1), shift((n-1)/n), ..., shift(1/n), then 0; n = 4, k = 3: 1, .9, .75, .5, 0 (our choice).
 
-    Of teachers and students alike, so that a grid nests in every one of a multiple of its steps.
+    Teachers and students share this rule, so a grid is a subset of every grid with a multiple of its steps.
     """
     return [shift(i / n, k) for i in range(n, 0, -1)] + [0.0]
 
 
 def check_nested(nodes: list[float], fine: list[float]) -> None:
-    """Raises UsageError when the teacher, which steps through `fine`, skips one of the student's `nodes`."""
-    if missed := [f"{node:.3g}" for node in nodes if node not in fine]:
-        skipped = f"distill.trajectory.teacher_steps={len(fine) - 1} skips the student's sigma {', '.join(missed)}"
+    """Raises UsageError when `fine`, the grid of the trajectories that a student learns, lacks one of the student's `nodes`."""
+    if missing := [f"{node:.3g}" for node in nodes if node not in fine]:
         raise UsageError(
-            f"{skipped}; --set distill.trajectory.teacher_steps=N with the N that it, or the student that it followed, was distilled with"
+            f"distill.trajectory.teacher_steps={len(fine) - 1} skips the student's sigma {', '.join(missing)}; "
+            "--set distill.trajectory.teacher_steps=N with the N that the student, or the one that it started from, was distilled with"
         )

@@ -14,38 +14,38 @@ def euler(
     velocity: Callable[[Array, float, int], Array],
     sigmas: Sequence[float],
     scales: Sequence[tuple[float, float]] | None = None,
-    watch: Callable[[int, Array], None] | None = None,
+    callback: Callable[[int, Array], None] | None = None,
 ) -> Array:
     """Integrate dx/dsigma = velocity(x, sigma, index) over consecutive `sigmas`; returns x at the last one.
 
-    `scales`, one pair (a, b) a step, makes the step a x + b (sigma' - sigma) v (Q-Sched, 2509.01624); none is (1, 1).
-    `watch` is shown (index, x0) at every step: where its velocity leads, x - sigma v.
+    `scales`, one pair (a, b) per step, makes a step a x + b (sigma' - sigma) v (Q-Sched, 2509.01624); None: (1, 1) for all.
+    `callback` is called at every step with (index, x - sigma v), the estimate of x0.
     """
     state: Any = x
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        moved: Any = velocity(state, sigma, index)
-        if watch is not None:
-            watch(index, state - sigma * moved)
+        v: Any = velocity(state, sigma, index)
+        if callback is not None:
+            callback(index, state - sigma * v)
         if scales is None:
-            state = state + (sigma_next - sigma) * moved
+            state = state + (sigma_next - sigma) * v
         else:
-            state = scales[index][0] * state + (scales[index][1] * (sigma_next - sigma)) * moved
+            state = scales[index][0] * state + (scales[index][1] * (sigma_next - sigma)) * v
     return state  # type: ignore[no-any-return]
 
 
-def second_order(v: Array, step: float, before: tuple[Array, float] | None) -> Array:
-    """Average velocity over a step of length `step` that begins with `v`, to second order: Adams-Bashforth with steps of any length.
+def second_order(v: Array, step: float, previous: tuple[Array, float] | None) -> Array:
+    """Average velocity over a step of length `step` that starts with velocity `v`, to second order (Adams-Bashforth, variable steps).
 
-    `before` is (v, length) of the step before; without one, at the start, it is `v`. Costs no evaluation more than Euler's method.
+    `previous` is (v, length) of the step before. Without one, the result is `v`. Costs no more evaluations than Euler's method.
     """
-    if before is None:
+    if previous is None:
         return v
-    now: Any = v
-    ahead: Array = now + (step / (2 * before[1])) * (now - before[0])
-    return ahead
+    current: Any = v
+    average: Array = current + (step / (2 * previous[1])) * (current - previous[0])
+    return average
 
 
 def guide(unconditional: Array, conditional: Array, weight: float) -> Array:
-    """Classifier-free guidance u + w (c - u); w = 1 is no guidance (SD3's `guidance_scale`)."""
+    """Classifier-free guidance u + w (c - u), as diffusers' `guidance_scale`; w = 1 is no guidance."""
     u: Any = unconditional
     return u + weight * (conditional - u)  # type: ignore[no-any-return]

@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from flashgen import errors
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import FlashgenError, MachineError
-from flashgen.timing import Laps, peak_rss_mib
+from flashgen.runtime.memory import peak_rss_mib
+from flashgen.runtime.timing import Laps
+
+NOT_ENCODING = {"load", "step", "decode", "transformer", "vae_decoder", "vae_encoder"}  # all other laps are text encoders
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,11 @@ class Job:
     warmup: int
     repeats: int
     batch: int
+    engine: str = "onnxruntime"  # of exported artifacts
 
 
 def measure_apart(job: Job, folder: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """Run `job` in a fresh process; (engine, steps, latency_s, peak_rss_mib) and the pictures. Errors come back as they were raised."""
+    """Run `job` in a fresh process: (engine, steps, latency_s, peak_rss_mib) and the pictures. Errors are raised as they were there."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(asdict(job)))
     search = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -51,16 +55,16 @@ def measure_apart(job: Job, folder: Path) -> tuple[dict[str, Any], NDArray[np.ui
 
 
 def measure(job: Job) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """The same in this process."""
+    """Measure in this process: (engine, steps, latency_s, peak_rss_mib) and the pictures."""
     source = open_artifact(job.artifact)
     laps = Laps()
-    draw = _device(source, laps) if source.manifest.kind == "device" else _torch(source, laps)
+    draw = _device(source, laps, job.engine) if source.manifest.kind == "device" else _torch(source, laps)
     singles = [job.prompts[i % len(job.prompts)] for i in range(job.warmup + job.repeats)]
     draw(singles, [0] * len(singles), 1)
     assert source.manifest.sampler is not None
     steps = len(source.manifest.sampler.sigmas) - 1
     result = {
-        "engine": "onnxruntime" if source.manifest.kind == "device" else "torch",
+        "engine": job.engine if source.manifest.kind == "device" else "torch",
         "steps": steps,
         "latency_s": summarise(laps, steps, job.warmup, job.repeats),
         "peak_rss_mib": peak_rss_mib(),
@@ -68,17 +72,19 @@ def measure(job: Job) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     return result, draw(job.prompts, job.seeds, job.batch)
 
 
-def _device(source: Artifact, laps: Laps) -> Any:
-    import onnxruntime  # noqa: F401  importing is no part of "load"
+def _device(source: Artifact, laps: Laps, engine: str) -> Any:
+    from importlib import import_module
 
     from flashgen.device.sampler import DevicePipeline
 
-    pipeline = DevicePipeline(source, laps=laps)
+    pipeline = DevicePipeline(source, laps=laps, engine=engine)
+    import_module(engine)  # importing is no part of "load"
     return lambda prompts, seeds, batch: pipeline.sample(prompts, seeds, batch=batch)
 
 
 def _torch(source: Artifact, laps: Laps) -> Any:
-    from flashgen.models.sample import load_pipeline, sample
+    from flashgen.models.pipeline import load_pipeline
+    from flashgen.models.sample import sample
 
     with laps.lap("load"):
         pipe = load_pipeline(source.path)
@@ -86,13 +92,13 @@ def _torch(source: Artifact, laps: Laps) -> Any:
 
 
 def summarise(laps: Laps, steps: int, warmup: int, repeats: int) -> dict[str, float]:
-    """Seconds a picture after `warmup` ones: medians of encode, step and decode, 95th percentile of step, median of their sum.
+    """Seconds per picture after `warmup` ones: medians of encode, step and decode, 95th percentile of step, median of their sum.
 
-    load is the sum over all networks, without imports. Text encoders count for the prompt alone, a step for both passes of guidance.
+    load is the sum over all networks, without imports. A step counts both passes of guidance; encode is the prompt's alone.
     """
     seconds = laps.seconds
     count = warmup + repeats
-    encode = np.sum([v[:count] for k, v in seconds.items() if k == "encode" or k.startswith("text_encoder")], 0)[warmup:]
+    encode = np.sum([values[:count] for name, values in seconds.items() if name not in NOT_ENCODING], 0)[warmup:]
     step = np.reshape((seconds["step"] or seconds["transformer"])[: count * steps], (count, steps))[warmup:]
     decode = np.asarray((seconds["decode"] or seconds["vae_decoder"])[:count])[warmup:]
     found = {
@@ -107,6 +113,7 @@ def summarise(laps: Laps, steps: int, warmup: int, repeats: int) -> dict[str, fl
 
 
 def main(job_file: Path) -> None:
+    """Measure the job in `job_file`; result.json and images.npy go beside it."""
     try:
         result, images = measure(Job(**json.loads(job_file.read_text())))
         np.save(job_file.with_name("images.npy"), images)

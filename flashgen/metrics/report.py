@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SMALL_PX = 256  # pictures up to this side are shown at twice their size
 MARGIN, HEAD, GUTTER = 4, 44, 92  # pixels: between pictures, for prompts above, for labels on the left
 
 
 def short_names(refs: list[str]) -> list[str]:
-    """`refs` without the folders that all paths among them lie in, as far as names stay apart; the embedded teacher's name is no path."""
+    """`refs` without the folders that all paths share, as long as the names stay different; a world's name is no path."""
     paths = [PurePath(ref) for ref in refs]
     folders = [path.parent for path in paths if len(path.parts) > 1]
     if len(folders) < 2 or len({folder.is_absolute() for folder in folders}) > 1:
@@ -27,11 +28,12 @@ def short_names(refs: list[str]) -> list[str]:
 
 
 def contact_sheet(rows: list[list[NDArray[np.uint8]]], labels: list[str], path: Path, prompts: list[str]) -> None:
-    """A PNG with one row a label and one column a prompt; small pictures are enlarged without smoothing."""
+    """Write a PNG with one row per label and one column per prompt; small pictures are enlarged without smoothing."""
     from PIL import Image, ImageDraw, ImageFont
 
-    side = max(image.shape[0] for row in rows for image in row)
-    cell = side * (2 if side <= 256 else 1)
+    side = max(max(image.shape[:2]) for row in rows for image in row)
+    scale = 2 if side <= SMALL_PX else 1
+    cell = side * scale
     font = ImageFont.load_default(10)
     sheet = Image.new("RGB", (GUTTER + len(prompts) * (cell + MARGIN), HEAD + len(rows) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -42,14 +44,15 @@ def contact_sheet(rows: list[list[NDArray[np.uint8]]], labels: list[str], path: 
         top = HEAD + index * (cell + MARGIN)
         draw.text((4, top + cell // 2 - 12), "\n".join(textwrap.wrap(label, 15)), "black", font, spacing=2)
         for column, image in enumerate(row[: len(prompts)]):
-            scaled = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
+            height, width = image.shape[0] * scale, image.shape[1] * scale
+            scaled = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(scaled, (GUTTER + column * (cell + MARGIN), top))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """The bench rows on stderr, at most 80 columns wide; composition in percent."""
+    """Print the bench rows on stderr, at most 80 columns wide; scores in percent."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -59,7 +62,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
     for head in ("engine", "steps", "MiB", "load s", "step ms", "total s", "peak MiB", "score %"):
         table.add_column(head, justify="left" if head == "engine" else "right", no_wrap=True)
     for name, row in zip(short_names([row["artifact"] for row in results]), results, strict=True):
-        latency, score = row["latency_s"], row["quality"].get("composition", {}).get("overall")
+        latency, score = row["latency_s"], row["quality"].get("composition")
         table.add_row(
             name,
             {"onnxruntime": "ort"}.get(row["engine"], row["engine"]),
@@ -69,7 +72,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
             f"{1000 * latency['step_p50']:.1f}",
             f"{latency['total_p50']:.2f}",
             "-" if row["peak_rss_mib"] is None else f"{row['peak_rss_mib']:.0f}",
-            "-" if score is None else f"{100 * score:.1f}",
+            f"{100 * score['overall']:.1f}" if isinstance(score, dict) else "-",
         )
     console = Console(stderr=True)
     console.width = min(console.width, 80)

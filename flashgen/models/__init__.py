@@ -1,0 +1,1 @@
+"""Networks of diffusers-layout artifacts: loading, saving, sampling, sizes."""

@@ -1,4 +1,4 @@
-"""The networks of a pipeline as shapes without weights, and whether a folder's files fit them: headers only, gigabytes unread."""
+"""The networks of a pipeline as shapes without weights, and the check that a folder's files fit them. Only headers are read."""
 
 from __future__ import annotations
 
@@ -11,29 +11,24 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
 from accelerate.utils import OffloadedWeightsLoader
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import ModelMixin
 from torch import nn
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from flashgen import families
 from flashgen.errors import ArtifactError
+from flashgen.families.base import Family
 from flashgen.models.nf4 import STATE, unpack
 from flashgen.models.stream import header, read, tensor, tensor_files, weight_files
 
-KINDS: dict[str, Any] = {
-    "transformer": SD3Transformer2DModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModelWithProjection,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "text_encoder_3": T5EncoderModel,
-}
+LARGE_BYTES = 1 << 30  # weights above which a text encoder stays on disk
 MEND = "take it from its source again, or save it from diffusers in fp16, bf16 or fp32"
 
 
-def empty_network(folder: Path, name: str) -> nn.Module:
+def empty_network(folder: Path, name: str, family: Family) -> nn.Module:
     """Component `name` of the pipeline in `folder` from its config; weights on `meta`. Raises ArtifactError for a broken config."""
-    kind = KINDS[name]
+    kind = family.network_classes()[name]
     try:
-        if issubclass(kind, SD3Transformer2DModel | AutoencoderKL):
+        if issubclass(kind, ModelMixin):
             with torch.device("meta"):  # its position table too, 900 MB of SD3.5-Medium
                 network: Any = kind.from_config(kind.load_config(folder / name))
         else:
@@ -46,8 +41,13 @@ def empty_network(folder: Path, name: str) -> nn.Module:
     return made
 
 
+def is_large(folder: Path) -> bool:
+    """Return True if the weights of a network are more than `LARGE_BYTES`."""
+    return sum(path.stat().st_size for path in weight_files(folder)) > LARGE_BYTES
+
+
 def parameter_names(network: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
-    """Each parameter and all its names: files keep a tied one under one of them."""
+    """Each parameter and all its names; files keep a tied parameter under one of its names."""
     names: dict[int, tuple[nn.Parameter, list[str]]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), (parameter, []))[1].append(name)
@@ -55,48 +55,51 @@ def parameter_names(network: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
 
 
 def linears_of(network: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear by name, in the order of the network."""
+    """The Linear layers of a network by name, in order."""
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
 
 
 def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`network`, which has no weights, as one that reads those of a layer from `folder` when it runs, and drops them behind it."""
+    """`network`, made without weights: each layer reads its weights from `folder` when it runs, and drops them afterwards."""
     files = tensor_files(folder)
     index: dict[str, dict[str, str]] = {}
     for _, names in parameter_names(network):
-        own = next(name for name in names if name in files)
-        entry = {"safetensors_file": str(files[own]), "weight_name": own, "dtype": str(dtype).removeprefix("torch.")}
+        stored = next(name for name in names if name in files)
+        entry = {"safetensors_file": str(files[stored]), "weight_name": stored, "dtype": str(dtype).removeprefix("torch.")}
         index |= dict.fromkeys(names, entry)
     nn.Module.to(network, dtype)  # diffusers' own warns of modules that it does not have
     for name, buffer in list(network.named_buffers()):
         if buffer.is_meta:  # the transformer's position table
-            module, _, own = name.rpartition(".")
-            setattr(network.get_submodule(module), own, tensor(files[name], name).to(dtype))
+            module, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(module), attribute, tensor(files[name], name).to(dtype))
     attach_align_device_hook(network, execution_device="cpu", offload=True, weights_map=OffloadedWeightsLoader(index=index))
     return network
 
 
 def with_nf4(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`network`, which has no weights, with those of `folder`, where Linears are NF4 codes."""
-    found = {name: value for path in weight_files(folder) for name, value in read(path)}
-    coded = [name.removesuffix(f".weight.{STATE}") for name in found if name.endswith(STATE)]
+    """`network`, made without weights, filled from `folder`, where Linear layers are stored as NF4 codes."""
+    tensors = {name: value for path in weight_files(folder) for name, value in read(path)}
+    coded = [name.removesuffix(f".weight.{STATE}") for name in tensors if name.endswith(STATE)]
     for layer in coded:
-        parts = {name.removeprefix(f"{layer}."): found.pop(name) for name in list(found) if name.startswith(f"{layer}.weight")}
-        found[f"{layer}.weight"] = unpack(parts)
+        parts = {name.removeprefix(f"{layer}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{layer}.weight")}
+        tensors[f"{layer}.weight"] = unpack(parts)
     try:
-        network.load_state_dict({name: value.to(dtype) for name, value in found.items()}, assign=True)
+        network.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, assign=True)
     except RuntimeError as error:
         raise ArtifactError(f"{folder}: its NF4 codes do not fit its config ({error}); {MEND}") from error
     return network
 
 
 def has_nf4(folder: Path) -> bool:
+    """Return True if a network is stored as NF4 codes."""
     return any(name.endswith(STATE) for path in weight_files(folder) for name in header(path)[0])
 
 
-def check_networks(folder: Path) -> dict[str, nn.Module]:
-    """Every network of the pipeline in `folder`, without weights. Raises ArtifactError, with one clear sentence, when it is no SD3
-    pipeline, or when files are missing, of a foreign type, or hold other tensors than the configs ask for.
+def check_networks(folder: Path) -> tuple[Family, dict[str, nn.Module]]:
+    """The model family of the pipeline in `folder`, and its networks without weights.
+
+    Raises ArtifactError, with one clear sentence, when no family loads such a pipeline, or when files are missing, of a foreign type,
+    or hold other tensors than the configs ask for.
     """
     if not (folder / "model_index.json").is_file():
         raise ArtifactError(f"{folder} has no model_index.json; give a diffusers pipeline folder")
@@ -104,14 +107,16 @@ def check_networks(folder: Path) -> dict[str, nn.Module]:
         index = json.loads((folder / "model_index.json").read_text())
         name = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder} does not load as an SD3 pipeline ({error!r}); give a diffusers pipeline folder") from error
-    if name != "StableDiffusion3Pipeline":
-        raise ArtifactError(f"{folder} is a {name}; flashgen takes StableDiffusion3Pipeline (SD3 and SD3.5, Medium and Large)")
-    parts = [part for part in KINDS if part != "text_encoder_3" or (index.get(part) or [None])[0] is not None]
-    networks = {part: empty_network(folder, part) for part in parts}
+        raise ArtifactError(f"{folder} does not load as a pipeline ({error!r}); give a diffusers pipeline folder") from error
+    family = families.of_pipeline(str(name))
+    if family is None:
+        known = "; ".join(f"{other.pipeline_class} ({other.models})" for other in map(families.get, families.names()))
+        raise ArtifactError(f"{folder} is a {name}; flashgen takes {known}")
+    parts = [part for part in family.networks if part not in family.optional or (index.get(part) or [None])[0] is not None]
+    networks = {part: empty_network(folder, part, family) for part in parts}
     for part, network in networks.items():
         _check(folder / part, network)
-    return networks
+    return family, networks
 
 
 def _check(folder: Path, network: nn.Module) -> None:

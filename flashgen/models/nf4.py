@@ -1,7 +1,7 @@
-"""NF4 as bitsandbytes writes it and diffusers reads it (QLoRA, 2305.14314): sixteen levels, an fp32 scale for 64 weights.
+"""NF4 as bitsandbytes writes it and diffusers reads it (QLoRA, 2305.14314): sixteen levels, one fp32 scale per 64 weights.
 
 Beside `weight`, uint8 [K N / 2, 1] with the first of two codes in the high bits, a layer has `weight.absmax`, `weight.quant_map` and
-`weight.quant_state.bitsandbytes__nf4`, the bytes of a JSON with blocksize and shape.
+`weight.quant_state.bitsandbytes__nf4`, the bytes of a JSON text with blocksize and shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 def pack(weight: Tensor) -> dict[str, Tensor]:
-    """The tensors of a layer's `weight` [N, K], by what follows the layer's name and a dot. Wants bitsandbytes."""
+    """The NF4 tensors of a layer's `weight` [N, K], by the part of their names behind the layer's name. Needs bitsandbytes."""
     from bitsandbytes.functional import quantize_4bit
 
     codes, state = quantize_4bit(weight.float().contiguous(), blocksize=BLOCK, quant_type="nf4")
@@ -27,7 +27,10 @@ def pack(weight: Tensor) -> dict[str, Tensor]:
 
 
 def unpack(stored: Mapping[str, Tensor]) -> Tensor:
-    """fp32 [N, K] of what `pack` made; without bitsandbytes. Raises ArtifactError for what no NF4 layer is."""
+    """The weight [N, K] in fp32 of the tensors that `pack` returns, without bitsandbytes.
+
+    Raises ArtifactError for tensors that are no NF4 layer, and for double quantization.
+    """
     try:
         codes, levels, scales = (stored[name] for name in ("weight", "weight.quant_map", "weight.absmax"))
         if codes.dtype != torch.uint8 or not scales.is_floating_point() or "weight.nested_absmax" in stored:

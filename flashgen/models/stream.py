@@ -1,4 +1,4 @@
-"""Safetensors one tensor at a time, in plain reads and writes: a memory map counts every page it has touched as resident."""
+"""Safetensors one tensor at a time, by plain reads and writes: a memory map would count every touched page as resident memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """({name: {dtype, shape, data_offsets}} in the order of the data, where the data begins); raises ArtifactError for a broken file."""
+    """({name: {dtype, shape, data_offsets}} in the order of the data, offset of the data). Raises ArtifactError for a broken file."""
     try:
         with safe_open(path, "pt"):  # checks the header: bounds, overlaps, types
             pass
@@ -40,17 +40,17 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a file."""
+    """Tensor `name` of a file."""
     with safe_open(path, "pt") as file:
-        found: Tensor = file.get_tensor(name)
-    return found
+        value: Tensor = file.get_tensor(name)
+    return value
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a network, sorted: those that its index names, or all. Raises ArtifactError for one that is missing."""
+    """The safetensors files of a network, sorted: the files that its index names, or all. Raises ArtifactError for a missing one."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
-    found = sorted(folder.glob("*.safetensors"))
-    found = [path for path in found if ".fp16" not in path.name] or found  # a variant beside the plain files is a second copy
+    files = sorted(folder.glob("*.safetensors"))
+    files = [path for path in files if ".fp16" not in path.name] or files  # a variant beside the plain files is a second copy
     if indices:
         try:
             names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
@@ -61,21 +61,21 @@ def weight_files(folder: Path) -> list[Path]:
             raise ArtifactError(
                 f"{folder} lacks {missing[0]}, one of the {len(names)} shards that its index names; take it from its source again"
             )
-        found = [folder / str(name) for name in names]
-    if not found:
+        files = [folder / str(name) for name in names]
+    if not files:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".gguf", ".bin", ".pt", ".ckpt", ".onnx"))
         what = f"holds {others[0]}, which flashgen does not read" if others else "has no safetensors weights"
         raise ArtifactError(f"{folder} {what}; save the pipeline from diffusers with safe_serialization=True")
-    return found
+    return files
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Where each tensor of a network is."""
+    """File of each tensor of a network, by name."""
     return {name: path for path in weight_files(folder) for name in header(path)[0]}
 
 
 def read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor), one after the other as they lie in the file."""
+    """Yield (name, tensor) in the order of the file."""
     entries, start = header(path)
     with path.open("rb") as file:
         for name, entry in entries.items():
@@ -84,7 +84,7 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, read when called."""
+    """Handle of a tensor in a file; calling it reads the tensor."""
 
     path: Path
     start: int
@@ -92,20 +92,22 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
         return tuple(self.entry["shape"])
 
     def __call__(self) -> Tensor:
+        """The tensor, read from its file."""
         with self.path.open("rb") as file:
             return _tensor(file, self.start, self.entry)
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a network's files by name, none of them read."""
-    found: dict[str, Stored] = {}
+    """Handles of all tensors of a network, by name."""
+    handles: dict[str, Stored] = {}
     for path in weight_files(folder):
         entries, start = header(path)
-        found |= {name: Stored(path, start, entry) for name, entry in entries.items()}
-    return found
+        handles |= {name: Stored(path, start, entry) for name, entry in entries.items()}
+    return handles
 
 
 def _tensor(file: BufferedReader, start: int, entry: dict[str, Any]) -> Tensor:
@@ -118,7 +120,7 @@ def _tensor(file: BufferedReader, start: int, entry: dict[str, Any]) -> Tensor:
 
 
 def write(path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """`tensors` in the order of `shapes`, which says what they will be: a header comes first."""
+    """Write `tensors` in the order of `shapes`, from which the header in front of them is made."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in shapes.items():

@@ -1,0 +1,1 @@
+"""Losses: predictions in, losses out."""

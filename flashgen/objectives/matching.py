@@ -1,10 +1,10 @@
-"""Distribution matching (DMD, DMD2) as two terms that can be weighed, placed and normalised apart (Decoupled DMD).
+"""Distribution matching (DMD, DMD2) as two terms that are weighted, placed and normalised apart (Decoupled DMD).
 
-    x0_proxy - x0_guided  =  (x0_proxy - x0_c)  +  (1 - guidance) (x0_c - x0_u)
-                                matching              augmentation
+    x0_fake_score - x0_guided  =  (x0_fake_score - x0_c)  +  (1 - guidance) (x0_c - x0_u)
+                                       matching                 augmentation
 
-`x0_c` and `x0_u` are the teacher's estimates with the prompt and with the empty one; the proxy is never guided.
-Every estimate is [B, C, H, W]; terms and directions are float32 and carry no gradient.
+`x0_c` and `x0_u` are the teacher's estimates with the prompt and with the empty one; the fake score is never guided.
+Every estimate is [B, C, h, w]; terms and directions are float32 and carry no gradient.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def matching_term(x0_teacher: Tensor, x0_proxy: Tensor) -> Tensor:
-    """From where the teacher would go to where the student's own model goes; zero when the two distributions agree (DMD eq. 7)."""
-    return (x0_proxy - x0_teacher).float().detach()
+def matching_term(x0_teacher: Tensor, x0_fake_score: Tensor) -> Tensor:
+    """x0_fake_score - x0_teacher: zero when the student's distribution is the teacher's (DMD eq. 7)."""
+    return (x0_fake_score - x0_teacher).float().detach()
 
 
 def augmentation_term(x0_teacher: Tensor, x0_unconditional: Tensor, guidance: float) -> Tensor:
-    """What guidance adds to the matching term; needs no proxy (Decoupled DMD)."""
+    """(1 - guidance) (x0_c - x0_u): what guidance adds to the matching term; needs no fake score (Decoupled DMD)."""
     return ((1 - guidance) * (x0_teacher - x0_unconditional)).float().detach()
 
 
 def distance(x0_student: Tensor, x0_teacher: Tensor) -> Tensor:
-    """mean |x0_student - x0_teacher| of each sample, [B, 1, 1, 1]: DMD's normaliser."""
+    """Mean |x0_student - x0_teacher| per sample, [B, 1, 1, 1]: DMD's normaliser."""
     return (x0_student - x0_teacher).float().abs().mean(dim=(1, 2, 3), keepdim=True).detach()
 
 
 def normalise(term: Tensor, scale: Tensor, *, floor: float) -> Tensor:
-    """term / max(scale, floor) (DMD eq. 8); `floor` > 0 keeps the division from exploding where student and teacher agree."""
+    """term / max(scale, floor) (DMD eq. 8); `floor` > 0 bounds the result where student and teacher agree."""
     return term / scale.clamp_min(floor)
 
 

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022): round column by column, and let those to come make up for each error. Tensors in, tensors out."""
+"""GPTQ (Frantar et al. 2022): round column by column, and correct each error in the columns behind it. Tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from flashgen.errors import NumericsError
 from flashgen.quant.pack import QuantizedLinear
 from flashgen.quant.rounding import assemble, best_range, grouped, round_to
 
-BLOCK = 128  # columns whose errors reach the others together
-DAMP = 0.01  # of the mean diagonal, added to it (the paper's)
+BLOCK = 128  # columns whose errors are passed on to the columns behind the block in one product
+DAMP = 0.01  # share of the mean diagonal that is added to the diagonal (as in the paper)
 
 
 def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, symmetric: bool) -> QuantizedLinear:
     """Codes of `weight` [N, K] for inputs with second moments `hessian` [K, K] (any positive scale).
 
-    The loudest inputs go first, so that the quiet ones make up for their errors; ranges are those of least squared error of the
-    weights as they were, so that groups stay what MatMulNBits takes (GPTQ's act-order with static groups). Inputs that never fired
-    are rounded to nearest. Raises NumericsError when a weight or a moment is not finite.
+    Inputs are rounded in the order of their moments, the largest first, so that errors move to inputs that matter less. The range of a
+    group is that of least squared error of the unchanged weights, so groups keep the layout of MatMulNBits (GPTQ's act-order with static
+    groups). Inputs that are always 0 are rounded to nearest. Raises NumericsError when a weight or a moment is not finite.
     """
     groups = grouped(weight, bits, group)
     if not bool(torch.isfinite(hessian).all()):
@@ -44,7 +44,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, symmetric: bool
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse; its row i says how the error of column i spreads to those behind."""
+    """Upper Cholesky factor of the damped Hessian's inverse; row i says how the error of column i spreads to the columns behind it."""
     diagonal = hessian.diagonal()
     damped = hessian + torch.diag(torch.where(diagonal > 0, DAMP * diagonal.mean(), diagonal.mean().clamp_min(1e-12)))
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)

@@ -1,8 +1,8 @@
 """Group-wise weights of 2, 3, 4 and 8 bits in the layout of onnxruntime's MatMulNBits: packing and its inverse.
 
 A weight [N, K] is cut into groups of `group` inputs (the last one padded with zeros). Its value is scale * (code - zero)
-with code in 0..2^bits-1; zero is 2^(bits-1) for symmetric groups. Codes are packed low bits first, 3 bits across bytes, which
-MatMulNBits does not know: `as_bits` gives them a wider home for the graph.
+with code in 0..2^bits-1; zero is 2^(bits-1) for symmetric groups. Codes are packed low bits first, 3 bits across bytes, a layout that
+MatMulNBits lacks: `as_bits` widens them for the graph.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """`codes` uint8 [N, K/g, g*bits/8], `scales` fp32 [N, K/g] that fp16 holds exactly; `zeros` packed uint8 [N, ceil(K/g * bits / 8)],
-    or fp32 [N, K/g] that fp16 holds (HQQ's are no whole numbers), or None if symmetric."""
+    """Codes of a weight [N, K] in G = ceil(K / group) groups per row.
+
+    `codes` are uint8 [N, G, group * bits / 8]; `scales` are fp32 [N, G], numbers that fp16 holds exactly; `zeros` are packed uint8
+    [N, ceil(G * bits / 8)], or fp32 [N, G] that fp16 holds (HQQ's are fractions), or None for symmetric groups. `channel` says that one
+    scale per row was asked for, so that products may round their activations and multiply integers; a row that happens to be one group
+    does not allow that.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -25,10 +30,11 @@ class QuantizedLinear:
     bits: int
     group: int
     k: int
+    channel: bool = False
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., n] to bytes [..., ceil(n * bits / 8)], the first code in the lowest bits; what is left over is 0."""
+    """Pack uint8 codes [..., n] into bytes [..., ceil(n * bits / 8)], the first code in the lowest bits; unused bits are 0."""
     if bits == 3:  # eight codes in three bytes
         padded = pad(codes, (0, -codes.shape[-1] % 8))
         eight = padded.reshape(*padded.shape[:-1], -1, 8).int()
@@ -44,7 +50,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `pack`: the first `n` codes of each row."""
+    """The first `n` codes of each row; inverse of `pack`."""
     if bits == 3:
         padded = pad(packed, (0, -packed.shape[-1] % 3))
         three = padded.reshape(*padded.shape[:-1], -1, 3).int()
@@ -62,21 +68,21 @@ def dequantize(q: QuantizedLinear) -> Tensor:
 
 
 def zeros_of(q: QuantizedLinear) -> Tensor:
-    """Zero points as floats, [N, K/g]."""
+    """Zero points as floats [N, G]."""
     if q.zeros is None:
         return torch.full_like(q.scales, 2.0 ** (q.bits - 1))
     return q.zeros if q.zeros.is_floating_point() else unpack(q.zeros, q.bits, q.scales.shape[1]).float()
 
 
 def as_bits(q: QuantizedLinear, bits: int) -> QuantizedLinear:
-    """The same weight with each code in a wider home: 3-bit codes as 4-bit ones, for engines that know no 3."""
+    """The same weight with its codes stored in `bits` bits each, for engines without the narrower kind (3-bit codes as 4-bit ones)."""
     codes = pack(unpack(q.codes, q.bits, q.group), bits)
     if q.zeros is not None and q.zeros.is_floating_point():
         return replace(q, codes=codes, bits=bits)
-    zeros = zeros_of(q).to(torch.uint8)  # a symmetric zero is the middle of its own range, not of the wider one
+    zeros = zeros_of(q).to(torch.uint8)  # a symmetric zero is the middle of the narrow range, not of the wider one
     return replace(q, codes=codes, zeros=pack(zeros, bits), bits=bits)
 
 
 def as_half(values: Tensor) -> Tensor:
-    """Rounded to what the exported graph stores: half the bytes, so that groups may be half as long."""
+    """`values` in fp32, rounded to fp16: the exported graph stores scales in fp16, so that groups may be half as long."""
     return values.clamp(-65504, 65504).half().float()

@@ -1,4 +1,4 @@
-"""From weights to codes without data: nearest on the full range, on the range of least error, or on HQQ's. Tensors in, tensors out."""
+"""Codes of weights without data: rounded to nearest on the full range, on the range of least error, or HQQ. Tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ Method = Literal["none", "mse", "hqq"]
 # Shares of a group's range tried by the MSE search (our choice). Above 1: a symmetric group whose other end would be cut.
 SHRINK = torch.linspace(1.15, 0.55, 25).tolist()
 CHUNK = 1 << 18  # weights searched together: whole rows that stay in a processor's cache through all shares
-HQQ_ROUNDS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01  # of the published solver
+MIN_GROUP = 16  # the shortest group that MatMulNBits takes
+HQQ_ROUNDS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01  # as in the published solver
 
 
 def quantize_groups(weight: Tensor, bits: int, group: int, symmetric: bool, method: Method = "mse") -> QuantizedLinear:
     """Codes of `weight` [N, K], group by group; the range of a group by `method`.
 
     none   from its least to its greatest weight
-    mse    the share of that with the least squared error
-    hqq    the zero point of least |error|^0.7, which is no whole number (half-quadratic quantization, Badri and Shaji 2023)
+    mse    the share of that range with the least squared error
+    hqq    the full range with the zero point, a fraction, of least |error|^0.7 (half-quadratic quantization, Badri and Shaji 2023)
 
-    Raises NumericsError when a weight is not finite, ValueError for sizes that the layout has not.
+    Raises NumericsError when a weight is not finite, ValueError for sizes that the layout lacks.
     """
     if method == "hqq" and symmetric:
-        raise ValueError("hqq moves zero points, so it needs groups that have one; set symmetric to false")
+        raise ValueError("hqq moves zero points, and symmetric groups have none; set symmetric to false")
     rows = max(1, CHUNK // max(1, weight.shape[1]))
     parts = [_rounded(grouped(part, bits, group), bits, symmetric, method) for part in torch.split(weight, rows)]
-    codes, scales, zeros = (torch.cat(found) for found in zip(*parts, strict=True))
+    codes, scales, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
     return assemble(codes, scales, zeros, bits, symmetric, weight.shape[1])
 
 
 def _rounded(groups: Tensor, bits: int, symmetric: bool, method: Method) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 codes, scales and zeros of some rows."""
+    """uint8 codes [N, G, g], scales and zeros [N, G] of groups [N, G, g]."""
     scales, zeros = best_range(groups, bits, symmetric) if method == "mse" else full_range(groups, bits, symmetric, 1.0)
     if method == "hqq":
         zeros = _half_quadratic(groups, scales, zeros, bits)
@@ -44,8 +45,11 @@ def _rounded(groups: Tensor, bits: int, symmetric: bool, method: Method) -> tupl
 
 
 def grouped(weight: Tensor, bits: int, group: int) -> Tensor:
-    """[N, K] to fp32 groups [N, ceil(K / group), group], padded with zeros."""
-    if bits not in (2, 3, 4, 8) or group < 16 or (group & (group - 1) and group != weight.shape[1]):
+    """`weight` [N, K] as fp32 groups [N, ceil(K / group), group], padded with zeros.
+
+    Raises NumericsError when a weight is not finite, ValueError for sizes that the layout lacks.
+    """
+    if bits not in (2, 3, 4, 8) or group < MIN_GROUP or (group & (group - 1) and group != weight.shape[1]):
         raise ValueError(f"bits must be 2, 3, 4 or 8 and group a power of two >= 16 or a whole row, not {bits} and {group}")
     weight = weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
@@ -54,10 +58,10 @@ def grouped(weight: Tensor, bits: int, group: int) -> Tensor:
 
 
 def assemble(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, symmetric: bool, k: int) -> QuantizedLinear:
-    """Float codes [N, G, g], scales and zeros [N, G] as they are stored."""
-    whole = not bool((zeros != zeros.round()).any())
-    stored = None if symmetric else pack(zeros.to(torch.uint8), bits) if whole else zeros
-    return QuantizedLinear(pack(codes.to(torch.uint8), bits), scales, stored, bits, codes.shape[-1], k)
+    """Codes of a weight with `k` inputs from float codes [N, G, g], scales and zeros [N, G]."""
+    integers = not bool((zeros != zeros.round()).any())
+    packed_zeros = None if symmetric else pack(zeros.to(torch.uint8), bits) if integers else zeros
+    return QuantizedLinear(pack(codes.to(torch.uint8), bits), scales, packed_zeros, bits, codes.shape[-1], k)
 
 
 def round_to(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -96,7 +100,7 @@ def _error(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
 
 
 def _half_quadratic(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """Zeros [N, G] that fp16 holds: alternate a soft threshold of the error with the mean that is best for what is left."""
+    """Zeros [N, G] that fp16 holds: alternate a soft threshold, which takes outliers out of the error, with the best zero for the rest."""
     best, best_error, beta = zeros, torch.full_like(zeros, torch.inf), HQQ_BETA
     for _ in range(HQQ_ROUNDS):
         codes = round_to(groups, scales, zeros, bits)

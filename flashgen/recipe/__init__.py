@@ -1,0 +1,1 @@
+"""Recipe sections and their loader."""

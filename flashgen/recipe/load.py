@@ -17,6 +17,19 @@ from flashgen.recipe.schema import Recipe
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")  # installed from a wheel, run from a checkout
 MAX_BYTES = 1 << 20
+RENAMED = {  # settings of 0.2, and what they are called now
+    "t5_drop": "encoder_drop",
+    "watch_every": "validate_every",
+    "correction": "on_policy",
+    "proxy_target": "fake_score_target",
+    "proxy_coupling": "ida",
+    "proxy_lr": "fake_score_lr",
+    "proxy_muon_lr": "fake_score_muon_lr",
+    "proxy_updates": "fake_score_updates",
+    "proxy_warmup": "fake_score_warmup",
+    "basis_tolerance": "low_rank_tolerance",
+    "repair": "step_scales",
+}
 
 
 def load(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -32,6 +45,7 @@ def load(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def names() -> list[str]:
+    """Names of the recipes that flashgen brings."""
     return sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
 
 
@@ -67,6 +81,9 @@ def _read(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{path}: more than {MAX_BYTES} bytes, this is no recipe")
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise UsageError(f"{path}: not readable as YAML: {error.problem}{line}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -78,10 +95,11 @@ class _Loader(yaml.SafeLoader):
     """Plain data only; a key written twice is an error, since one of the two would have no effect."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {str(key.value)!r} is written twice", key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -114,7 +132,10 @@ def _explain(item: dict[str, Any], layers: list[tuple[str, dict[str, Any]]]) -> 
     source = next((name for name, data in reversed(layers) if _contains(data, loc)), layers[-1][0])
     field = ".".join(map(str, loc))
     if item["type"] != "extra_forbidden":
-        return f"{source}: {field}: {item['msg']} (got {item['input']!r})"
+        plain = isinstance(item["input"], str | int | float | bool | None)
+        return f"{source}: {field}: {item['msg']}" + (f" (got {item['input']!r})" if plain else "")
+    if (new := RENAMED.get(str(loc[-1]))) is not None:
+        return f"{source}: {field} is now called {'.'.join(map(str, (*loc[:-1], new)))}; write that instead"
     fields = list(_fields(loc[:-1]))
     close = difflib.get_close_matches(str(loc[-1]), fields, 1)
     return f"{source}: {field}: unknown key{f', did you mean {close[0]}?' if close else '.'} Known here: {', '.join(fields)}"

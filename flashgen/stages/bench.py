@@ -7,59 +7,82 @@ import os
 import platform
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flashgen.artifact.store import open_artifact
+from flashgen.artifact.store import Artifact
 from flashgen.errors import UsageError
 from flashgen.metrics.latency import Job, measure_apart
 from flashgen.metrics.report import contact_sheet, print_table, short_names
 from flashgen.progress import say, track
 from flashgen.recipe.schema import Recipe
-from flashgen.shapes.scene import prompt_set
-from flashgen.shapes.verify import composition
-from flashgen.stages.generate import sampler_of
+from flashgen.stages.inputs import open_input, sampler_of, world_of
+from flashgen.stages.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from flashgen.worlds.base import World
 
 SHEET_COLUMNS = 8
 
 
-def run(artifacts: list[str], out: Path | None, recipe: Recipe, seed: int, per_task: int | None = None) -> dict[str, Any]:
-    """Measure `artifacts` in the order given; {"results": [...]} as docs/commands.md has it.
+def bench(
+    artifacts: list[str], opened: list[Artifact], out: Path | None, recipe: Recipe, seed: int, per_task: int | None, engine: str
+) -> dict[str, Any]:
+    """Measure `opened`, named `artifacts`, in the order given; {"results": [...]} as docs/commands.md describes it.
 
-    Composition is judged on `per_task` prompts of each of the six tasks (default: the recipe's), prompt i drawn from seed + i,
-    the same for every artifact. With `out`, bench.json and contact-sheet.png are written there.
+    Prompt i is drawn from seed + i, the same for every artifact: `per_task` prompts per task of the artifacts' world, whose judge scores
+    them, or the recipe's own prompts, which nothing judges. With `out`, bench.json and contact-sheet.png are written there.
     """
-    if not artifacts:
-        raise UsageError("nothing to measure; name one or more artifacts, as in: flashgen bench artifacts/student artifacts/device")
-    opened = [open_artifact(ref) for ref in artifacts]
     for source in opened:
         sampler_of(source)
-    if out is not None:
-        _make(out)
     count = recipe.bench.per_task if per_task is None else per_task
-    if count < 1:
-        raise UsageError(f"--per-task {count} is out of range; use 1 or more")
-    requests = prompt_set(seed, count)
-    prompts = [r.caption() for r in requests]
+    world, prompts = prompts_for(opened, recipe, seed, count)
+    if out is not None:
+        _writable(out)
     seeds = [seed + i for i in range(len(prompts))]
     results, pictures = [], []
+    columns = slice(None, None, max(1, len(prompts) // SHEET_COLUMNS))
     for ref, source in track(list(zip(artifacts, opened, strict=True)), "bench", total=len(opened)):
-        job = Job(str(source.path), prompts, seeds, recipe.bench.warmup, recipe.bench.repeats, recipe.bench.batch)
+        job = Job(str(source.path), prompts, seeds, recipe.bench.warmup, recipe.bench.repeats, recipe.bench.batch, engine)
         with tempfile.TemporaryDirectory(prefix="flashgen-bench-") as folder:
-            found, images = measure_apart(job, Path(folder))
-        quality = {"composition": {k: round(v, 4) for k, v in composition(list(images), requests).items()}}
-        results.append({"artifact": str(ref), **found, "size_mib": round(source.size_bytes() / 2**20, 3), "quality": quality})
-        every = max(1, len(prompts) // SHEET_COLUMNS)
-        pictures.append(list(images[::every][:SHEET_COLUMNS]))
+            measured, images = measure_apart(job, Path(folder))
+        scores: Any = "not judged" if world is None else {k: round(v, 4) for k, v in world.judge(images, prompts).scores.items()}
+        quality = {"composition": scores}
+        results.append({"artifact": str(ref), **measured, "size_mib": round(source.size_bytes() / 2**20, 3), "quality": quality})
+        pictures.append(list(images[columns][:SHEET_COLUMNS]))
     print_table(results)
     if out is not None:
         settings = {"seed": seed, "per_task": count, **recipe.bench.model_dump(exclude={"per_task"})}
         (out / "bench.json").write_text(json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1) + "\n")
-        contact_sheet(pictures, short_names([str(ref) for ref in artifacts]), out / "contact-sheet.png", prompts[::every][:SHEET_COLUMNS])
+        contact_sheet(pictures, short_names(artifacts), out / "contact-sheet.png", prompts[columns][:SHEET_COLUMNS])
         say(f"written: {out / 'bench.json'}, {out / 'contact-sheet.png'}")
     return {"results": results}
 
 
-def _make(out: Path) -> None:
+def open_all(artifacts: list[str]) -> list[Artifact]:
+    """The artifacts to measure. Raises UsageError when there are none."""
+    if not artifacts:
+        raise UsageError("nothing to measure; name one or more artifacts, as in: flashgen bench artifacts/student artifacts/device")
+    return [open_input(ref) for ref in artifacts]
+
+
+def prompts_for(opened: list[Artifact], recipe: Recipe, seed: int, per_task: int) -> tuple[World | None, list[str]]:
+    """(judging world or None, prompts). Raises UsageError when the artifacts share no world and the recipe brings no prompts."""
+    names = {world.name if (world := world_of(source)) else None for source in opened}
+    world = world_of(opened[0]) if len(names) == 1 else None
+    if world is not None and per_task < 1:
+        raise UsageError(f"--per-task {per_task} is out of range; use 1 or more")
+    if world is not None:
+        return world, world.prompts(seed, per_task)
+    if recipe.prompts_file is not None:
+        return None, read_prompts(recipe.prompts_file, "prompts_file=")
+    outside = next(source.path for source in opened if world_of(source) is None)
+    raise UsageError(
+        f"{outside} belongs to no world that brings prompts and a judge; give a file with one prompt per line, --set prompts_file=FILE, or "
+        "name a recipe that has one, --recipe NAME|FILE"
+    )
+
+
+def _writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".probe").touch()
@@ -69,7 +92,7 @@ def _make(out: Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine that the numbers were measured on."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,91 +1,94 @@
-"""What quantize learns by running the student: rounding for its inputs, bits by damage, a shared adaLN basis, scales of its steps."""
+"""The part of quantize that runs the student: GPTQ on its inputs, bits by measured error, a shared adaLN basis, scales of its steps."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashgen.artifact.store import Artifact, Draft, open_artifact, versions
-from flashgen.device.memory import parse_bytes
-from flashgen.errors import UsageError
+from flashgen.artifact.draft import Draft
+from flashgen.artifact.store import open_artifact, versions
+from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say
-from flashgen.recipe.schema import QuantizeRecipe, Recipe
-from flashgen.stages.prompts import own_prompts
+from flashgen.quant.layer import Rounding, layer_bits, quantize_layer, stored_bytes
+from flashgen.recipe.compression import QuantizeRecipe
+from flashgen.stages.base import Stage
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
     from torch import Tensor, nn
 
-    from flashgen.artifact.manifest import Sampler
-    from flashgen.models.factored import Factored
+    from flashgen.families.base import Family
+    from flashgen.models.factored import SharedLowRank
+    from flashgen.models.pipeline import Pipeline
     from flashgen.quant.pack import QuantizedLinear
     from flashgen.training.calibration import Calibration
 
-CALIBRATION_STREAM = 16
+CALIBRATION_STREAM, CALIBRATION_SEED = 16, 4  # of the noise; added to the seed for the prompts
 
 
 @dataclass(frozen=True)
-class Found:
-    """What running the student taught: codes of every layer, adaLN layers that now have factors, scales of the steps."""
+class Calibrated:
+    """What the student's rollouts gave: codes of every layer, the adaLN layers that are factored now, scales of the steps."""
 
     codes: dict[str, QuantizedLinear] = field(default_factory=dict)
-    factored: dict[str, Factored] = field(default_factory=dict)
+    factored: dict[str, SharedLowRank] = field(default_factory=dict)
     scales: list[tuple[float, float]] | None = None
-    metrics: dict[str, object] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
-def calibrate(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, draft: Draft) -> Found:
-    """Everything that the recipe wants to know of the student; a resumed run reads what it has found in `draft.work`."""
-    from flashgen.models.factored import Factored
-    from flashgen.models.sample import load_pipeline
-    from flashgen.quant.layer import quantize_layer
-    from flashgen.training.calibration import quantize_in_order
+def calibrate(stage: Stage, draft: Draft, rounding: Rounding, protect: Sequence[str]) -> Calibrated:
+    """Run the student for everything that the recipe asks of it; a resumed run reads earlier results in `draft.work`."""
+    from flashgen.models.factored import SharedLowRank
+    from flashgen.models.pipeline import load_pipeline
 
-    pipe, config = load_pipeline(parent.path), recipe.quantize
-    calibration = _calibration(pipe, sampler, recipe, seed)
-    weights = sum(layer.weight.numel() for layer in calibration.layers.values())
-    metrics = _factor(calibration, config, draft.work) if config.basis_tolerance else {}
-    layers = calibration.layers
-    factored = {name: module for name, module in pipe.transformer.named_modules() if isinstance(module, Factored)}
-    spare = next((2 * layer.basis.numel() for layer in factored.values()), 0)
-    bits = {name: config.bits_of(name) for name in layers}
+    pipe, config = load_pipeline(stage.source.path), stage.recipe.quantize
+    calibration = _calibration(pipe, stage)
+    num_weights = sum(layer.weight.numel() for layer in calibration.layers.values())
+    metrics = _factor(calibration, stage.family, config, draft.work) if config.low_rank_tolerance else {}
+    factored = {name: module for name, module in pipe.transformer.named_modules() if isinstance(module, SharedLowRank)}
+    basis_bytes = next((2 * layer.basis.numel() for layer in factored.values()), 0)
+    bits = {name: layer_bits(name, config.bits, protect) for name in calibration.layers}
     if config.budget:
-        bits = _allocate(layers, calibration, config, weights, spare, draft)
+        budget = budget_bytes(config.budget, num_weights)
+        bits = _allocate(calibration, stage.family, config, rounding, (budget, basis_bytes, num_weights), draft)
 
-    def one(name: str, layer: nn.Linear, moments: dict[str, Tensor]) -> QuantizedLinear:
-        return quantize_layer(layer.weight, bits[name], config, moments.get(name))
+    def quantize(name: str, layer: nn.Linear, moments: Tensor | None) -> QuantizedLinear:
+        return quantize_layer(layer.weight, bits[name], rounding, moments)
 
-    done = quantize_in_order(layers, one, calibration if config.method == "gptq" else None, draft.work)
-    metrics["latent_error"] = calibration.damage() ** 0.5
-    scales = _repair(calibration, metrics) if config.repair else None
-    return Found(done, factored, scales, metrics)
+    codes = calibration.quantize_in_order(quantize, draft.work if config.method == "gptq" else None)
+    metrics["latent_error"] = calibration.latent_error() ** 0.5
+    scales = _fit_step_scales(calibration, metrics) if config.step_scales else None
+    return Calibrated(codes, factored, scales, metrics)
 
 
-def _calibration(pipe: StableDiffusion3Pipeline, sampler: Sampler, recipe: Recipe, seed: int) -> Calibration:
+def _calibration(pipe: Pipeline, stage: Stage) -> Calibration:
+    """Rollouts of the student on training prompts, with noise that depends on the seed."""
     import torch
 
+    from flashgen.models.prompts import encode_prompts
     from flashgen.models.sample import latent_shape
     from flashgen.randomness import generator
     from flashgen.training.calibration import Calibration
-    from flashgen.training.prompts import prompt_pool
+    from flashgen.training.prompts import training_prompts
 
-    count = recipe.quantize.prompts
-    pool = prompt_pool(pipe, count, seed + 4, sampler.t5_tokens, own=own_prompts(recipe))
-    noise = torch.randn((count, *latent_shape(pipe, sampler.size_px)), generator=generator(seed, CALIBRATION_STREAM))
-    return Calibration(pipe.transformer, pool.cond, noise, sampler.sigmas)
+    count, sampler = stage.recipe.quantize.prompts, stage.sampler
+    prompts = training_prompts(stage.world, stage.prompts, count, stage.seed + CALIBRATION_SEED)
+    noise = torch.randn((count, *latent_shape(pipe, sampler.size_px)), generator=generator(stage.seed, CALIBRATION_STREAM))
+    return Calibration(pipe.transformer, encode_prompts(pipe, prompts, sampler), noise, sampler.sigmas)
 
 
-def _factor(calibration: Calibration, config: QuantizeRecipe, work: Path) -> dict[str, object]:
-    """Put the student's adaLN layers on the smallest basis, in whole groups, whose damage the recipe tolerates, and say which.
+def _factor(calibration: Calibration, family: Family, config: QuantizeRecipe, work: Path) -> dict[str, Any]:
+    """Put the student's adaLN layers on the smallest shared basis whose error the recipe tolerates; returns the metrics.
 
-    It is fitted on half of the prompts and judged on the other half, once: codes of a resumed run belong to the same basis.
+    Ranks are whole groups. The basis is fitted on half of the prompts and judged on the other half. It is computed once: the codes of a
+    resumed run belong to the same basis.
     """
     import torch
 
-    from flashgen.models.factored import factor, modulations, put, shared_basis
-    from flashgen.training.loop import save_state
+    from flashgen.models.factored import factor, modulations, replace_layer, shared_basis
+    from flashgen.training.checkpoint import save_state
 
     student, path = calibration.student, work / "basis.pt"
     if path.exists():
@@ -93,95 +96,101 @@ def _factor(calibration: Calibration, config: QuantizeRecipe, work: Path) -> dic
         if saved["metrics"]["basis_rank"]:
             factor(student, saved["basis"], saved["ups"], saved["biases"])
         return dict(saved["metrics"])
-    layers, (fit, held) = modulations(student), calibration.halves
+    layers, (fit, held_out) = modulations(student, family), calibration.halves
+    assert layers and config.group != "channel"
     down, columns, mean = shared_basis([layer.weight for layer in layers.values()], calibration.inputs(next(iter(layers)), fit))
-    found: dict[str, Any] = {"metrics": {"basis_rank": 0}}
+    result: dict[str, Any] = {"metrics": {"basis_rank": 0}}
     tried: list[str] = []
-    assert config.group != "channel"
     for rank in range(config.group, len(down) // 2 + 1, config.group):
         basis = down[:, :rank].half().float()
         ups = {name: (layer.weight.double() @ columns[:, :rank]).float() for name, layer in layers.items()}
         lost = {name: layer.weight.double() - ups[name].double() @ basis.double().T for name, layer in layers.items()}
         biases = {name: (layer.bias.double() + lost[name] @ mean).float() for name, layer in layers.items()}
         factor(student, basis, ups, biases)
-        damage = calibration.damage(held)
-        tried.append(f"{damage:.1e} at {rank}")
-        if damage <= config.basis_tolerance:
-            found = {"basis": basis, "ups": ups, "biases": biases, "metrics": {"basis_rank": rank, "basis_damage": damage}}
-            say(f"adaLN on a shared basis of {rank} of {len(down)}: damage {damage:.1e} to the final latents of held-out prompts")
+        error = calibration.latent_error(held_out)
+        tried.append(f"{error:.1e} at {rank}")
+        if error <= config.low_rank_tolerance:
+            result = {"basis": basis, "ups": ups, "biases": biases, "metrics": {"basis_rank": rank, "basis_damage": error}}
+            say(f"adaLN on a shared basis of {rank} of {len(down)}: error {error:.1e} of the final latents of held-out prompts")
             break
         for name, layer in layers.items():
-            put(student, name, layer)
+            replace_layer(student, name, layer)
     else:
-        least, most = f"{config.basis_tolerance:g} or less", f"half of {len(down)} in groups of {config.group}"
-        results = ", ".join(tried) or "a group is wider than that"
-        say(f"adaLN stays whole: no shared basis of up to {most} does damage of {least} to the final latents ({results})")
-    save_state(found, path)
-    return dict(found["metrics"])
+        largest = f"up to half of {len(down)} in groups of {config.group}"
+        errors = ", ".join(tried) or "a group is wider than that"
+        say(f"adaLN stays whole: no shared basis of {largest} has an error of {config.low_rank_tolerance:g} or less ({errors})")
+    save_state(result, path)
+    return dict(result["metrics"])
 
 
 def _allocate(
-    layers: dict[str, nn.Linear], calibration: Calibration, config: QuantizeRecipe, weights: int, spare: int, draft: Draft
+    calibration: Calibration, family: Family, config: QuantizeRecipe, rounding: Rounding, sizes: tuple[float, int, int], draft: Draft
 ) -> dict[str, int]:
-    """Bits of each layer, by the damage that each group does alone, under the recipe's budget for a student of so many `weights`,
-    of which `spare` bytes are spent.
+    """Bits of each layer by the error that its group causes alone; `sizes` are (budget in bytes, bytes of the basis, number of weights).
 
-    The whole table goes into the artifact, and a plot of it.
+    The whole table and a plot of it go into the draft. Raises UsageError when the budget is below the smallest possible size.
     """
     from flashgen.metrics.plots import plot_allocation
     from flashgen.quant.allocate import allocate
-    from flashgen.quant.layer import quantize_layer, stored_bytes
-    from flashgen.training.calibration import groups_of
+    from flashgen.training.calibration import layer_groups
 
-    groups, choices = groups_of(list(layers)), [int(bits) for bits in config.choices]
+    layers, (budget, basis_bytes, num_weights) = calibration.layers, sizes
+    groups, choices = layer_groups(layers, family), [int(bits) for bits in config.choices]
     cost = {
-        group: {bits: float(sum(stored_bytes(layers[name].weight, bits, config) for name in names)) for bits in choices}
+        group: {bits: float(sum(stored_bytes(layers[name].weight.shape, bits, rounding) for name in names)) for bits in choices}
         for group, names in groups.items()
     }
-    budget = budget_bytes(str(config.budget), weights)
-    smallest = spare + sum(options[min(choices)] for options in cost.values())
+    smallest = basis_bytes + sum(options[min(choices)] for options in cost.values())
     if budget < smallest:
         raise UsageError(
-            f"a budget of {config.budget} is {budget:.0f} bytes for {weights} weights; with quantize.choices={choices} and "
-            f"quantize.group={config.group} the smallest is {smallest:.0f} bytes, {8 * smallest / weights:.3f} mean bits"
+            f"a budget of {config.budget} is {budget:.0f} bytes for {num_weights} weights; with quantize.choices={choices} and "
+            f"quantize.group={config.group} the smallest is {smallest:.0f} bytes, {8 * smallest / num_weights:.3f} mean bits"
         )
-    plain = config.model_copy(update={"method": "rtn"})  # data-free: GPTQ's own gain is much the same everywhere (our choice)
     path = draft.work / "sensitivity.json"
-    if not path.exists() and (known := _known_damage(draft)):
+    if not path.exists() and (known := _known_errors(draft)):
         path.write_text(json.dumps(known))
-    damage = calibration.sensitivity(groups, choices, lambda _, layer, bits: quantize_layer(layer.weight, bits, plain, None), path)
-    chosen = allocate(damage, cost, budget - spare)
-    table = {group: {"layers": groups[group], "bits": chosen[group], "damage": damage[group], "bytes": cost[group]} for group in groups}
+    nearest = replace(rounding, method="rtn")  # without data: GPTQ gains about as much in every group (our choice)
+    error = calibration.sensitivity(groups, choices, lambda layer, bits: quantize_layer(layer.weight, bits, nearest), path)
+    chosen = allocate(error, cost, budget - basis_bytes)
+    table = {group: {"layers": groups[group], "bits": chosen[group], "damage": error[group], "bytes": cost[group]} for group in groups}
     (draft.path / "quantized" / "allocation.json").write_text(json.dumps(table, indent=1) + "\n")
     plot_allocation(table, draft.path / "quantized" / "allocation.png")
-    spent = spare + sum(cost[group][bits] for group, bits in chosen.items())
+    spent = basis_bytes + sum(cost[group][bits] for group, bits in chosen.items())
     count = {bits: list(chosen.values()).count(bits) for bits in choices}
-    say(f"{spent:.0f} of {budget:.0f} bytes, {8 * spent / weights:.3f} mean bits; groups of layers by bits: {count}")
+    say(f"{spent:.0f} of {budget:.0f} bytes, {8 * spent / num_weights:.3f} mean bits; groups of layers by bits: {count}")
     return {name: chosen[group] for group, names in groups.items() for name in names}
 
 
-def _known_damage(draft: Draft) -> dict[str, dict[str, float]]:
-    """What another version of the same folder measured on the same student, prompts and groups: another budget costs no new table."""
-    keys = ("group", "symmetric", "basis_tolerance", "prompts", "prompts_file")
+def _known_errors(draft: Draft) -> Mapping[str, Mapping[str, float]]:
+    """Errors that another version in the same folder measured on the same student, prompts and groups: a new budget needs no new table."""
+    keys, origin = ("group", "symmetric", "low_rank_tolerance", "prompts", "prompts_file"), draft.origin
+    digests = [parent.digest for parent in origin.parents]
     for version in reversed(versions(draft.out)):
-        made, table = open_artifact(version).manifest, version / "quantized" / "allocation.json"
-        same = made.seed == draft.fields["seed"] and made.parents == draft.fields["parents"]
-        if table.exists() and same and all(made.recipe.get(key) == draft.fields["recipe"].get(key) for key in keys):
-            say(f"damage of groups of layers: as measured for {version}")
+        table = version / "quantized" / "allocation.json"
+        try:
+            manifest = open_artifact(version).manifest
+        except ArtifactError:
+            continue  # an old version that is broken is no reason to stop
+        same_inputs = manifest.seed == origin.seed and [parent.digest for parent in manifest.parents] == digests
+        if table.exists() and same_inputs and all(manifest.recipe.get(key) == origin.settings.get(key) for key in keys):
+            say(f"errors of groups of layers: as measured for {version}")
             return {group: row["damage"] for group, row in json.loads(table.read_text()).items()}
     return {}
 
 
-def _repair(calibration: Calibration, metrics: dict[str, object]) -> list[tuple[float, float]] | None:
-    scales, before, after = calibration.repair()
-    metrics["repair"] = {"damage_before": before, "damage_after": after}
-    helped = after < before
-    if helped:
+def _fit_step_scales(calibration: Calibration, metrics: dict[str, Any]) -> list[tuple[float, float]] | None:
+    """Scales of the steps that lower the error on held-out prompts, or None where they do not; adds to `metrics`."""
+    scales, before, after = calibration.fit_step_scales()
+    metrics["step_scales"] = {"damage_before": before, "damage_after": after}
+    better = after < before
+    if better:
         metrics["latent_error"] = after**0.5
-    say(f"repair: damage {before:.2e} -> {after:.2e} on held-out prompts{'' if helped else ', so the steps stay as they are'}")
-    return scales if helped else None
+    say(f"step scales: error {before:.2e} -> {after:.2e} on held-out prompts{'' if better else ', so the steps stay as they are'}")
+    return scales if better else None
 
 
-def budget_bytes(text: str, weights: int) -> float:
-    """`4.25` is mean bits a weight, scales and zero points included; `900MB` or `1.2GiB` is bytes."""
-    return parse_bytes(text) if text[-1:].isalpha() else float(text) * weights / 8
+def budget_bytes(text: str, num_weights: int) -> float:
+    """Bytes of a budget: `4.25` is mean bits per weight, scales and zero points included; `900MB` or `1.2GiB` is bytes."""
+    from flashgen.runtime.memory import parse_bytes
+
+    return parse_bytes(text) if text[-1:].isalpha() else float(text) * num_weights / 8

@@ -1,175 +1,293 @@
-"""flashgen distill: trajectory guidance, corrections of the student's own steps, then distribution matching with timestep sharing."""
+"""flashgen distill: trajectory guidance, regression on the student's own states, then distribution matching with timestep sharing."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from flashgen.artifact.draft import Draft
 from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, begin
-from flashgen.flow.grid import shifted_grid
-from flashgen.processes import sharded
-from flashgen.recipe.schema import DistillRecipe, MatchingTraining, Recipe
-from flashgen.stages.checks import check_compiler, check_distillation, check_recipe
-from flashgen.stages.plan import check
-from flashgen.stages.prompts import own_prompts, prompts_key
-from flashgen.stages.teacher import open_teacher
+from flashgen.artifact.store import Artifact, open_artifact
+from flashgen.errors import UsageError
+from flashgen.families.base import configs_in
+from flashgen.models.footprint import PROGRAM, Footprint, Parts
+from flashgen.recipe.distillation import DistillRecipe
+from flashgen.runtime.processes import sharded
+from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.planning import Plan
+from flashgen.stages.sizes import check_size
+from flashgen.stages.trainings import (
+    BEST_STATE,
+    FORWARD_AND_BACKWARD,
+    MATCHING_STATE,
+    REGRESSION_STATE,
+    WITH_CHECKPOINTING,
+    adapter_count,
+    check_compiler,
+    check_matching,
+    guided_forwards,
+    matching_rounds,
+    plain_config,
+)
+from flashgen.stages.trajectories import cached_steps, guided_teacher, student_grid
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
     from torch import nn
 
-    from flashgen.training.trajectories import Leader, Replay
+    from flashgen.models.pipeline import Pipeline
+    from flashgen.training.cache import Replay, TrajectorySource
+    from flashgen.training.prompts import PromptPool
 
-T5_STREAM = 14
-LOOKS = {"trajectory": {"watch_every"}, "correction": {"watch_every"}}  # change nothing of the student
+VALIDATION = {"trajectory": {"validate_every"}, "on_policy": {"validate_every"}}  # changes nothing in the student
+MEMORY_ADVICE = (
+    "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 --set distill.lora.checkpointing=true, "
+    "or lower distill.matching.batch and distill.size_px"
+)
 
 
-def run(teacher: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
-    config = recipe.distill
-    check_recipe(recipe)
-    parent = open_teacher(teacher, out)
-    assert parent.manifest.sampler is not None
-    start = check_distillation(parent, recipe)
-    looks = {"per_task": recipe.bench.per_task} if config.matching.watch_every else {}  # which the best round depends on
-    parents = [parent.as_parent("teacher"), *([start.as_parent("start")] if start else [])]
-    draft = begin(
-        out, kind="student", stage="distill", recipe=config.model_dump(exclude=LOOKS) | looks | prompts_key(recipe), seed=seed,
-        parents=parents, force=force, check=lambda work: check("distill", parent, recipe, work),
-    )  # fmt: skip
-    if isinstance(draft, Artifact):
-        return draft
-    if config.compile and config.wants_trajectories:
-        check_compiler("distill.compile=false")
-    import torch
+class Distill(Stage):
+    """Teacher to few-step student."""
 
-    from flashgen.models.sample import latent_shape, load_pipeline
-    from flashgen.models.save import save_changed, save_tensors
-    from flashgen.stages.report import finish, watcher
-    from flashgen.training.matching import Matcher, train_matching
-    from flashgen.training.prompts import prompt_pool
-    from flashgen.training.roles import Role, roles_on
-    from flashgen.training.shards import shard, whole_network
-    from flashgen.training.trajectories import Leader, train_on_trajectories
+    name = "distill"
+    takes: ClassVar[Takes] = {"teacher": ("teacher",)}
+    kind = "student"
+    shards = True
 
-    taught = parent.manifest.sampler.model_copy(update={"size_px": config.size_px or parent.manifest.sampler.size_px})
-    text = load_pipeline(parent.path, weights="text")  # first, and alone: no transformer is in memory while prompts are embedded
-    pools = [(config.matching.prompts, seed + 1)] if config.matching.iterations else []
-    pools += [(config.trajectory.prompts, seed)] if config.wants_trajectories else []
-    for count, own_seed in pools:
-        prompt_pool(text, count, own_seed, taught.t5_tokens, draft.work, own_prompts(recipe))
-    del text
-    pipe = load_pipeline(parent.path, getattr(torch, config.lora.base) if config.lora else torch.float32)
-    teacher_net: nn.Module = pipe.transformer.requires_grad_(False)
-    student: nn.Module
-    proxy: nn.Module | None
-    if config.lora:
-        teacher_net, student, proxy = roles_on(pipe.transformer, config.lora, "student", "proxy", seed=seed)
-    else:
-        begun = load_pipeline(start.path).transformer if start else copy.deepcopy(teacher_net)
-        student, proxy = shard(begun.requires_grad_(True)), None
-    shape = latent_shape(pipe, taught.size_px)
+    @property
+    def config(self) -> DistillRecipe:
+        """The stage's section of the recipe."""
+        return self.recipe.distill
 
-    if start and config.follow == "start":
-        assert start.manifest.sampler is not None
-        leader = Leader(copy.deepcopy(student).requires_grad_(False), start.manifest.sampler.sigmas)
-    else:
-        leader = guided(teacher_net, taught.shift, recipe)
-    nodes = student_grid(config, leader.sigmas)
-    sampler = Sampler(**{**taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
-    watch, compiled = watcher(pipe, sampler, recipe, draft.work), config.compile
-    replay = cached(pipe, leader, nodes, taught, recipe, seed, draft.work) if config.wants_trajectories else None
-    if sharded():  # now: the cache wants the whole teacher, with which each process goes its own way, and a sharded one has no copy
-        proxy = shard(copy.deepcopy(teacher_net).requires_grad_(True))
-        shard(teacher_net)
-    if replay and config.trajectory.iterations:
-        train_on_trajectories(student, replay, nodes, config.trajectory, seed, draft.work, "trajectory", compiled, watch)
-    if replay and config.correction.iterations:
-        replay = replay.and_also(cached(pipe, leader, nodes, taught, recipe, seed, draft.work, student=student))
-        train_on_trajectories(student, replay, nodes, config.correction, seed, draft.work, "correction", compiled, watch)
+    @property
+    def follows_start(self) -> bool:
+        """Whether the student learns the steps of the student `start` instead of the teacher's."""
+        return self.config.follow == "start"
 
-    del leader  # a network more where it is a student
-    kept = {}
-    if config.matching.iterations:
-        pool = prompt_pool(pipe, config.matching.prompts, seed + 1, taught.t5_tokens, draft.work, own_prompts(recipe))
-        matcher = Matcher(
-            "matching", student, teacher_net, pool, nodes, config.matching, shape, seed, t5_drop=config.t5_drop, proxy=proxy, replay=replay
+    @property
+    def taught(self) -> Sampler:
+        """The teacher's sampler at the size of the training pictures."""
+        return self.sampler.model_copy(update={"size_px": self.config.size_px or self.sampler.size_px})
+
+    def open_more(self) -> None:
+        if self.config.start:
+            self.inputs["start"] = open_artifact(self.config.start, ("student",))
+
+    def check(self) -> None:
+        config = self.config
+        if self.follows_start and not config.start:
+            raise UsageError("distill.follow=start learns a student's steps; name the student with --set distill.start=STUDENT")
+        if not self.follows_start and not config.strides and config.trajectory.teacher_steps % config.steps:
+            steps = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps}"
+            raise UsageError(f"{steps} is no multiple of distill.steps={config.steps}; the grids must nest")
+        if sharded():
+            _check_sharded(config)
+        self.require_prompts()
+        if (start := self.inputs.get("start")) is not None:
+            configs = [plain_config(configs_in(artifact.path)("transformer")) for artifact in (start, self.source)]
+            if configs[0] != configs[1]:
+                raise UsageError(f"distill.start={config.start}: its transformer is not of the teacher's shape")
+            if self.follows_start:
+                self._check_followed(start)
+        if config.size_px:
+            check_size(self.family, configs_in(self.source.path), self.sampler, config.size_px, "distill.size_px=")
+        check_matching(self, config.matching, config.batches)
+        if config.compile and config.needs_trajectories:
+            check_compiler("distill.compile=false")
+
+    def _check_followed(self, start: Artifact) -> None:
+        """Raises UsageError for a student that was taught something else, and for steps that its own do not add up to."""
+        config, name, sampler = self.config, f"distill.start={self.config.start}", start.manifest.sampler
+        assert sampler is not None
+        if sampler.encoder != self.taught.encoder:
+            raise UsageError(f"{name} runs with other text encoders ({sampler.encoder}) than the teacher; follow its own student")
+        if sampler.size_px != self.taught.size_px:
+            size = sampler.size_px
+            raise UsageError(f"{name} draws {size} px; follow it at its own size with --set distill.size_px={size}")
+        if sampler.num_steps <= config.steps:
+            raise UsageError(f"{name} has {sampler.num_steps} steps; to be followed in {config.steps} it must have more")
+        if sum(config.strides) != sampler.num_steps if config.strides else sampler.num_steps % config.steps:
+            strides = f"distill.strides must be {config.steps} numbers whose sum is that, not {config.strides}"
+            raise UsageError(f"{name} has {sampler.num_steps} steps; {strides}")
+
+    def settings(self) -> dict[str, Any]:
+        choice = self.judge_key() if self.config.matching.validate_every else {}  # the best round depends on it
+        return self.config.model_dump(mode="json", exclude=VALIDATION) | choice | self.prompts_key()
+
+    def plan(self) -> Plan:
+        footprint, config = Footprint(self.source), self.config
+        transformer, lora, matching, costs = footprint.transformer, config.lora, config.matching, footprint.family.costs
+        one, size = footprint.forward(config.size_px), 2 if lora and lora.base == "bfloat16" else 4
+        learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else transformer.count
+        checkpointing, per_block = bool(lora and lora.checkpointing), costs.kept_with_adapters if lora else costs.kept
+        blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
+        states, joined, cached, prompts = self._trajectory_sizes()
+        train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
+        train |= {"student and fake score": 8.0 * learned, "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
+        train |= {"average": 4.0 * learned, "temporaries of a step": 8.0 * learned}  # AdamW's, over all tensors at once
+        train |= {"activations": float(max(config.batches, default=0) * one.hidden * blocks_kept * size)}
+        train |= {"trajectories": 2.0 * joined * one.latent}
+        learning = WITH_CHECKPOINTING if checkpointing else FORWARD_AND_BACKWARD
+        forwards = matching_rounds(matching) * (config.steps + learning * matching.fake_score_updates) + matching.iterations * (
+            learning + 3
         )
+        regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
+        forwards = cached + forwards * matching.batch + regressed * learning
+        text, text_adds = footprint.embedding(prompts)
+        transformers = 2 if matching.validate_every and matching.iterations and self.judges else 1  # the best validation's and the last
+        disk = prompts * footprint.conditioning_bytes() + 2 * transformers * transformer.count + 2 * states * one.latent
+        disk += learned * self._checkpoint_bytes()
+        number = "bf16" if size == 2 else "fp32"
+        work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
+        plan = Plan({"embed": text, "train": train}, disk, forwards, work, {"train": MEMORY_ADVICE})
+        plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
+        return plan
+
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of all checkpoints per learned weight; a checkpoint is written beside the one that it replaces."""
+        config, best = self.config, BEST_STATE if self.config.matching.validate_every else 0
+        sizes = [REGRESSION_STATE for part in (config.trajectory, config.on_policy) if part.iterations]
+        sizes += [MATCHING_STATE + best] if config.matching.iterations else []
+        return sum(sizes) + max(sizes, default=0)
+
+    def _trajectory_sizes(self) -> tuple[int, int, int, int]:
+        """(states on disk, states in memory, forward passes, prompts) of the cached trajectories; matching's prompts are counted too."""
+        config, trajectory, on_policy = self.config, self.config.trajectory, self.config.on_policy
+        prompts = config.matching.prompts if config.matching.iterations else 0
+        if not config.needs_trajectories:
+            return 0, 0, 0, prompts
+        followed = self.inputs["start"].manifest.sampler if self.follows_start else None
+        per_trajectory = followed.num_steps if followed else guided_forwards(trajectory)
+        states = joined = (config.steps + 1) * trajectory.prompts
+        forwards = per_trajectory * trajectory.prompts
+        if on_policy.iterations:
+            forwards += (per_trajectory + config.steps) * on_policy.prompts
+            states += 2 * config.steps * on_policy.prompts  # both ends of each step
+            joined = states + 2 * config.steps * (trajectory.prompts + on_policy.prompts)  # the parts are in memory meanwhile
+        return states, joined, forwards, prompts + trajectory.prompts
+
+    def make(self, draft: Draft) -> Result:
+        import torch
+
+        from flashgen.models.pipeline import load_pipeline
+        from flashgen.models.sample import latent_shape
+        from flashgen.models.save import save_changed, save_tensors
+        from flashgen.stages.report import Validator
+        from flashgen.training.regression import regress
+        from flashgen.training.roles import Role
+        from flashgen.training.shards import gathered_network, shard
+
+        config, source, work = self.config, self.source.path, draft.work
+        text = load_pipeline(source, weights="text")  # alone: no transformer is in memory while prompts are encoded
+        self._pools(text, work)
+        del text
+        pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32)
+        teacher, student, fake_score = self._networks(pipe)
+        shape = latent_shape(pipe, self.taught.size_px)
+        steps_of = self._trajectory_source(teacher, student)
+        nodes = student_grid(config, steps_of.sigmas)
+        sampler = Sampler(**{**self.taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
+        validate = Validator(self, pipe, sampler, work)
+        pool = self._pools(pipe, work).get("trajectory")
+        replay = cached_steps(self, pool, steps_of, nodes, shape, work) if pool else None
+        if sharded():  # only now: the cache needs the full teacher, with which each process goes its own way
+            fake_score = shard(copy.deepcopy(teacher).requires_grad_(True), self.family)
+            shard(teacher, self.family)
+        checkpoint = self.recipe.checkpoint
+        if replay and config.trajectory.iterations:
+            regress(student, replay, nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate)
+        if replay and pool and config.on_policy.iterations:
+            replay = replay.extended(cached_steps(self, pool, steps_of, nodes, shape, work, student))
+            regress(student, replay, nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", config.compile, validate)
+        del steps_of  # one more network where it is a student
+        metrics = {}
+        if config.matching.iterations:
+            metrics = self._match(draft, pipe, (teacher, student, fake_score), nodes, shape, replay, validate)
+        if isinstance(student, Role):
+            save_tensors(draft.path / "transformer", source / "transformer", student.merged)
+            save_changed(draft, source, self.family, {}, kept=("transformer",))
+        else:
+            save_changed(draft, source, self.family, {"transformer": gathered_network(student, self.family)})
+        return Result(sampler, {"validated": metrics} if metrics else {})
+
+    def _pools(self, pipe: Pipeline, work: Path) -> dict[str, PromptPool]:
+        """Encoded prompts of the trainings that the recipe asks for, by name; computed once and then mapped from `work`."""
+        from flashgen.training.prompts import prompt_pool, training_prompts
+
+        config, pools = self.config, {}
+        counts = {"matching": (config.matching.prompts if config.matching.iterations else 0, self.seed + 1)}
+        counts["trajectory"] = (config.trajectory.prompts if config.needs_trajectories else 0, self.seed)
+        for name, (count, seed) in counts.items():
+            if count:
+                prompts = training_prompts(self.world, self.prompts, count, seed)
+                pools[name] = prompt_pool(prompts, pipe, self.taught, work, name)
+        return pools
+
+    def _networks(self, pipe: Pipeline) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+        """(teacher, student, fake score). Without adapters the fake score is made later, as a copy of the teacher."""
+        from flashgen.models.pipeline import load_pipeline
+        from flashgen.training.roles import roles_on
+        from flashgen.training.shards import shard
+
+        teacher: nn.Module = pipe.transformer.requires_grad_(False)
+        if self.config.lora:
+            roles = roles_on(teacher, self.config.lora, "student", "fake_score", seed=self.seed, targets=self.family.lora_targets)
+            return roles[0], roles[1], roles[2]
+        start = self.inputs.get("start")
+        student = load_pipeline(start.path).transformer if start else copy.deepcopy(teacher)
+        return teacher, shard(student.requires_grad_(True), self.family), None
+
+    def _trajectory_source(self, teacher: nn.Module, student: nn.Module) -> TrajectorySource:
+        """Whose steps the student learns."""
+        from flashgen.training.cache import TrajectorySource
+
+        if self.follows_start:
+            sampler = self.inputs["start"].manifest.sampler
+            assert sampler is not None
+            return TrajectorySource(copy.deepcopy(student).requires_grad_(False), sampler.sigmas)
+        return guided_teacher(teacher, self.taught.shift, self.recipe)
+
+    def _match(
+        self,
+        draft: Draft,
+        pipe: Pipeline,
+        networks: tuple[nn.Module, nn.Module, nn.Module | None],
+        nodes: list[float],
+        shape: tuple[int, ...],
+        replay: Replay | None,
+        validate: Any,
+    ) -> dict[str, float]:
+        """Distribution matching. Where validations choose, the weights of the last round are written to `last/` too."""
+        from flashgen.models.save import save_tensors
+        from flashgen.training.matching import Matcher, Roles, Task, train_matching
+        from flashgen.training.roles import Role
+        from flashgen.training.shards import gathered_network
+
+        teacher, student, fake_score = networks
+        pool = self._pools(pipe, draft.work)["matching"]
+        task = Task("matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay)
+        matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 
         def keep_last() -> None:
-            for optimizer in (*matcher.optimizers, *matcher.proxy_optimizers):
-                optimizer.state.clear()  # saved; writing needs room of its own
-            value = student.merged if isinstance(student, Role) else whole_network(student).state_dict().__getitem__
-            save_tensors(draft.path / "last", parent.path / "transformer", value)
+            matcher.release()  # optimizer states are saved; writing needs memory of its own
+            value = student.merged if isinstance(student, Role) else gathered_network(student, self.family).state_dict().__getitem__
+            save_tensors(draft.path / "last", self.source.path / "transformer", value)
 
-        kept = train_matching(matcher, draft.work, watch, keep_last)
-        del matcher  # optimizers and averages: writing needs room of its own
-
-    if isinstance(student, Role):
-        save_tensors(draft.path / "transformer", parent.path / "transformer", student.merged)
-        save_changed(draft, parent.path, {}, kept=("transformer",))
-    else:
-        save_changed(draft, parent.path, {"transformer": whole_network(student)})
-    return finish(draft, sampler, recipe.bench, metrics={"watched": kept} if kept else {})
+        return train_matching(matcher, draft.work, self.recipe.checkpoint, validate, keep_last)
 
 
-def student_grid(config: DistillRecipe, sigmas: list[float]) -> list[float]:
-    """Those of a leader's `sigmas` that `strides` lead to."""
-    strides = config.strides or [(len(sigmas) - 1) // config.steps] * config.steps
-    return [sigmas[at] for at in accumulate(strides, initial=0)]
-
-
-def guided(teacher: nn.Module, shift: float, recipe: Recipe) -> Leader:
-    """The teacher as leader."""
-    from flashgen.training.trajectories import Leader
-
-    config = recipe.distill.trajectory
-    return Leader(teacher, shifted_grid(config.teacher_steps, shift), config.guidance, order=2)
-
-
-def cached(
-    pipe: StableDiffusion3Pipeline,
-    leader: Leader,
-    nodes: list[float],
-    taught: Sampler,
-    recipe: Recipe,
-    seed: int,
-    work: Path,
-    student: nn.Module | None = None,
-) -> Replay:
-    """The leader's trajectories over `nodes`, or its corrections of `student`; a share of the prompts without T5."""
-    import torch
-
-    from flashgen.models.sample import latent_shape
-    from flashgen.randomness import generator
-    from flashgen.training.prompts import prompt_pool
-    from flashgen.training.trajectories import cache_trajectories
-
-    config = recipe.distill
-    whole = prompt_pool(pipe, config.trajectory.prompts, seed, taught.t5_tokens, work, own_prompts(recipe))
-    pool = whole.dropping_t5(config.t5_drop, generator(seed, T5_STREAM))
-    shape = latent_shape(pipe, taught.size_px)
-    if student is not None:
-        pool = pool.first(config.correction.prompts)
-    if config.compile:
-        compiled: Any = torch.compile(leader.net, dynamic=False)
-        leader = replace(leader, net=compiled)
-    return cache_trajectories(leader, pool, nodes, shape, seed, work, student=student)
-
-
-def replay_for(
-    matching: MatchingTraining,
-    recipe: Recipe,
-    pipe: StableDiffusion3Pipeline,
-    teacher: nn.Module,
-    sampler: Sampler,
-    seed: int,
-    work: Path,
-) -> Replay | None:
-    """Trajectories of the teacher when a term of `matching` needs them."""
-    if not matching.wants_trajectories(len(sampler.sigmas) - 1):
-        return None
-    return cached(pipe, guided(teacher, sampler.shift, recipe), sampler.sigmas, sampler, recipe, seed, work)
+def _check_sharded(config: DistillRecipe) -> None:
+    """Raises UsageError for settings that FSDP2 cannot do."""
+    wanted = {
+        "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
+        "distill.follow=teacher": config.follow == "start",  # a sharded network has no copy to follow
+        "distill.compile=false": config.compile,  # compiling a sharded network has not been tried
+        "distill.on_policy.iterations=0": config.on_policy.iterations > 0,  # each process follows prompts of its own
+        "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises full matrices
+        "distill.matching.muon_lr=0": config.matching.muon_lr > 0,
+        "distill.matching.fake_score_muon_lr=0": config.matching.fake_score_muon_lr > 0,
+        "distill.matching.node_adversarial=[0]": any(config.matching.node_adversarial),  # its gradient ends inside the network
+    }
+    if wrong := [setting for setting, is_set in wanted.items() if is_set]:
+        mend = "set it, or launch with --multi_gpu, which shares out batches only"
+        raise UsageError(f"FSDP does not go without --set {' --set '.join(wrong)}; {mend}")

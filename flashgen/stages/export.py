@@ -1,125 +1,219 @@
-"""export: a torch artifact becomes ONNX components that run without torch, each checked against torch."""
+"""flashgen export: an artifact as ONNX components that run without torch, each checked against torch, or as one GGUF."""
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, begin, open_artifact
+from flashgen.artifact.draft import Draft
+from flashgen.artifact.manifest import Kind, Sampler
+from flashgen.errors import ArtifactError, UsageError
+from flashgen.families.base import configs_in
 from flashgen.progress import say, track
-from flashgen.recipe.schema import ExportRecipe, Recipe
-from flashgen.stages.checks import check_exporting
-from flashgen.stages.plan import check
+from flashgen.stages.base import Result, Stage
+from flashgen.stages.gguf import check_gguf, write_gguf
+from flashgen.stages.planning import Plan
+from flashgen.stages.sizes import check_size
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
-
-    from flashgen.export.components import Component
+    from flashgen.families.graphs import Component
+    from flashgen.models.footprint import Parts
+    from flashgen.models.pipeline import Pipeline
     from flashgen.quant.pack import QuantizedLinear
 
+ENGINE = "onnxruntime"
+DECODED = 64  # latents per side of the example that the decoder is compared on, at most
+LIVE_IMAGES = 3  # tensors of the VAE's widest full-size layer that are alive at once
+ATTENTION_BYTES = 8.0  # per pair of latents in the VAE's attention: scores, and their softmax
+ENCODER_BYTES = 256 << 20  # activations of a text encoder
 
-def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, target: str = "onnx", offline: bool = False) -> Artifact:
-    """Export a teacher, student or quantized artifact for the device; `target` web adds a page that draws in the browser.
 
-    Raises NumericsError when a component's PSNR against torch is below the recipe's floor, and MachineError when the page's
-    libraries cannot be had; nothing is published then.
+@dataclass
+class Export(Stage):
+    """A teacher, student or quantized artifact for `target`: onnx, web (onnx and a page that draws in the browser) or gguf.
+
+    With `offline` the page's libraries come from the cache. Nothing is published when a component's PSNR against torch is below the
+    recipe's floor (NumericsError) or the page's libraries cannot be had (MachineError).
     """
-    source = open_artifact(student, kinds=("student", "quantized", "teacher"))
-    sampler = check_exporting(source, recipe, target, offline)
-    if target == "gguf":
-        from flashgen.stages import gguf
 
-        return gguf.run(source, sampler, out, recipe, seed, force)
-    settings = recipe.export.model_dump() | {"target": target}
-    draft = begin(
-        out, kind="device", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force,
-        check=lambda work: check("export", source, recipe, work),
-    )  # fmt: skip
-    if isinstance(draft, Artifact):
-        return draft
-    from flashgen.export.components import components
-    from flashgen.export.page import write_page
-    from flashgen.export.parity import why_no_half
-    from flashgen.export.write import put_factors, read_codes, write_component
-    from flashgen.models.sample import load_pipeline
+    target: Literal["onnx", "gguf", "web"] = "onnx"
+    offline: bool = False
 
-    config = recipe.export
-    page = {"page": write_page(draft.path, offline)} if target == "web" else {}
-    pipe = load_pipeline(source.path, weights="disk")  # nothing is ever loaded whole
-    quantized = source.manifest.kind == "quantized"
-    layers = read_codes(source.path) if quantized else {}
-    put_factors(pipe.transformer, layers, source.path)
-    psnr, largest = {}, {}
-    parts = list(components(pipe, sampler, config.vae_encoder))
-    for part in track(parts, "export", total=len(parts)):
-        encoder = quantized and part.name.startswith("text_encoder")
-        codes = layers if part.name == "transformer" else read_codes(source.path, part.name) if encoder else {}
-        floor = config.psnr_floor_int8_db if codes and _level(codes, config) == 4 else config.psnr_floor_db
-        stored = source.path / ("vae" if part.name.startswith("vae") else part.name)
-        psnr[part.name], largest[part.name] = write_component(part, codes, draft.path, config.accuracy_level, floor, stored)
-        _write_config(part, draft.path)
-        gc.collect()
-    extra = _runtime_files(pipe, sampler, source.path, draft.path) | {"fp16": why_no_half(largest)}
-    sizes = {part.name: sum(f.stat().st_size for f in (draft.path / part.name).glob("model.onnx*")) for part in parts}
-    metrics = {"psnr_db": {k: round(v, 2) for k, v in psnr.items()}, "bytes": sizes, "quantized_layers": len(layers)}
-    artifact = draft.publish(sampler=sampler, metrics=metrics, extra=extra | {"accuracy_level": _level(layers, config)} | page)
-    if target == "web":
-        say(f"to look at it: python3 -m http.server -d {artifact.path}   and open http://localhost:8000")
-    return artifact
+    name = "export"
+    takes: ClassVar[Mapping[str, tuple[Kind, ...]]] = {"student": ("student", "quantized", "teacher")}
 
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        """gguf or device."""
+        return "gguf" if self.target == "gguf" else "device"
 
-def _level(codes: Mapping[str, QuantizedLinear], config: ExportRecipe) -> int:
-    """The accuracy level that products with `codes` have: whole rows of weights are multiplied as integers, activations too."""
-    from flashgen.export.rewrite import whole_rows
+    @cached_property
+    def device_sampler(self) -> Sampler:
+        """How the exported components draw: as the source, at the recipe's size."""
+        size = self.recipe.export.size_px
+        return self.sampler if size is None else self.sampler.model_copy(update={"size_px": size})
 
-    return 4 if any(map(whole_rows, codes.values())) else config.accuracy_level
+    def check(self) -> None:
+        if self.offline and self.target != "web":
+            raise UsageError(f"--offline has no effect on --target {self.target}, which downloads nothing; leave it out")
+        if self.source.manifest.recipe.get("scheme") == "nf4":
+            raise ArtifactError(
+                f"{self.source.path} has NF4 codes, for diffusers; quantize without --scheme nf4 to export, or export the student"
+            )
+        if self.target == "gguf":
+            check_gguf(self)
+        elif (size := self.recipe.export.size_px) is not None:
+            check_size(self.family, configs_in(self.source.path), self.sampler, size, "export.size_px=")
+
+    def settings(self) -> dict[str, Any]:
+        config, target = self.recipe.export, {"target": self.target}
+        return config.model_dump(mode="json", include={"psnr_floor_db"} if self.target == "gguf" else None) | target
+
+    def plan(self) -> Plan:
+        """Layers pass torch from disk; then onnxruntime holds a component's weights: mapped, packed again, or unpacked to fp32.
+
+        A GGUF is written and read back tensor by tensor, no network runs. That a graph holds its codes twice is a measurement
+        (docs/fullsize.md), not derived. Forwards are those of torch and of the graph at every node.
+        """
+        from flashgen.models.footprint import PROGRAM, Footprint
+
+        footprint, config = Footprint(self.source), self.recipe.export
+        codes = {part: self._code_bytes(part) for part in footprint.parts}
+        if self.target == "gguf":
+            weights = footprint.transformer
+            held = {"program": float(PROGRAM), "codes": codes["transformer"], "tensor": 14.0 * weights.largest}
+            return Plan({"write": held}, 2.0 * weights.count)
+        one, disk = footprint.forward(self.device_sampler.size_px), 0.0
+        memory: dict[str, Parts] = {}
+        activations = {"transformer": 4.0 * self.family.costs.running * one.hidden, "vae": self._vae_activations()}
+        for part, tensors in footprint.parts.items():
+            linear = sum(map(prod, tensors.linears.values())) if codes[part] else 0
+            rest = tensors.count - linear - (self._tables() if part == "transformer" else 0)
+            disk += (codes[part] + 2 * rest) * (0.6 if part == "vae" and not config.vae_encoder else 1)  # the decoder alone
+            held = {"program": float(PROGRAM), "codes": codes[part], "graph": 2 * codes[part], "weights": 4.0 * rest}
+            memory[part] = held | {"activations": activations.get(part, float(ENCODER_BYTES))}
+        advice = {"transformer": "export a smaller picture with --set export.size_px=N, or run it where more memory is free"}
+        forwards = 2 * self.device_sampler.num_steps
+        return Plan(memory, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice)
+
+    def _code_bytes(self, part: str) -> float:
+        codes = self.source.path / "quantized" / f"{part}.safetensors"
+        return float(codes.stat().st_size) if codes.exists() else 0.0
+
+    def _tables(self) -> int:
+        """Numbers in buffers of the transformer, position tables that `prepare_export` cuts to one size."""
+        from flashgen.models.networks import empty_network
+
+        return sum(table.numel() for table in empty_network(self.source.path, "transformer", self.family).buffers())
+
+    def _vae_activations(self) -> float:
+        """Bytes: the decoder is compared on a part of a large picture, the encoder on a whole one."""
+        tokenizers = [encoder.tokenizer for encoder in self.family.text_encoders.values()]
+        vae = self.family.description(configs_in(self.source.path), self.device_sampler, dict.fromkeys(tokenizers, 0))["vae"]
+        most = DECODED * int(vae["factor"])
+        size = self.device_sampler.size_px
+        pixels = prod(size) if self.recipe.export.vae_encoder else min(size.height, most) * min(size.width, most)
+        scores = ATTENTION_BYTES * (pixels / int(vae["factor"]) ** 2) ** 2 if vae["attention"] else 0.0
+        return 4.0 * LIVE_IMAGES * int(vae["channels"]) * pixels + scores
+
+    def make(self, draft: Draft) -> Result:
+        if self.target == "gguf":
+            return write_gguf(self, draft)
+        from flashgen.export.codes import put_factors, read_codes
+        from flashgen.export.page import write_page
+        from flashgen.export.parity import why_no_half
+        from flashgen.models.pipeline import load_pipeline
+
+        config, sampler, path = self.recipe.export, self.device_sampler, self.source.path
+        page = {"page": write_page(draft.path, self.offline)} if self.target == "web" else {}
+        pipe = load_pipeline(path, weights="disk")  # nothing is ever loaded as a whole
+        quantized = self.source.manifest.kind == "quantized"
+        layers = read_codes(self.source) if quantized else {}
+        put_factors(pipe.transformer, layers, path)
+        parts = list(self.family.export_components(pipe, sampler, config.vae_encoder))
+        psnr, loudest = {}, {}
+        for part in track(parts, "export", total=len(parts)):
+            encoder = quantized and part.name in self.family.text_encoders
+            codes = layers if part.name == "transformer" else read_codes(self.source, part.name) if encoder else {}
+            psnr[part.name], loudest[part.name] = self._write(part, codes, draft.path)
+            gc.collect()
+        pad_ids = write_runtime_files(pipe, {part.name for part in parts}, draft)
+        graph = self.family.description(pipe.configs, sampler, pad_ids)
+        sizes = {part.name: sum(file.stat().st_size for file in (draft.path / part.name).glob("model.onnx*")) for part in parts}
+        metrics = {"psnr_db": {name: round(value, 2) for name, value in psnr.items()}, "bytes": sizes, "quantized_layers": len(layers)}
+        extra = {
+            "engine": ENGINE,
+            "graph": graph,
+            "latent_shape": graph["latent_shape"],  # for users of optimum, who make the noise themselves
+            "accuracy_level": self._level(layers),
+            "fp16": why_no_half(loudest),
+        }
+        if self.target == "web":
+            say(f"to look at it: python3 -m http.server -d {draft.out}/latest   and open http://localhost:8000")
+        return Result(sampler, metrics, extra | page, validate=False)
+
+    def _write(self, part: Component, codes: Mapping[str, QuantizedLinear], folder: Path) -> tuple[float, tuple[str, float]]:
+        """Write one component and its config; returns its worst PSNR in dB, and the layer with the largest output with that number."""
+        from flashgen.export.parity import check, reference
+        from flashgen.export.write import write_graph
+
+        config = self.recipe.export
+        expected = reference(part)  # before the weights leave the module, and before anything is cropped or fused
+        if part.name == "transformer":
+            shape = self.family.latent_shape(configs_in(self.source.path), self.device_sampler.size_px)
+            self.family.prepare_export(part.module.net, shape)
+        source = self.source.path / ("vae" if part.name.startswith("vae") else part.name)
+        modulation = self.family.modulation if part.name == "transformer" else None
+        model = write_graph(part, codes, folder, config.accuracy_level, modulation, source)
+        _write_config(part, folder)
+        floor = config.psnr_floor_int8_db if codes and self._level(codes) == 4 else config.psnr_floor_db
+        return check(part, expected, model, floor), expected.loudest
+
+    def _level(self, codes: Mapping[str, QuantizedLinear]) -> int:
+        """Accuracy level of products with `codes`: 4 where any multiplies integers, because that rounds activations too."""
+        return 4 if any(q.channel for q in codes.values()) else self.recipe.export.accuracy_level
 
 
 def _write_config(part: Component, folder: Path) -> None:
-    """The network's own config beside its graph, as optimum wants it."""
+    """Write the network's config beside its graph, as optimum wants it."""
     config: Any = part.module.net.config
     plain = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
     (folder / part.name / "config.json").write_text(json.dumps(plain, indent=1, sort_keys=True))
 
 
-def _runtime_files(pipe: StableDiffusion3Pipeline, sampler: Sampler, source: Path, folder: Path) -> dict[str, Any]:
-    """Tokenizers, scheduler and model_index.json; returns what the runtime must know beyond the sampler (manifest.extra)."""
-    from flashgen.models.sample import latent_shape
-
-    index = json.loads((source / "model_index.json").read_text())
-    lengths = {"tokenizer": sampler.clip_tokens, "tokenizer_2": sampler.clip_tokens}
-    if sampler.has_t5:
-        lengths["tokenizer_3"] = sampler.t5_tokens
-    else:
-        index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-    tokenizers = {}
-    for name, length in lengths.items():
-        tokenizer = getattr(pipe, name)
+def write_runtime_files(pipe: Pipeline, exported: Collection[str], draft: Draft) -> dict[str, int]:
+    """Write scheduler, model_index.json and the tokenizers of the `exported` text encoders; returns the padding token by tokenizer."""
+    index, folder = json.loads((pipe.folder / "model_index.json").read_text()), draft.path
+    pad_ids = {}
+    for encoder, (name, _) in pipe.family.text_encoders.items():
+        if encoder not in exported:
+            index |= {encoder: [None, None], name: [None, None]}
+            continue
+        tokenizer = pipe[name]
         tokenizer.save_pretrained(folder / name)
         _for_transformers_4(tokenizer, index, folder / name / "tokenizer_config.json")
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         backend.save(str(folder / name / "tokenizer.json"))
-        tokenizers[name] = {"length": length, "pad_id": int(tokenizer.pad_token_id)}
-    pipe.scheduler.save_pretrained(folder / "scheduler")
+        pad_ids[name] = int(tokenizer.pad_token_id)
+    if (pipe.folder / "scheduler").is_dir():
+        draft.link_tree(pipe.folder / "scheduler", "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
-    return {
-        "engine": "onnxruntime",
-        "latent_shape": list(latent_shape(pipe, sampler.size_px)),
-        "joint_dim": pipe.transformer.config.joint_attention_dim,
-        # The decoder expects z / scaling_factor + shift_factor, as in diffusers.
-        "vae": {"scaling_factor": pipe.vae.config.scaling_factor, "shift_factor": pipe.vae.config.shift_factor},
-        "tokenizers": tokenizers,
-    }
+    return pad_ids
 
 
 def _for_transformers_4(tokenizer: Any, index: dict[str, Any], config: Path) -> None:
-    """optimum holds transformers below 5, where the plain classes want vocab.json, and [] is no set of extra tokens."""
+    """Name the fast class in model_index.json and drop an empty list of extra tokens.
+
+    optimum needs transformers below 5, where the plain classes want vocab.json, and [] is no set of extra tokens.
+    """
     index[config.parent.name] = ["transformers", type(tokenizer).__name__.removesuffix("Fast") + "Fast"]
     settings = json.loads(config.read_text())
     if not settings.get("extra_special_tokens"):

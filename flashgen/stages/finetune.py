@@ -4,127 +4,213 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flashgen.artifact.store import Artifact, begin, open_artifact
-from flashgen.errors import ArtifactError, NumericsError
+from flashgen.artifact.draft import Draft
+from flashgen.artifact.store import Artifact, open_artifact
+from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.flow.grid import check_nested, shifted_grid
+from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
-from flashgen.recipe.schema import LoraTraining, Recipe
-from flashgen.stages.checks import check_compiler, check_finetuning, check_unsharded
-from flashgen.stages.distill import replay_for
-from flashgen.stages.plan import check
-from flashgen.stages.prompts import own_prompts, prompts_key
+from flashgen.recipe.distillation import FinetuneRecipe, MatchingTraining
+from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.planning import Plan
+from flashgen.stages.trainings import (
+    BEST_STATE,
+    FORWARD_AND_BACKWARD,
+    MATCHING_STATE,
+    adapter_count,
+    check_compiler,
+    check_matching,
+    guided_forwards,
+    matching_rounds,
+)
+from flashgen.stages.trajectories import cached_steps, guided_teacher
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
     from torch import nn
 
-    from flashgen.artifact.manifest import Sampler
+    from flashgen.models.pipeline import Pipeline
+    from flashgen.training.cache import Replay
 
 
-def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
-    config = recipe.finetune
-    check_unsharded()
-    parent = open_artifact(student, ("student",))
-    teacher = _teacher_of(parent)
-    sampler = parent.manifest.sampler
-    assert sampler is not None
-    follows = check_finetuning(parent, recipe)
-    draft = begin(
-        out, kind="student", stage="finetune", recipe=_recipe(recipe, follows), seed=seed,
-        parents=[parent.as_parent("student"), teacher.as_parent("teacher")], force=force,
-        check=lambda work: check("finetune", parent, recipe, work),
-    )  # fmt: skip
-    if isinstance(draft, Artifact):
-        return draft
-    if recipe.distill.compile and follows:
-        check_compiler("distill.compile=false")
-    from flashgen.models.sample import load_pipeline
-    from flashgen.models.save import save_changed
-    from flashgen.stages.report import finish, verdicts
+class Finetune(Stage):
+    """Student to fine-tuned student."""
 
-    pipe = load_pipeline(parent.path)
-    before = verdicts(pipe, sampler, recipe.bench)
-    high, low = train_branches(pipe, load_pipeline(teacher.path).transformer, sampler, recipe, seed, draft.work)
-    found = {}
-    for ratio in config.merge_high if high is not low else [1.0]:
-        merge(pipe.transformer, high, low, ratio)
-        found[ratio] = verdicts(pipe, sampler, recipe.bench)
-        say(f"merged {ratio:g} high : {1 - ratio:g} low: composition {found[ratio].mean():.3f} on {len(before)} choice prompts")
-    best = max(found, key=lambda ratio: found[ratio].mean())
-    say(f"input {before.mean():.3f}, best merge {best:g}: {found[best].mean():.3f}")
-    if before.mean() - found[best].mean() > config.allow_worse:
-        raise NumericsError(
-            f"fine-tuning made the student worse: composition {before.mean():.3f} -> {found[best].mean():.3f} on {len(before)} prompts, "
-            f"more than finetune.allow_worse={config.allow_worse:g} below. Lower finetune.matching.lr or raise "
-            "finetune.matching.proxy_warmup; --set finetune.allow_worse=1 publishes it nevertheless"
-        )
-    merge(pipe.transformer, high, low, best)
-    save_changed(draft, parent.path, {"transformer": pipe.transformer})
-    choice = {"input": float(before.mean()), **{f"merge {ratio:g}": float(passed.mean()) for ratio, passed in found.items()}}
-    return finish(draft, sampler, recipe.bench, metrics={"choice": choice, "merge_high": best})
+    name = "finetune"
+    takes: ClassVar[Takes] = {"student": ("student",)}
+    kind = "student"
 
+    @property
+    def config(self) -> FinetuneRecipe:
+        """The stage's section of the recipe."""
+        return self.recipe.finetune
 
-def train_branches(
-    pipe: StableDiffusion3Pipeline, teacher: nn.Module, sampler: Sampler, recipe: Recipe, seed: int, work: Path
-) -> tuple[nn.Module, nn.Module]:
-    """(high, low): copies of the student, each trained on its own nodes with rollouts through both.
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether a term of the matching needs the teacher's trajectories. Raises UsageError for weights that do not fit the steps."""
+        try:
+            return self.config.matching.needs_trajectories(self.sampler.num_steps)
+        except ValueError as error:
+            raise UsageError(f"finetune.matching: {error}") from error
 
-    A branch alone is no student: looks (`watch_every`), and so the best round of a branch, are of both merged, in the middle of
-    `merge_high`. With `finetune.control` both are one network, trained on all nodes for as many updates as the two branches together.
-    """
-    from flashgen.models.sample import latent_shape
-    from flashgen.stages.report import watcher
-    from flashgen.training.matching import Matcher, train_matching
-    from flashgen.training.prompts import prompt_pool
+    @property
+    def chooses(self) -> bool:
+        """Whether the merge ratio is chosen by score."""
+        return self.judges or len(self.config.merge_high) > 1
 
-    config, nodes, t5_drop = recipe.finetune, sampler.sigmas, recipe.distill.t5_drop
-    teacher.requires_grad_(False)
-    shape = latent_shape(pipe, sampler.size_px)
-    pool = prompt_pool(pipe, config.matching.prompts, seed + 2, sampler.t5_tokens, work, own_prompts(recipe))
-    replay = replay_for(config.matching, recipe, pipe, teacher, sampler, seed, work)
-    high, low, teacher, proxies = _branches(pipe.transformer, config.lora, teacher, seed)
-    above = [i for i, s in enumerate(nodes[:-1]) if s > config.split]
-    beneath = [i for i, s in enumerate(nodes[:-1]) if s <= config.split]
-    turns = [("high", high, above, config.matching), ("low", low, beneath, config.matching)]
-    watch, middle = watcher(pipe, sampler, recipe, work), sorted(config.merge_high)[len(config.merge_high) // 2]
+    def open_more(self) -> None:
+        self.inputs["teacher"] = _teacher_of(self.source)
 
-    def merged(name: str, _: nn.Module) -> float | None:
-        merge(pipe.transformer, high, low, middle)
-        return watch(name, pipe.transformer)
+    def check(self) -> None:
+        config, sampler = self.config, self.sampler
+        self.require_prompts()
+        check_matching(self, config.matching, [config.matching.batch] if config.matching.iterations else [])
+        if self.follows_teacher:
+            check_nested(sampler.sigmas, shifted_grid(self.recipe.distill.trajectory.teacher_steps, sampler.shift))
+            if self.recipe.distill.compile:
+                check_compiler("distill.compile=false")
+        if self.chooses and not self.judges:
+            why = "bench.per_task=0 draws nothing" if self.world else f"{self.source.path} belongs to no world with a judge"
+            raise UsageError(
+                f"finetune.merge_high={config.merge_high} leaves a choice, and {why}; give one, as in --set finetune.merge_high=[0.7] "
+                "(the paper's), or use an artifact of a world with --set bench.per_task=1 or more"
+            )
+        if config.lora and config.lora.base != "float32":
+            raise UsageError("finetune merges dense networks in float32; leave finetune.lora.base out")
+        if config.lora and config.matching.ida < 1:
+            raise UsageError("finetune.lora with matching.ida < 1 would mix adapters of different networks; leave one of them out")
 
-    if config.control:
-        longer = config.matching.model_copy(update={"iterations": config.matching.iterations * (2 if beneath else 1)})
-        turns, low = [("control", high, above + beneath, longer)], high
-    for number, (name, branch, own, matching) in enumerate(turns):
-        if own and matching.iterations:  # with two steps the low branch has no node and keeps its weights
-            matcher = Matcher(
-                name, branch, teacher, pool, nodes, matching, shape, seed + 10 + number, t5_drop=t5_drop, replay=replay,
-                proxy=proxies[number], train_nodes=own, net_at=lambda sigma: high if sigma > config.split else low,
-            )  # fmt: skip
-            train_matching(matcher, work, merged)
-    return high, low
+    def settings(self) -> dict[str, Any]:
+        borrowed: dict[str, Any] = {"encoder_drop": self.recipe.distill.encoder_drop} | self.judge_key()
+        if self.follows_teacher:
+            trajectory = self.recipe.distill.trajectory.model_dump(include={"teacher_steps", "prompts", "guidance"})
+            borrowed |= {"trajectory": trajectory, "compile": self.recipe.distill.compile}
+        return self.config.model_dump(mode="json", exclude={"allow_worse"}) | borrowed | self.prompts_key()
 
+    def plan(self) -> Plan:
+        footprint, config, matching = Footprint(self.source), self.config, self.config.matching
+        transformer, one, costs = footprint.transformer, footprint.forward(), footprint.family.costs
+        learned = adapter_count(transformer, config.lora, footprint.family.lora_targets) if config.lora else transformer.count
+        networks = 3 if config.lora else 2  # student, its copy under the adapters, teacher
+        rounds, steps = 2 * matching_rounds(matching), self.sampler.num_steps
+        per_round = steps + FORWARD_AND_BACKWARD * matching.fake_score_updates
+        forwards = (rounds * per_round + 2 * matching.iterations * 2 * FORWARD_AND_BACKWARD) * matching.batch
+        prompts, states = matching.prompts, 0
+        if self.follows_teacher:
+            trajectory = self.recipe.distill.trajectory
+            prompts += trajectory.prompts
+            forwards += guided_forwards(trajectory) * trajectory.prompts
+            states = (steps + 1) * trajectory.prompts
+        train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
+        train |= {"branches and fake scores": 16.0 * learned, "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
+        train |= {"average": 4.0 * learned, "trajectories": 2.0 * states * one.latent}
+        train |= {"activations": 4.0 * matching.batch * one.hidden * costs.kept * one.blocks}
+        text, _ = footprint.embedding(prompts)
+        checkpoint = MATCHING_STATE + (BEST_STATE if matching.validate_every else 0)  # per branch, and one that replaces another
+        disk = prompts * footprint.conditioning_bytes() + 2 * transformer.count + 3 * checkpoint * learned + 2 * states * one.latent
+        advice = {"train": "use --set finetune.lora.rank=64, or run it where more memory is free"}
+        plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice)
+        plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
+        return plan
 
-def _branches(
-    student: nn.Module, lora: LoraTraining | None, teacher: nn.Module, seed: int
-) -> tuple[nn.Module, nn.Module, nn.Module, list[nn.Module | None]]:
-    """(high, low, teacher, proxies). With `lora` the branches are adapters on the student, the proxies adapters on the teacher."""
-    from flashgen.training.roles import roles_on
+    def make(self, draft: Draft) -> Result:
+        from flashgen.models.pipeline import load_pipeline
+        from flashgen.models.save import save_changed
+        from flashgen.stages.report import judge
 
-    if lora is None:
-        return copy.deepcopy(student).requires_grad_(True), copy.deepcopy(student).requires_grad_(True), teacher, [None, None]
-    _, high, low = roles_on(copy.deepcopy(student), lora, "high", "low", seed=seed)
-    teacher, *proxies = roles_on(teacher, lora, "proxy_high", "proxy_low", seed=seed + 1)
-    return high, low, teacher, [*proxies]
+        config, sampler = self.config, self.sampler
+        pipe = load_pipeline(self.source.path)
+        before = judge(self, pipe, sampler).passed if self.judges else None
+        high, low = self._train_branches(pipe, draft.work)
+        ratios = config.merge_high if high is not low else [1.0]
+        if before is None:
+            merge(pipe.transformer, high, low, ratios[0])
+            save_changed(draft, self.source.path, self.family, {"transformer": pipe.transformer})
+            return Result(sampler, {"choice": "not judged", "merge_high": ratios[0]})
+        scores = {}
+        for ratio in ratios:
+            merge(pipe.transformer, high, low, ratio)
+            scores[ratio] = float(judge(self, pipe, sampler).passed.mean())
+            say(f"merged {ratio:g} high : {1 - ratio:g} low: composition {scores[ratio]:.3f} on {len(before)} choice prompts")
+        best, score = max(scores, key=lambda ratio: scores[ratio]), float(before.mean())
+        say(f"input {score:.3f}, best merge {best:g}: {scores[best]:.3f}")
+        if score - scores[best] > config.allow_worse:
+            raise NumericsError(
+                f"fine-tuning made the student worse: composition {score:.3f} -> {scores[best]:.3f} on {len(before)} prompts, "
+                f"more than finetune.allow_worse={config.allow_worse:g} below. Lower finetune.matching.lr or raise "
+                "finetune.matching.fake_score_warmup; --set finetune.allow_worse=1 publishes it nevertheless"
+            )
+        merge(pipe.transformer, high, low, best)
+        save_changed(draft, self.source.path, self.family, {"transformer": pipe.transformer})
+        choice = {"input": score, **{f"merge {ratio:g}": value for ratio, value in scores.items()}}
+        return Result(sampler, {"choice": choice, "merge_high": best})
 
+    def _train_branches(self, pipe: Pipeline, work: Path) -> tuple[nn.Module, nn.Module]:
+        """(high, low): copies of the student, each trained on its own nodes with rollouts through both.
 
-def _recipe(recipe: Recipe, follows: bool) -> dict[str, object]:
-    """The fields that the result depends on, those of other sections too; what is only let through is none of them."""
-    own = recipe.finetune.model_dump(exclude={"allow_worse"})
-    trajectory = recipe.distill.trajectory.model_dump(include={"teacher_steps", "prompts", "guidance"})
-    borrowed: dict[str, object] = {"t5_drop": recipe.distill.t5_drop, "per_task": recipe.bench.per_task}
-    return own | borrowed | ({"trajectory": trajectory, "compile": recipe.distill.compile} if follows else {}) | prompts_key(recipe)
+        A branch alone is no student, so validations, and thus the best round of a branch, are of both merged, in the middle of
+        `merge_high`. With `finetune.control` both are one network, trained on all nodes for as many updates as the two together.
+        """
+        from flashgen.models.pipeline import load_pipeline
+        from flashgen.models.sample import latent_shape
+        from flashgen.stages.report import Validator
+        from flashgen.training.matching import Matcher, Roles, Task, train_matching
+        from flashgen.training.prompts import prompt_pool, training_prompts
+
+        config, sampler, nodes = self.config, self.sampler, self.sampler.sigmas
+        teacher: nn.Module = load_pipeline(self.inputs["teacher"].path).transformer.requires_grad_(False)
+        prompts = training_prompts(self.world, self.prompts, config.matching.prompts, self.seed + 2)
+        pool, shape = prompt_pool(prompts, pipe, sampler, work, "matching"), latent_shape(pipe, sampler.size_px)
+        replay = self._replay(pipe, teacher, shape, work) if self.follows_teacher else None
+        high, low, teacher, fake_scores = self._branches(pipe.transformer, teacher)
+        validator, middle = Validator(self, pipe, sampler, work), sorted(config.merge_high)[len(config.merge_high) // 2]
+
+        def validate(name: str, _: nn.Module) -> float | None:
+            merge(pipe.transformer, high, low, middle)
+            return validator(name, pipe.transformer)
+
+        if config.control:
+            low = high
+        for number, (name, branch, train_nodes, matching) in enumerate(self._turns(high, low)):
+            if train_nodes and matching.iterations:  # with two steps the low branch has no node and keeps its weights
+                task = Task(
+                    name, pool, nodes, shape, self.seed + 10 + number, self.recipe.distill.encoder_drop, replay, train_nodes,
+                    lambda sigma: high if sigma > config.split else low,
+                )  # fmt: skip
+                matcher = Matcher(task, Roles(branch, teacher, fake_scores[number]), matching, self.family)
+                train_matching(matcher, work, self.recipe.checkpoint, validate)
+        return high, low
+
+    def _turns(self, high: nn.Module, low: nn.Module) -> list[tuple[str, nn.Module, list[int], MatchingTraining]]:
+        """(name, branch, its nodes, settings) of each training, in order."""
+        config, nodes = self.config, self.sampler.sigmas[:-1]
+        above = [i for i, sigma in enumerate(nodes) if sigma > config.split]
+        below = [i for i, sigma in enumerate(nodes) if sigma <= config.split]
+        if config.control:
+            longer = config.matching.model_copy(update={"iterations": config.matching.iterations * (2 if below else 1)})
+            return [("control", high, above + below, longer)]
+        return [("high", high, above, config.matching), ("low", low, below, config.matching)]
+
+    def _replay(self, pipe: Pipeline, teacher: nn.Module, shape: tuple[int, ...], work: Path) -> Replay:
+        """The teacher's cached trajectories over the student's nodes."""
+        from flashgen.training.prompts import prompt_pool, training_prompts
+
+        prompts = training_prompts(self.world, self.prompts, self.recipe.distill.trajectory.prompts, self.seed)
+        pool = prompt_pool(prompts, pipe, self.sampler, work, "trajectory")
+        return cached_steps(self, pool, guided_teacher(teacher, self.sampler.shift, self.recipe), self.sampler.sigmas, shape, work)
+
+    def _branches(self, student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, list[nn.Module | None]]:
+        """(high, low, teacher, fake scores). With adapters, branches are adapters on the student, fake scores adapters on the teacher."""
+        from flashgen.training.roles import roles_on
+
+        lora, targets = self.config.lora, self.family.lora_targets
+        if lora is None:
+            high, low = (copy.deepcopy(student).requires_grad_(True) for _ in range(2))
+            return high, low, teacher, [None, None]
+        _, high, low = roles_on(copy.deepcopy(student), lora, "high", "low", seed=self.seed, targets=targets)
+        teacher, *fake_scores = roles_on(teacher, lora, "fake_score_high", "fake_score_low", seed=self.seed + 1, targets=targets)
+        return high, low, teacher, [*fake_scores]
 
 
 def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float) -> None:
@@ -145,11 +231,17 @@ def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float
 
 
 def _teacher_of(student: Artifact) -> Artifact:
-    """The teacher in the student's lineage, by path, checked by digest."""
-    for parent in student.manifest.parents:
-        if parent.role == "teacher":
+    """The teacher in the lineage of `student`, by path, checked by digest; a restructured student's is found through its parents."""
+    current = student
+    while True:
+        parents = {parent.role: parent for parent in current.manifest.parents}
+        if (parent := parents.get("teacher")) is not None:
             teacher = open_artifact(parent.path, ("teacher",))
             if teacher.manifest.digest != parent.digest:
-                raise ArtifactError(f"the teacher at {parent.path} is not the one {student.path} was made from; distill again")
+                raise ArtifactError(f"the teacher at {parent.path} is not the one {current.path} was made from; distill again")
             return teacher
-    raise ArtifactError(f"{student.path} names no teacher; finetune takes the output of flashgen distill")
+        if (parent := parents.get("student")) is None:
+            raise ArtifactError(f"{student.path} names no teacher; finetune takes the output of flashgen distill")
+        current = open_artifact(parent.path, ("student",))
+        if current.manifest.digest != parent.digest:
+            raise ArtifactError(f"the student at {parent.path} is not the one {student.path} was made from; distill again")

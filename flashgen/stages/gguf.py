@@ -1,41 +1,49 @@
-"""export --target gguf: the transformer for programs that read GGUF."""
+"""export --target gguf: the transformer as a file for programs that read GGUF."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.util import find_spec
 
-from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, begin
+from flashgen.artifact.draft import Draft
+from flashgen.artifact.files import link
+from flashgen.errors import MachineError, UsageError
 from flashgen.progress import say, warn
-from flashgen.recipe.schema import Recipe
-from flashgen.stages.plan import check
+from flashgen.stages.base import Result, Stage
 
 
-def run(source: Artifact, sampler: Sampler, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
-    """transformer/model.gguf of `source`, read back and compared with it tensor by tensor."""
-    import flashgen.export.gguf as writer  # needs the extra: said before any work
+def check_gguf(stage: Stage) -> None:
+    """Raises UsageError for artifacts that a GGUF cannot hold, and MachineError without the package that writes it."""
+    if stage.family.gguf_arch is None:
+        raise UsageError(f"--target gguf: no program reads {stage.family.models} from a GGUF; export with --target onnx")
+    if stage.sampler.scales is not None:
+        raise UsageError(
+            f"{stage.source.path} scales its steps (quantize.step_scales), which a GGUF cannot express; quantize again "
+            "with --set quantize.step_scales=false, or export without --target gguf"
+        )
+    if find_spec("gguf") is None:
+        raise MachineError("--target gguf writes with the package gguf, which is not installed: pip install 'flashgen[gguf]'")
 
-    floor = recipe.export.psnr_floor_db
-    settings = {"target": "gguf", "psnr_floor_db": floor}
-    draft = begin(
-        out, kind="gguf", stage="export", recipe=settings, seed=seed, parents=[source.as_parent("student")], force=force,
-        check=lambda work: check("export", source, recipe, work, target="gguf"),
-    )  # fmt: skip
-    if isinstance(draft, Artifact):
-        return draft
-    from flashgen.export.write import read_codes
+
+def write_gguf(stage: Stage, draft: Draft) -> Result:
+    """Write transformer/model.gguf, read it back and compare it with the artifact tensor by tensor."""
+    from flashgen.export import gguf
+    from flashgen.export.codes import read_codes
     from flashgen.models.stream import stored
 
+    source, family = stage.source, stage.family
     weights = stored(source.path / "transformer")
-    codes = read_codes(source.path) if source.manifest.kind == "quantized" else {}
-    draft.link(source.path / "transformer" / "config.json", "transformer/config.json")  # diffusers asks for it
+    codes = read_codes(source) if source.manifest.kind == "quantized" else {}
+    link(source.path / "transformer" / "config.json", draft.path / "transformer" / "config.json")  # diffusers asks for it
     path = draft.path / "transformer" / "model.gguf"
-    types = writer.write(path, weights, codes, sampler, source.manifest.digest)
-    psnr = writer.check(path, weights, floor)
+    types = gguf.write(path, family, weights, codes, stage.sampler, source.manifest.digest)
+    psnr = gguf.check(path, family, weights, stage.recipe.export.psnr_floor_db)
     size = path.stat().st_size
     say(f"{size / 2**20:.1f} MiB; tensors by type: {', '.join(f'{name} {types[name]}' for name in sorted(types))}")
-    held = sum(types[name] for name in types if name.startswith("Q"))
-    if codes and types["F16"] > held:
-        warn("no GGUF type holds most of these codes, so they stay fp16; what fits: groups of 32 or more, at most 4 bits, no shared basis")
+    with_codes = sum(count for name, count in types.items() if name.startswith("Q"))
+    if codes and types["F16"] > with_codes:
+        warn(
+            "no GGUF type holds most of these codes, so they stay fp16; types hold groups of 32 or more at up to 4 bits, or at 8 bits with "
+            "--set quantize.symmetric=true, and no shared basis"
+        )
     metrics = {"psnr_db": {"transformer": round(psnr, 2)}, "bytes": {"transformer": size}, "types": dict(types)}
-    return draft.publish(sampler=sampler, metrics=metrics)
+    return Result(stage.sampler, metrics, validate=False)

@@ -3,60 +3,65 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
 
-from flashgen.artifact.store import Artifact, Draft
+from flashgen.artifact.draft import Draft
 from flashgen.errors import UsageError
 from flashgen.progress import track
-from flashgen.recipe.schema import Recipe
+from flashgen.stages.base import Result, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashgen.artifact.manifest import Sampler
 
+def write_nf4(stage: Stage, draft: Draft, protect: Sequence[str]) -> Result:
+    """Write every Linear of the transformer outside of `protect` in NF4 and the rest in fp16; all are held until the file is written.
 
-def run(parent: Artifact, sampler: Sampler, recipe: Recipe, draft: Draft) -> Artifact:
-    """Every Linear but those of `quantize.protect`, which stay in fp16 like the rest. They are held until all are written."""
+    Raises NumericsError for a weight that fp16 cannot hold.
+    """
     import torch
     from diffusers import BitsAndBytesConfig
 
     from flashgen.models.nf4 import pack, unpack
-    from flashgen.models.save import save_changed
+    from flashgen.models.rewrite import linear_shapes
+    from flashgen.models.save import save_changed, to_half
     from flashgen.models.stream import read, weight_files, write
-    from flashgen.stages.quantize import relative_error, shapes_of
-    from flashgen.stages.report import finish
+    from flashgen.quant.layer import relative_error
 
-    source, protect = parent.path / "transformer", recipe.quantize.protect
-    whole = {name: shape for name, shape in shapes_of(parent.path).items() if not _skipped(name, protect)}
-    if not whole:
+    pipeline = stage.source.path
+    source, target = pipeline / "transformer", draft.path / "transformer"
+    shapes = linear_shapes(pipeline, "transformer", stage.family)
+    shapes = {name: shape for name, shape in shapes.items() if not _skipped(name, protect)}
+    if not shapes:
         raise UsageError("quantize.protect leaves no layer for --scheme nf4; protect fewer")
     tensors: dict[str, Tensor] = {}
-    error, packed = 0.0, 0
+    error, packed_bytes = 0.0, 0
     files = weight_files(source)
     for path in track(files, "quantize to NF4", total=len(files)):
         for name, tensor in read(path):
-            layer, _, part = name.rpartition(".")
-            if part != "weight" or layer not in whole:
-                tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
+            layer, _, parameter = name.rpartition(".")
+            if parameter != "weight" or layer not in shapes:
+                tensors[name] = to_half(tensor, f"transformer: {name}") if tensor.is_floating_point() else tensor
                 continue
-            made = pack(tensor)
-            error, packed = max(error, relative_error(unpack(made), tensor.float())), packed + sum(t.nbytes for t in made.values())
-            tensors |= {f"{layer}.{key}": value for key, value in made.items()}
-    (draft.path / "transformer").mkdir()
-    shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    write(draft.path / "transformer" / "diffusion_pytorch_model.safetensors", shapes, tensors.items())
-    how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=protect
+            packed = pack(tensor)
+            error = max(error, relative_error(unpack(packed), tensor.float()))
+            packed_bytes += sum(value.nbytes for value in packed.values())
+            tensors |= {f"{layer}.{key}": value for key, value in packed.items()}
+    target.mkdir()
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write(target / "diffusion_pytorch_model.safetensors", kinds, tensors.items())
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=list(protect)
     )
-    config = json.loads((source / "config.json").read_text()) | {"quantization_config": how.to_dict()}
-    (draft.path / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_changed(draft, parent.path, {}, kept=("transformer",))
-    metrics: dict[str, object] = {"weight_error_max": error, "packed_bytes": packed}
-    metrics["mean_bits"] = 8 * packed / sum(n * k for n, k in whole.values())
-    return finish(draft, sampler, recipe.bench, metrics=metrics)
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": settings.to_dict()}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_changed(draft, pipeline, stage.family, {}, kept=("transformer",))
+    metrics: dict[str, Any] = {"weight_error_max": error, "packed_bytes": packed_bytes}
+    return Result(stage.sampler, metrics | {"mean_bits": 8 * packed_bytes / sum(map(prod, shapes.values()))})
 
 
-def _skipped(layer: str, protect: list[str]) -> bool:
-    """As diffusers decides it for `llm_int8_skip_modules`."""
+def _skipped(layer: str, protect: Sequence[str]) -> bool:
+    """Return True if diffusers leaves `layer` whole with `llm_int8_skip_modules` set to `protect`."""
     return any(f"{name}." in layer or name == layer for name in protect)

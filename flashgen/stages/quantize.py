@@ -1,170 +1,238 @@
-"""flashgen quantize: group-wise INT4 and its neighbours for every linear layer of the transformer."""
+"""flashgen quantize: group-wise INT4 and its relatives for every linear layer of the transformer."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flashgen.artifact.store import Artifact, Draft, begin, open_artifact
-from flashgen.errors import ArtifactError
-from flashgen.models.specs import ENCODERS
-from flashgen.progress import track
-from flashgen.recipe.schema import QuantizeRecipe, Recipe
-from flashgen.stages import nf4
-from flashgen.stages.calibrate import Found, calibrate
-from flashgen.stages.checks import check_quantizing
-from flashgen.stages.plan import check
-from flashgen.stages.prompts import prompts_key
+from flashgen.artifact.draft import Draft
+from flashgen.artifact.manifest import Kind
+from flashgen.errors import ArtifactError, MachineError, UsageError
+from flashgen.progress import warn
+from flashgen.quant.layer import Rounding, layer_bits, quantize_layer, relative_error, stored_bytes
+from flashgen.stages.base import Result, Stage
+from flashgen.stages.calibrate import Calibrated, calibrate
+from flashgen.stages.nf4 import write_nf4
+from flashgen.stages.planning import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flashgen.artifact.manifest import Sampler
+    from flashgen.models.footprint import Footprint, Parts, Tensors
     from flashgen.quant.pack import QuantizedLinear
 
 
-def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool) -> Artifact:
-    """Round to nearest and HQQ need no data: weights go from file to file, one in memory at a time. GPTQ, a budget and a shared
-    adaLN basis load the student and run it on its own prompts.
+@dataclass
+class Quantize(Stage):
+    """A student or teacher with codes for its Linears in quantized/, from which `export` writes the graph.
 
-    The folder stays loadable by diffusers (dequantized weights); the codes that `export` writes are in quantized/. Scheme nf4 keeps
-    bitsandbytes' codes instead, which diffusers loads as they are.
+    The pipeline stays loadable by diffusers, with dequantized weights. Methods rtn and hqq need no data: weights pass from file to file,
+    one in memory at a time. GPTQ, a budget, a shared adaLN basis and step scales load the student and run it on prompts. Scheme nf4
+    writes bitsandbytes' codes instead, which diffusers loads as they are.
     """
-    config = recipe.quantize
-    parent = open_artifact(student, ("student", "teacher"))
-    sampler = parent.manifest.sampler
-    assert sampler is not None
-    check_quantizing(parent, recipe)
-    draft = begin(
-        out, kind="quantized", stage="quantize", recipe=config.model_dump() | (prompts_key(recipe) if config.calibrated else {}), seed=seed,
-        parents=[parent.as_parent("student")], force=force, check=lambda work: check("quantize", parent, recipe, work),
-    )  # fmt: skip
-    if isinstance(draft, Artifact):
-        return draft
-    if config.scheme == "nf4":
-        return nf4.run(parent, sampler, recipe, draft)
-    from flashgen.models.save import save_changed
-    from flashgen.quant.layer import quantize_layer
-    from flashgen.quant.pack import dequantize
-    from flashgen.stages.report import finish
 
-    (draft.path / "quantized").mkdir()
-    found = calibrate(parent, sampler, recipe, seed, draft) if config.calibrated else Found()
-    codes, whole, error = dict(found.codes), shapes_of(parent.path), dict[str, float]()
+    name = "quantize"
+    takes: ClassVar[Mapping[str, tuple[Kind, ...]]] = {"student": ("student", "teacher")}
+    kind = "quantized"
 
-    def changed(name: str, weight: Tensor) -> Tensor:
-        layer, _, part = name.rpartition(".")
-        if layer in found.factored and part == "bias":
-            return found.factored[layer].up.bias
-        if layer not in whole or part != "weight":
-            return weight
-        weight = weight.float()
-        if layer in found.factored:
-            made = dequantize(codes[f"{layer}.up"]) @ found.factored[layer].basis.T
+    @property
+    def protect(self) -> tuple[str, ...]:
+        """Prefixes of the layers that keep 8 bits: the recipe's, or the family's."""
+        protect = self.recipe.quantize.protect
+        return self.family.protect if protect is None else tuple(protect)
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the transformer's weights become codes."""
+        config = self.recipe.quantize
+        return Rounding(config.group, config.symmetric, config.method)
+
+    @property
+    def encoder_rounding(self) -> Rounding:
+        """How the text encoders' weights become codes."""
+        config = self.recipe.quantize
+        return Rounding(config.encoder_group, config.symmetric)
+
+    def bits(self, layer: str) -> int:
+        """Bits of a layer of the transformer, where no budget decides."""
+        return layer_bits(layer, self.recipe.quantize.bits, self.protect)
+
+    def check(self) -> None:
+        config = self.recipe.quantize
+        if self.sampler.guidance != 1 and (config.low_rank_tolerance or config.step_scales):
+            raise UsageError(
+                "quantize.low_rank_tolerance and quantize.step_scales learn from rollouts without guidance, and a teacher is drawn with "
+                "guidance; set both to 0, or quantize a student"
+            )
+        if config.low_rank_tolerance and self.family.modulation is None:
+            raise UsageError(f"quantize.low_rank_tolerance: {self.family.models} have no adaLN layers that share their input; set it to 0")
+        if config.scheme == "nf4" and find_spec("bitsandbytes") is None:
+            raise MachineError("--scheme nf4 writes with bitsandbytes, which is not installed: pip install 'flashgen[nf4]'")
+        if config.calibrated:
+            self.require_prompts()
+
+    def settings(self) -> dict[str, Any]:
+        config = self.recipe.quantize
+        return config.model_dump() | {"protect": list(self.protect)} | (self.prompts_key() if config.calibrated else {})
+
+    def plan(self) -> Plan:
+        from flashgen.models.footprint import PROGRAM, Footprint
+
+        config, footprint = self.recipe.quantize, Footprint(self.source)
+        weights, disk, forwards = footprint.transformer, 0.0, 0
+        memory: dict[str, Parts] = {}
+        num_weights = sum(map(prod, weights.linears.values()))
+        if config.scheme == "nf4":  # per weight half a byte, and an fp32 scale per 64; the rest in 16 bits; one tensor in fp32 beside them
+            disk = 0.5625 * num_weights + 2 * (weights.count - num_weights)
+            memory["round transformer"] = {"program": PROGRAM, "written": disk, "tensor": 14.0 * weights.largest}
         else:
-            if layer not in codes:
-                codes[layer] = quantize_layer(weight, config.bits_of(layer), config, None)
-            made = dequantize(codes[layer])
-        error[layer] = relative_error(made, weight)
-        return made
+            memory["round transformer"], codes = streamed(weights, self.rounding, self.bits)
+            disk = codes + 2 * weights.count
+            for part in footprint.encoders if config.encoder_bits else []:
+                memory[f"round {part}"], codes = streamed(footprint.parts[part], self.encoder_rounding, lambda _: config.encoder_bits)
+                disk += codes + 2 * footprint.parts[part].count
+        if config.calibrated:
+            memory["calibrate"], forwards = self._calibration(footprint)
+        work = {"fp32": forwards * footprint.forward().multiply_adds, "rounded": num_weights}
+        lighter = "without a budget, low_rank_tolerance and step_scales, which streams the weights"
+        plan = Plan(memory, disk, forwards, work, {"calibrate": f"use --set quantize.method=rtn {lighter}, or fewer quantize.prompts"})
+        plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
+        return plan
 
-    _rewrite(parent.path / "transformer", draft, changed, len(whole))
-    if missing := sorted(whole.keys() - error.keys()):
-        raise ArtifactError(
-            f"{parent.path}/transformer has no weights of {', '.join(missing[:3])}; take the artifact from its source again"
-        )
-    names = [f"{name}.up" if name in found.factored else name for name in whole]
-    shared = next(iter(found.factored.values()), None)
-    basis = {} if shared is None else {"basis": shared.basis.T.half().contiguous()}
-    packed = _write_codes(draft, "transformer", "layers.json", {name: codes[name] for name in names}, basis)
-    for held in (found.codes, codes):
-        held.clear()  # the encoders' codes want the room
-    parts = [part for part in ENCODERS if config.encoder_bits and (parent.path / part).is_dir()]
-    encoders: dict[str, object] = {part: _encoder(parent.path, part, draft, config) for part in parts}
-    save_changed(draft, parent.path, {}, kept=("transformer", *encoders))
-    own = {"weight_error_max": max(error.values()), "mean_bits": 8 * packed / sum(n * k for n, k in whole.values()), "packed_bytes": packed}
-    metrics = found.metrics | own | ({"encoders": encoders} if encoders else {})
-    return finish(draft, sampler.model_copy(update={"scales": found.scales}), recipe.bench, metrics=metrics)
+    def _calibration(self, footprint: Footprint) -> tuple[Parts, int]:
+        """Memory of running the student, and its forward passes; a shared basis counts as if every rank were tried."""
+        from flashgen.training.calibration import BATCH, layer_blocks, layer_groups
+
+        config, linears = self.recipe.quantize, footprint.transformer.linears
+        blocks, modulation = layer_blocks(linears, self.family), self.family.modulation
+        memory = footprint.embedding(config.prompts)[0]
+        memory |= {name: 4.0 * footprint.parts[name].count for name in ("transformer", "vae")}
+        memory["activations"] += 4.0 * min(BATCH, config.prompts) * footprint.forward().hidden * self.family.costs.running
+        rollouts = 2.0  # before and after
+        if config.method == "gptq":
+            rollouts += len(blocks)
+            memory["moments"] = max(sum(4.0 * linears[name][1] ** 2 for name in names) for names in blocks)
+            memory["factors"] = 4 * 8.0 * max(shape[1] for shape in linears.values()) ** 2  # of one layer, in float64
+        if config.budget:
+            rollouts += len(layer_groups(linears, self.family)) * len(config.choices)
+        if config.low_rank_tolerance and modulation is not None and config.group != "channel":
+            width = max((shape[1] for name, shape in linears.items() if modulation.search(name)), default=0)
+            rollouts += 0.5 * (1 + width // 2 // config.group)
+        if config.step_scales:
+            rollouts += 1.5
+        return memory, round(rollouts * config.prompts * self.sampler.num_steps)
+
+    def make(self, draft: Draft) -> Result:
+        if self.recipe.quantize.scheme == "nf4":
+            return write_nf4(self, draft, self.protect)
+        from flashgen.models.save import save_changed
+
+        (draft.path / "quantized").mkdir()
+        self._warn_of_long_groups()
+        sampler, metrics = self._transformer(draft)
+        encoders = self.encoders
+        if encoders:
+            metrics["encoders"] = {part: self._encoder(draft, part) for part in encoders}
+        save_changed(draft, self.source.path, self.family, {}, kept=("transformer", *encoders))
+        return Result(sampler, metrics)
+
+    @cached_property
+    def encoders(self) -> list[str]:
+        """Text encoders to quantize."""
+        return [part for part in self.family.text_encoders if self.recipe.quantize.encoder_bits and (self.source.path / part).is_dir()]
+
+    def _warn_of_long_groups(self) -> None:
+        """Warn once where groups end at the end of a row because they are longer than it."""
+        from flashgen.models.rewrite import linear_shapes
+
+        group = self.recipe.quantize.group
+        rows = [
+            k
+            for part, rounding in {"transformer": self.rounding, **dict.fromkeys(self.encoders, self.encoder_rounding)}.items()
+            for _, k in linear_shapes(self.source.path, part, self.family).values()
+            if rounding.group != "channel" and rounding.group_of(k) < rounding.group
+        ]
+        if rows:
+            warn(f"quantize.group={group} is longer than the rows of {len(rows)} layers ({min(rows)} inputs and more): one scale per row")
+
+    def _transformer(self, draft: Draft) -> tuple[Sampler, dict[str, Any]]:
+        """Write the transformer and its codes; returns how the result is sampled, and metrics."""
+        from flashgen.export.codes import write_codes
+        from flashgen.models.rewrite import linear_shapes, rewrite_network
+        from flashgen.quant.pack import dequantize
+
+        path, config = self.source.path, self.recipe.quantize
+        shapes, rounding = linear_shapes(path, "transformer", self.family), self.rounding
+        calibrated = calibrate(self, draft, rounding, self.protect) if config.calibrated else Calibrated()
+        codes, factored, error = calibrated.codes, calibrated.factored, dict[str, float]()
+
+        def change(name: str, weight: Tensor) -> Tensor:
+            layer, _, parameter = name.rpartition(".")
+            if layer in factored and parameter == "bias":
+                return factored[layer].up.bias
+            if layer not in shapes or parameter != "weight":
+                return weight
+            weight = weight.float()
+            if layer in factored:
+                new = dequantize(codes[f"{layer}.up"]) @ factored[layer].basis.T
+            else:
+                if layer not in codes:
+                    codes[layer] = quantize_layer(weight, self.bits(layer), rounding)
+                new = dequantize(codes[layer])
+            error[layer] = relative_error(new, weight)
+            return new
+
+        rewrite_network(path / "transformer", draft.path / "transformer", change, f"quantize {len(shapes)} layers of transformer")
+        if missing := sorted(shapes.keys() - error.keys()):
+            raise ArtifactError(f"{path}/transformer has no weights of {', '.join(missing[:3])}; take the artifact from its source again")
+        names = [f"{name}.up" if name in factored else name for name in shapes]
+        basis = next((layer.basis for layer in factored.values()), None)
+        packed_bytes = write_codes(draft.path, "transformer", {name: codes[name] for name in names}, basis)
+        mean_bits = 8 * packed_bytes / sum(map(prod, shapes.values()))
+        metrics = {"weight_error_max": max(error.values()), "mean_bits": mean_bits, "packed_bytes": packed_bytes}
+        return self.sampler.model_copy(update={"scales": calibrated.scales}), calibrated.metrics | metrics
+
+    def _encoder(self, draft: Draft, part: str) -> dict[str, float]:
+        """Write a text encoder rounded to `encoder_bits` and its codes; returns its largest relative error and the bytes of its codes."""
+        from flashgen.export.codes import write_codes
+        from flashgen.models.rewrite import linear_shapes, rewrite_network
+        from flashgen.quant.pack import dequantize
+
+        layers, error = linear_shapes(self.source.path, part, self.family), [0.0]
+        codes: dict[str, QuantizedLinear] = {}
+
+        def change(name: str, weight: Tensor) -> Tensor:
+            layer, _, parameter = name.rpartition(".")
+            if parameter != "weight" or layer not in layers:
+                return weight
+            weight = weight.float()
+            codes[layer] = quantize_layer(weight, self.recipe.quantize.encoder_bits, self.encoder_rounding)
+            new = dequantize(codes[layer])
+            error.append(relative_error(new, weight))
+            return new
+
+        rewrite_network(self.source.path / part, draft.path / part, change, f"quantize {len(layers)} layers of {part}")
+        return {"weight_error_max": max(error), "packed_bytes": write_codes(draft.path, part, codes)}
 
 
-def _encoder(source: Path, part: str, draft: Draft, config: QuantizeRecipe) -> dict[str, float]:
-    """A text encoder rounded to `encoder_bits`, as the transformer is: its largest relative error and the bytes of its codes."""
-    from torch import nn
+def streamed(weights: Tensors, rounding: Rounding, bits: Callable[[str], int]) -> tuple[Parts, float]:
+    """Memory while the tensors of a component pass one by one and their codes pile up, and bytes of all codes on disk."""
+    from flashgen.models.footprint import PROGRAM
 
-    from flashgen.models.networks import empty_network
-    from flashgen.quant.pack import dequantize
-    from flashgen.quant.rounding import quantize_groups
-
-    layers = {name for name, layer in empty_network(source, part).named_modules() if isinstance(layer, nn.Linear)}
-    codes: dict[str, QuantizedLinear] = {}
-    error = [0.0]
-
-    def changed(name: str, weight: Tensor) -> Tensor:
-        layer, _, own = name.rpartition(".")
-        if own != "weight" or layer not in layers:
-            return weight
-        weight = weight.float()
-        codes[layer] = quantize_groups(weight, config.encoder_bits, config.encoder_group, config.symmetric)
-        made = dequantize(codes[layer])
-        error.append(relative_error(made, weight))
-        return made
-
-    _rewrite(source / part, draft, changed, len(layers))
-    return {"weight_error_max": max(error), "packed_bytes": _write_codes(draft, part, f"{part}.json", codes, {})}
-
-
-def _write_codes(draft: Draft, part: str, specs: str, codes: Mapping[str, QuantizedLinear], more: dict[str, Tensor]) -> int:
-    """quantized/`part`.safetensors with `more` behind the codes, and their bits and groups in `specs`; returns the tensors' bytes."""
-    from flashgen.models.stream import write
-    from flashgen.quant.layer import stored
-
-    tensors = {f"{name}.{key}": t for name, q in codes.items() for key, t in stored(q).items()} | more
-    shapes = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
-    write(draft.path / "quantized" / f"{part}.safetensors", shapes, tensors.items())
-    told = {name: {"bits": q.bits, "group": q.group, "symmetric": q.zeros is None} for name, q in codes.items()}
-    (draft.path / "quantized" / specs).write_text(json.dumps(told, indent=1) + "\n")
-    return sum(t.nbytes for t in tensors.values())
-
-
-def relative_error(made: Tensor, weight: Tensor) -> float:
-    """|made - weight| / |weight|."""
-    return float((made - weight).norm() / weight.norm().clamp_min(1e-12))
-
-
-def shapes_of(pipeline: Path) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of every Linear of the transformer, by name, in the order of the network; from its config alone."""
-    from flashgen.models.networks import empty_network, linears_of
-
-    return {name: (layer.out_features, layer.in_features) for name, layer in linears_of(empty_network(pipeline, "transformer")).items()}
-
-
-def _rewrite(source: Path, draft: Draft, changed: Callable[[str, Tensor], Tensor], layers: int) -> None:
-    """A network's files with each tensor `changed` and in fp16, in the same shards; one tensor in memory at a time."""
-    import torch
-
-    from flashgen.models.stream import DTYPES, header, read, weight_files, write
-
-    files = weight_files(source)
-    target = draft.path / source.name
-    target.mkdir()
-    entries = {path: header(path)[0] for path in files}
-    tick = iter(
-        track(range(sum(map(len, entries.values()))), f"quantize {layers} layers of {source.name}", total=sum(map(len, entries.values())))
-    )
-
-    def halved(path: Path) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in read(path):
-            next(tick)
-            yield name, changed(name, tensor).to(torch.float16) if tensor.is_floating_point() else tensor
-
-    for path in files:
-        kinds = {
-            name: (DTYPES[e["dtype"]] if not DTYPES[e["dtype"]].is_floating_point else torch.float16, tuple(e["shape"]))
-            for name, e in entries[path].items()
-        }
-        write(target / path.name, kinds, halved(path))
-    next(tick, None)
-    for path in source.iterdir():
-        if path not in files and path.is_file():
-            draft.link(path, f"{source.name}/{path.name}")
+    codes = scales = peak = 0.0
+    for name, (shape, size) in weights.entries.items():
+        layer, count = name.removesuffix(".weight"), prod(shape)
+        passing = count * (size + 2.0)  # as it was read and as it is written
+        if layer in weights.linears:
+            group = rounding.group_of(shape[1])
+            groups = shape[0] * -(-shape[1] // group)
+            codes += stored_bytes(shape, bits(layer), rounding)
+            scales += 2.0 * groups  # fp32 until they are written
+            passing = count * (size + 2.0 + 12) + groups * group  # and in fp32, dequantized and their difference
+        peak = max(peak, codes + scales + passing)
+    return {"program": PROGRAM, "codes and one tensor": peak}, codes

@@ -1,92 +1,114 @@
-"""What every model-making stage adds to its version: curves, a sample grid and a composition score."""
+"""What every model-making stage adds to its version: curves, sample grids and, where there is a judge, scores."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from diffusers import StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from flashgen.artifact.draft import Draft
 from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, Draft
-from flashgen.device.png import sheet
 from flashgen.errors import NumericsError
-from flashgen.models.sample import load_pipeline, sample
-from flashgen.processes import rank
+from flashgen.models.pipeline import Pipeline, load_pipeline
+from flashgen.models.sample import sample
+from flashgen.png import sheet
 from flashgen.progress import say
-from flashgen.recipe.schema import BenchRecipe, Recipe
-from flashgen.shapes.scene import prompt_set
-from flashgen.shapes.verify import composition, judge
-from flashgen.stages.prompts import own_prompts
-from flashgen.training.loop import Watch
+from flashgen.recipe.schema import BenchRecipe
+from flashgen.runtime.processes import rank
+from flashgen.stages.prompts import UNJUDGED_PICTURES
+from flashgen.worlds.base import Judgement
 
-VALIDATION_SEED = 1000  # prompts that stages may look at; `bench` judges on others
-CHOICE_SEED = 2000  # prompts on which `distill` and `finetune` choose, so that the validation score stays honest
+if TYPE_CHECKING:
+    from flashgen.stages.base import Result, Stage
+
+VALIDATION_SEED = 1000  # prompts on which stages report a score; `bench` judges on others
+CHOICE_SEED = 2000  # prompts on which `distill` and `finetune` choose, so that the validation score stays unbiased
+GRID_PICTURES, GRID_COLUMNS = 48, 8
+NOT_JUDGED = "not judged"
 
 
-def verdicts(pipe: StableDiffusion3Pipeline, sampler: Sampler, bench: BenchRecipe, picture: Path | None = None) -> NDArray[np.bool_]:
-    """Which of the choice prompts a pipeline paints right, task by task, [6 per_task]; `picture` gets a grid of them."""
-    requests = prompt_set(CHOICE_SEED, bench.per_task)
-    images = sample(pipe, sampler, [r.caption() for r in requests], list(range(len(requests))), batch=bench.batch)
+def grid_prompts(stage: Stage, seed: int) -> list[str]:
+    """Prompts of one sample grid: the world's for `seed`, or the first few of the recipe's own; none with `bench.per_task` 0."""
+    count = stage.num_validation_pictures
+    if stage.world is not None:
+        return stage.world.prompts(seed, stage.recipe.bench.per_task) if count else []
+    return (stage.prompts or [])[:count]
+
+
+def judge(stage: Stage, pipe: Pipeline, sampler: Sampler, picture: Path | None = None) -> Judgement:
+    """Judge `pipe` on the world's choice prompts; `picture` gets a grid of the pictures."""
+    assert stage.world is not None
+    prompts = grid_prompts(stage, CHOICE_SEED)
+    images = draw(pipe, sampler, prompts, stage.recipe.bench)
     if picture:
         save_grid(images, picture)
-    return np.array([judge(image, request).passed for image, request in zip(images, requests, strict=True)])
+    return stage.world.judge(images, prompts)
 
 
-def watcher(pipe: StableDiffusion3Pipeline, sampler: Sampler, recipe: Recipe, work: Path) -> Watch:
-    """For trainings: a network in place of the pipeline's own draws a grid into `work/samples`, and is judged on the choice prompts.
+def draw(pipe: Pipeline, sampler: Sampler, prompts: list[str], bench: BenchRecipe) -> NDArray[np.uint8]:
+    """Pictures [N, H, W, 3] of `prompts`, picture i from seed i."""
+    return sample(pipe, sampler, prompts, list(range(len(prompts))), batch=bench.batch)
 
-    Without a judge (`bench.per_task` 0) the grid is of the first eight of the recipe's own prompts, or of the shapes world's.
+
+class Validator:
+    """Draws a grid with a network in the middle of its training, in place of the pipeline's own transformer, and judges it.
+
+    Grids go to `work/samples/NAME.png`. Without a judge they show the first few of the recipe's prompts, or of the world's.
     """
-    bench, prompts = recipe.bench, (own_prompts(recipe) or [r.caption() for r in prompt_set(CHOICE_SEED, 2)])[:8]
 
-    def watch(name: str, transformer: nn.Module) -> float | None:
-        own, pipe.transformer = pipe.transformer, transformer
+    def __init__(self, stage: Stage, pipe: Pipeline, sampler: Sampler, work: Path) -> None:
+        self.stage, self.pipe, self.sampler, self.work = stage, pipe, sampler, work
+
+    def __call__(self, name: str, transformer: nn.Module) -> float | None:
+        """Overall score of `transformer`, or None where nothing judges."""
+        before, self.pipe.transformer = self.pipe.transformer, transformer
         try:
-            picture = work / "samples" / f"{name}.png"
-            if bench.per_task:
-                return float(verdicts(pipe, sampler, bench, picture).mean())
-            save_grid(sample(pipe, sampler, prompts, list(range(len(prompts))), batch=bench.batch), picture)
+            picture = self.work / "samples" / f"{name}.png"
+            if self.stage.judges:
+                return float(judge(self.stage, self.pipe, self.sampler, picture).passed.mean())
+            world = self.stage.world
+            prompts = self.stage.prompts or (world.prompts(CHOICE_SEED, 2) if world else [])
+            save_grid(draw(self.pipe, self.sampler, prompts[:UNJUDGED_PICTURES], self.stage.recipe.bench), picture)
             return None
         finally:
-            pipe.transformer = own
-
-    return watch
+            self.pipe.transformer = before
 
 
-def finish(draft: Draft, sampler: Sampler, bench: BenchRecipe, metrics: dict[str, object] | None = None, least: float = 0.0) -> Artifact:
-    """Sample the written pipeline on validation prompts, judge it, and publish; with `bench.per_task` 0 publish it unseen.
+def validate(stage: Stage, draft: Draft, result: Result) -> dict[str, Any]:
+    """Draw validation pictures with the written networks into the draft and judge them; returns the metrics to store.
 
-    Raises NumericsError, and publishes nothing, when composition is below `least`.
+    With `bench.per_task` 0 nothing is drawn. Raises NumericsError when the score is below `result.least`.
     """
     if (draft.work / "stats.jsonl").exists():
         shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")
-    if (looks := sorted((draft.work / "samples").glob("*.png"))) or bench.per_task:
-        (draft.path / "samples").mkdir()
-    for picture in looks:
+    for picture in sorted((draft.work / "samples").glob("*.png")):
+        (draft.path / "samples").mkdir(exist_ok=True)
         shutil.copyfile(picture, draft.path / "samples" / picture.name)
-    if not bench.per_task:
-        return draft.publish(sampler=sampler, metrics=metrics)
-    requests = prompt_set(VALIDATION_SEED, bench.per_task)
-    images = sample(load_pipeline(draft.path), sampler, [r.caption() for r in requests], list(range(len(requests))), batch=bench.batch)
-    scores = composition(list(images), requests)
+    prompts, sampler = grid_prompts(stage, VALIDATION_SEED), result.sampler
+    if not prompts or sampler is None:
+        return {"composition": NOT_JUDGED}
+    images = draw(load_pipeline(draft.path), sampler, prompts, stage.recipe.bench)
     save_grid(images, draft.path / "samples" / "validation.png")
-    say(f"composition on {len(requests)} validation prompts: {scores['overall']:.3f}")
-    if scores["overall"] < least:
+    if not stage.judges or stage.world is None:
+        return {"composition": NOT_JUDGED}
+    scores = stage.world.judge(images, prompts).scores
+    say(f"composition on {len(prompts)} validation prompts: {scores['overall']:.3f}")
+    if scores["overall"] < result.least:
         raise NumericsError(
-            f"composition {scores['overall']:.3f} is below the floor of {least:.3f}, restructure.floor of what the student had before; "
+            f"composition {scores['overall']:.3f} is below the floor of {result.least:.3f}, restructure.floor times the student's own; "
             "train longer with --set restructure.iterations=N, or publish it nevertheless with --set restructure.floor=0"
         )
-    return draft.publish(sampler=sampler, metrics={"composition": scores, **(metrics or {})})
+    return {"composition": scores}
 
 
 def save_grid(images: NDArray[np.uint8], path: Path) -> None:
-    """At most 48 of the pictures [N, H, W, 3], evenly picked, in a PNG that the first process writes."""
-    if rank() == 0:
+    """Write at most 48 of the pictures [N, H, W, 3], evenly picked, as one PNG; the first process alone writes."""
+    if rank() == 0 and len(images):
         path.parent.mkdir(exist_ok=True)
-        shown = images[:: max(1, len(images) // 48)][:48]
-        Image.fromarray(sheet(shown, min(8, len(shown)))).save(path)
+        shown = images[:: max(1, len(images) // GRID_PICTURES)][:GRID_PICTURES]
+        Image.fromarray(sheet(shown, min(GRID_COLUMNS, len(shown)))).save(path)

@@ -1,90 +1,143 @@
-"""flashgen restructure-encoder: run without T5 or with a small one.
+"""flashgen restructure-encoder: run without the family's large text encoder (SD3: T5-XXL), or with a small one.
 
-`zeros` keeps T5's empty tokens, `prune` removes them from the sequence, `compact` has a small T5 make them.
+`zeros` keeps the encoder's empty tokens, `prune` removes them from the sequence, `compact` has a small encoder make them.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, begin, open_artifact
+from flashgen.artifact.draft import Draft
 from flashgen.errors import UsageError
-from flashgen.processes import check_launch
+from flashgen.families.base import Restructuring
+from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
-from flashgen.recipe.schema import Recipe
-from flashgen.stages.plan import check
-from flashgen.stages.prompts import own_prompts, prompts_key
+from flashgen.recipe.compression import RestructureRecipe
+from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.planning import Plan
 
 if TYPE_CHECKING:
     from torch import nn
 
-MODES = ("zeros", "prune", "compact")
+Mode = Literal["zeros", "prune", "compact"]
 
 
-def run(student: str, out: Path, recipe: Recipe, seed: int, force: bool, mode: str) -> Artifact:
-    """Raises NumericsError, and publishes nothing, when composition falls below `restructure.floor` of the student's own."""
-    check_launch()
-    if mode not in MODES:
-        raise UsageError(f"--mode {mode} is not one of {', '.join(MODES)}")
-    parent = open_artifact(student, ("student",))
-    sampler = parent.manifest.sampler
-    assert sampler is not None
-    if sampler.encoder != "full":
-        raise UsageError(f"{parent.path} is restructured already (mode {sampler.encoder}); give a student with its own T5 encoder")
-    config = recipe.restructure
-    untrained = mode == "zeros" or (mode == "prune" and not config.iterations)  # then nothing is loaded: files are linked or left out
-    draft = begin(
-        out, kind="student", stage="restructure-encoder", seed=seed,
-        recipe=config.model_dump(exclude={"floor"}) | {"mode": mode} | ({} if untrained else prompts_key(recipe)),
-        parents=[parent.as_parent("student")], force=force, check=lambda work: check("restructure", parent, recipe, work, mode=mode),
-    )  # fmt: skip
-    if isinstance(draft, Artifact):
-        return draft
-    from flashgen.models.save import save_changed
-    from flashgen.stages.report import finish
+@dataclass
+class RestructureEncoder(Stage):
+    """Student to student without its large text encoder."""
 
-    changed = {} if untrained else _trained(parent, sampler, recipe, seed, draft.work, mode)
-    save_changed(draft, parent.path, changed, dropped=() if mode == "compact" else ("text_encoder_3", "tokenizer_3"))
-    left = sampler.model_copy(update={"encoder": mode, "t5_tokens": 0 if mode == "prune" else sampler.t5_tokens})
-    before = sum(f.size for f in parent.manifest.files if f.path.startswith("text_encoder_3/"))
-    after = sum(f.stat().st_size for f in (draft.path / "text_encoder_3").glob("*")) if left.has_t5 else 0
-    tokens = {"before": sampler.clip_tokens + sampler.t5_tokens, "after": left.clip_tokens + left.t5_tokens}
-    metrics: dict[str, object] = {"encoder_bytes": {"before": before, "after": after}, "bytes_saved": before - after, "text_tokens": tokens}
-    scored = parent.manifest.metrics.get("composition")
-    own = scored.get("overall") if isinstance(scored, dict) else None
-    if config.floor and (not isinstance(own, float) or not recipe.bench.per_task):
-        say("restructure.floor is not looked at: the student or its successor (bench.per_task=0) has no composition score")
-        own = 0.0
-    return finish(draft, left, recipe.bench, metrics=metrics, least=config.floor * (own or 0.0))
+    mode: Mode = "prune"
 
+    name = "restructure-encoder"
+    takes: ClassVar[Takes] = {"student": ("student",)}
+    kind = "student"
 
-def _trained(parent: Artifact, sampler: Sampler, recipe: Recipe, seed: int, work: Path, mode: str) -> dict[str, nn.Module]:
-    """The network that takes over, by the component that it replaces."""
-    from flashgen.models.sample import latent_shape, load_pipeline
-    from flashgen.models.text import tokenize
-    from flashgen.training.prompts import prompt_pool, training_captions
-    from flashgen.training.recovery import compact_t5, embedding_loss, own_trajectories, pruned_loss, recover, vision_loss
+    @property
+    def config(self) -> RestructureRecipe:
+        """The stage's section of the recipe."""
+        return self.recipe.restructure
 
-    config, nodes = recipe.restructure, sampler.sigmas
-    own = own_prompts(recipe)
-    prompt_pool(load_pipeline(parent.path, weights="text"), config.prompts, seed + 3, sampler.t5_tokens, work, own)  # no transformer yet
-    pipe = load_pipeline(parent.path)
-    pool = prompt_pool(pipe, config.prompts, seed + 3, sampler.t5_tokens, work, own)
-    full = pipe.transformer
-    replay = own_trajectories(full, pool, nodes, latent_shape(pipe, sampler.size_px), seed) if config.iterations else None
-    if mode == "prune":
-        slim = copy.deepcopy(full)
-        (slim.context_embedder if config.adapter else slim).requires_grad_(True)
+    @property
+    def how(self) -> Restructuring:
+        """The family's part of the work. Raises UsageError for a family that has nothing to remove."""
+        if self.family.restructuring is None:
+            raise UsageError(
+                f"{self.source.path}: {self.family.models} has no text encoder that a student can do without, so there is nothing to "
+                "restructure; go on with: flashgen quantize"
+            )
+        return self.family.restructuring
+
+    @property
+    def trains(self) -> bool:
+        """Whether a network is trained; otherwise files are linked or left out."""
+        return self.mode == "compact" or (self.mode == "prune" and self.config.iterations > 0)
+
+    def check(self) -> None:
+        encoder = self.how.encoder
+        if self.sampler.encoder != "full":
+            raise UsageError(
+                f"{self.source.path} is restructured already (mode {self.sampler.encoder}); give a student that still has its {encoder}"
+            )
+        if self.trains:
+            self.require_prompts()
+
+    def settings(self) -> dict[str, Any]:
+        prompts = self.prompts_key() if self.trains else {}
+        return self.config.model_dump(mode="json", exclude={"floor"}) | {"mode": self.mode} | prompts
+
+    def plan(self) -> Plan:
+        footprint, config = Footprint(self.source), self.config
+        plan = Plan({"link": Parts(program=PROGRAM)}, 1 << 20)
+        if self.trains:
+            transformer, one = footprint.transformer, footprint.forward()
+            learned = transformer.count if self.mode == "prune" else footprint.parts[self.how.encoder].count // 8
+            train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, student=4.0 * transformer.count)
+            train |= {"successor": 4.0 * learned, "gradients": 4.0 * learned, "optimizers": 8.0 * learned, "average": 4.0 * learned}
+            train |= {"activations": 4.0 * config.batch * one.hidden * footprint.family.costs.kept * one.blocks}
+            train |= {"trajectories": 2.0 * config.prompts * (self.sampler.num_steps + 1) * one.latent}
+            forwards = config.iterations * config.batch * 8 + config.prompts * self.sampler.num_steps
+            text, adds = footprint.embedding(config.prompts)
+            disk = config.prompts * footprint.conditioning_bytes() + 2 * learned + 2 * 16 * learned  # a checkpoint replaces another
+            advice = {"train": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"}
+            adds += (
+                config.embedding * config.batch * 3 * learned * self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]
+            )
+            plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds, "bf16": adds}, advice)
+        plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
+        return plan
+
+    def make(self, draft: Draft) -> Result:
+        from flashgen.models.save import save_changed
+
+        encoder, sampler = self.how.encoder, self.sampler
+        changed = self._trained(draft.work) if self.trains else {}
+        dropped = () if self.mode == "compact" else (encoder, self.family.text_encoders[encoder].tokenizer)
+        save_changed(draft, self.source.path, self.family, changed, dropped=dropped)
+        after = sampler.model_copy(update={"encoder": self.mode, "tokens": self.how.tokens_after(sampler.tokens, self.mode)})
+        bytes_before = sum(file.size for file in self.source.manifest.files if file.path.startswith(f"{encoder}/"))
+        bytes_after = sum(f.stat().st_size for f in (draft.path / encoder).glob("*")) if after.has_all_encoders else 0
+        tokens = {"before": sum(sampler.tokens.values()), "after": sum(after.tokens.values())}
+        sizes = {"encoder_bytes": {"before": bytes_before, "after": bytes_after}, "bytes_saved": bytes_before - bytes_after}
+        return Result(after, {**sizes, "text_tokens": tokens}, least=self._least())
+
+    def _least(self) -> float:
+        """The score below which nothing is published; 0 where nothing can be compared."""
+        scores = self.source.manifest.metrics.get("composition")
+        before = scores.get("overall") if isinstance(scores, dict) else None
+        if self.config.floor and (not isinstance(before, float) or not self.judges):
+            say("restructure.floor is not applied: the student or its successor is not judged")
+            return 0.0
+        return self.config.floor * before if isinstance(before, float) else 0.0
+
+    def _trained(self, work: Path) -> dict[str, nn.Module]:
+        """The network that takes over, by the component that it replaces."""
+        from flashgen.models.pipeline import load_pipeline
+        from flashgen.models.sample import latent_shape
+        from flashgen.training.prompts import prompt_pool, training_prompts
+        from flashgen.training.recovery import embedding_loss, own_trajectories, pruned_loss, recover, vision_loss
+
+        config, nodes, how, checkpoint = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint
+        prompts = training_prompts(self.world, self.prompts, config.prompts, self.seed + 3)
+        prompt_pool(
+            prompts, load_pipeline(self.source.path, weights="text"), self.sampler, work, "recovery"
+        )  # no transformer in memory yet
+        pipe = load_pipeline(self.source.path)
+        pool = prompt_pool(prompts, pipe, self.sampler, work, "recovery")
+        student, shape = pipe.transformer, latent_shape(pipe, self.sampler.size_px)
+        replay = own_trajectories(student, pool, nodes, shape, self.seed) if config.iterations else None
+        if self.mode == "prune":
+            slim = copy.deepcopy(student)
+            (how.text_embedder(slim) if config.adapter else slim).requires_grad_(True)
+            assert replay is not None
+            loss = pruned_loss(slim, replay, nodes, how)
+            recover(slim, loss, config, config.iterations, self.seed, work, checkpoint, blocks=self.family.blocks(slim))
+            return {"transformer": slim}
+        ids = self.family.tokenize(pipe, prompts, self.sampler)[how.encoder]
+        small = how.compact_encoder(self.source.path, config, self.seed)
+        recover(small, embedding_loss(small, pool, ids, how), config, config.embedding, self.seed, work, checkpoint, "embedding")
         if replay:
-            recover(slim, pruned_loss(slim, replay, nodes), config, config.iterations, seed, work)
-        return {"transformer": slim}
-    ids = tokenize(pipe, training_captions(config.prompts, seed + 3, own), sampler.t5_tokens).t5
-    assert ids is not None
-    small = compact_t5(pipe.text_encoder_3, config, seed)
-    recover(small, embedding_loss(small, pool, ids), config, config.embedding, seed, work, "embedding")
-    if replay:
-        recover(small, vision_loss(small, full, replay, ids, nodes), config, config.iterations, seed, work)
-    return {"text_encoder_3": small}
+            recover(small, vision_loss(small, student, replay, ids, nodes, how), config, config.iterations, self.seed, work, checkpoint)
+        return {how.encoder: small}

@@ -1,0 +1,1 @@
+"""Training loops, roles and cached data."""

@@ -1,190 +1,198 @@
-"""What quantization learns from the student's own rollouts: how much each group of layers hurts, and what its inputs look like."""
+"""Running a student to calibrate its quantization: the error of each group of layers, the inputs of each layer, scales of its steps.
+
+Errors are |z - z*|^2 / |z*|^2 of the final latents, z* being those of the student before quantization.
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flashgen.families.base import Family, velocity
+from flashgen.families.conditioning import Conditioning
 from flashgen.models.networks import linears_of
-from flashgen.models.text import Conditioning
+from flashgen.pixels import slices
 from flashgen.progress import track
 from flashgen.quant.pack import QuantizedLinear, dequantize
-from flashgen.training.loop import save_state
-from flashgen.training.trajectories import roll_out, velocity
+from flashgen.runtime.processes import rank
+from flashgen.training.checkpoint import save_state
+from flashgen.training.rollout import roll_out
 
-BATCH = 32
-CLASSES = {
-    r"\.attn2?\.(to_[qkv]|add_[qkv]_proj)$": "attention in",
-    r"\.attn2?\.(to_out\.0|to_add_out)$": "attention out",
-    r"\.ff(_context)?\.net\.0\.proj$": "feed-forward up",
-    r"\.ff(_context)?\.net\.2$": "feed-forward down",
-    r"\.norm1\.linear(\.up)?$": "adaLN image",
-    r"\.norm1_context\.linear(\.up)?$": "adaLN text",
-}
-Quantize = Callable[[str, nn.Linear, int], QuantizedLinear]
+BATCH = 32  # pictures drawn together
+
+Quantize = Callable[[str, nn.Linear, Tensor | None], QuantizedLinear]  # of a layer's name, the layer, second moments of its inputs
 
 
-def unit_of(name: str) -> str:
-    """The transformer block of a layer, or the layer itself outside of them."""
-    found = re.match(r"transformer_blocks\.\d+", name)
-    return found[0] if found else name
-
-
-def groups_of(names: Sequence[str]) -> dict[str, list[str]]:
-    """Layers that share their bits: those of one class in one block; each layer outside of the blocks by itself."""
+def layer_groups(names: Iterable[str], family: Family) -> dict[str, list[str]]:
+    """Layers that share their bits, by group: the layers of one class in one block; every other layer is a group of its own."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        kind = next((kind for pattern, kind in CLASSES.items() if re.search(pattern, name)), None)
-        groups[f"{unit_of(name)} {kind}" if kind else name].append(name)
+        block, layer_class = family.layer_group(name)
+        groups[f"{block} {layer_class}" if layer_class else name].append(name)
     return dict(groups)
 
 
-class Calibration:
-    """Rollouts of a student from fixed noise for fixed prompts, `cond` [P, ...], `noise` [P, C, H, W]."""
+def layer_blocks(names: Iterable[str], family: Family) -> list[list[str]]:
+    """Layers that are quantized together, in order: those of one block; a layer outside of the blocks is alone."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        blocks[family.layer_group(name)[0]].append(name)
+    return list(blocks.values())
 
-    def __init__(self, student: nn.Module, cond: Conditioning, noise: Tensor, nodes: list[float]) -> None:
-        self.student, self.cond, self.noise, self.nodes = student, cond, noise, nodes
+
+class Calibration:
+    """Rollouts of a student along `nodes` from fixed `noise` [P, C, h, w] for fixed prompts `cond` (P rows).
+
+    `states` [N+1, P, C, h, w] are those of the student when this object is made; errors of the student as it is later are against them.
+    """
+
+    def __init__(self, student: nn.Module, cond: Conditioning, noise: Tensor, nodes: Sequence[float]) -> None:
+        self.student, self.cond, self.noise, self.nodes = student, cond, noise, list(nodes)
         self.states = self.rollouts()
 
     @property
     def layers(self) -> dict[str, nn.Linear]:
-        """Of the student as it is now."""
+        """Every Linear of the student as it is now, by name."""
         return linears_of(self.student)
 
     @property
     def halves(self) -> tuple[slice, slice]:
-        """Prompts to fit something on, and others to judge it by."""
+        """Rows of prompts to fit something on, and rows to judge it by."""
         middle = (len(self.noise) + 1) // 2
         return slice(0, middle), slice(middle, len(self.noise))
 
-    def inputs(self, name: str, rows: slice) -> Tensor:
-        """What the layer sees over all nodes and those prompts, [nodes x prompts, K]."""
-        found: list[Tensor] = []
-        handle = self.layers[name].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].reshape(-1, inputs[0].shape[-1])))
-        try:
-            self.rollouts(rows)
-        finally:
-            handle.remove()
-        return torch.cat(found)
-
     def rollouts(self, rows: slice = slice(None)) -> Tensor:
-        """States [N+1, P, C, H, W] of the student as it is now."""
-        noise, cond = self.noise[rows], self.cond[rows]
-        parts = [slice(i, i + BATCH) for i in range(0, len(noise), BATCH)]
+        """States [N+1, P, C, h, w] of the student as it is now, for the prompts at `rows`."""
+        noise, cond, parts = self.noise[rows], self.cond[rows], slices(len(self.noise[rows]), BATCH)
         return torch.cat([torch.stack(roll_out(lambda _: self.student, noise[p], cond[p], self.nodes).states) for p in parts], 1)
 
-    def damage(self, rows: slice = slice(None)) -> float:
-        """|latents - those at first|^2 / |those at first|^2 of the student as it is now."""
-        return self._lost(self.rollouts(rows)[-1], rows)
+    def inputs(self, name: str, rows: slice) -> Tensor:
+        """Inputs of the layer `name` over all nodes and the prompts at `rows`, [nodes x prompts x tokens, K]."""
+        seen: list[Tensor] = []
+        with observed({name: self.layers[name]}, lambda _, x: seen.append(x)):
+            self.rollouts(rows)
+        return torch.cat(seen)
 
-    def _lost(self, finals: Tensor, rows: slice) -> float:
-        whole = self.states[-1, rows]
-        return float((finals - whole).square().sum() / whole.square().sum())
+    def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """sum x x^T [K, K] of the inputs of each layer over all nodes, of the student as it is now."""
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, x: Tensor) -> None:
+            sums[name] = sums.get(name, 0) + x.T @ x
+
+        layers = self.layers
+        with observed({name: layers[name] for name in names}, add):
+            self.rollouts()
+        return sums
+
+    def latent_error(self, rows: slice = slice(None)) -> float:
+        """|z - z*|^2 / |z*|^2 of the student as it is now, for the prompts at `rows`."""
+        return self._error(self.rollouts(rows)[-1], rows)
+
+    def _error(self, latents: Tensor, rows: slice) -> float:
+        target = self.states[-1, rows]
+        return float((latents - target).square().sum() / target.square().sum())
 
     @torch.no_grad()
-    def repair(self) -> tuple[list[tuple[float, float]], float, float]:
-        """(scales, damage without, damage with) of the student as it is now: steps a x + b (sigma' - sigma) v that bring it back.
+    def fit_step_scales(self) -> tuple[list[tuple[float, float]], float, float]:
+        """(scales, error without them, error with them) of the student as it is now: steps a x + b (sigma' - sigma) v.
 
-        a and b of a step are least squares onto the states at first, over half of the prompts, behind the repaired steps before
-        it; the damages are over the other half. Source: Q-Sched (2509.01624), which searches a grid by a reward.
+        a and b of a step are least squares onto `states`, over half of the prompts, after the scaled steps before it; both errors are over
+        the other half. Source: Q-Sched (2509.01624), which searches a grid by a reward.
         """
-        fit, held = self.halves
+        fit, held_out = self.halves
         x, scales = self.noise, []
-        for index, (s, s_next) in enumerate(itertools.pairwise(self.nodes)):
-            moved = (s_next - s) * self._velocity(x, s)
+        for index, (sigma, sigma_next) in enumerate(pairwise(self.nodes)):
+            moved = (sigma_next - sigma) * self._velocity(x, sigma)
             columns = torch.stack([x[fit].flatten(), moved[fit].flatten()], 1).double()
             a, b = torch.linalg.lstsq(columns, self.states[index + 1, fit].flatten().double()).solution.tolist()
             scales.append((a, b))
             x = a * x + b * moved
-        return scales, self.damage(held), self._lost(x[held], held)
+        return scales, self.latent_error(held_out), self._error(x[held_out], held_out)
 
     def _velocity(self, x: Tensor, sigma: float) -> Tensor:
-        parts = [slice(i, i + BATCH) for i in range(0, len(x), BATCH)]
-        return torch.cat([velocity(self.student, x[p], torch.full((len(x[p]),), sigma), self.cond[p]) for p in parts])
+        parts = slices(len(x), BATCH)
+        return torch.cat([velocity(self.student, x[part], torch.full((len(x[part]),), sigma), self.cond[part]) for part in parts])
 
     def sensitivity(
-        self, groups: Mapping[str, list[str]], choices: Sequence[int], quantize: Quantize, path: Path
+        self,
+        groups: Mapping[str, Sequence[str]],
+        choices: Sequence[int],
+        quantize: Callable[[nn.Linear, int], QuantizedLinear],
+        path: Path,
     ) -> dict[str, dict[int, float]]:
-        """Damage of each group alone at each number of bits; every number is kept in `path` at once, and not measured again."""
-        found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        """Error of quantizing each group alone at each number of bits; weights are restored.
+
+        Every number is saved in `path` at once, and read from there by a resumed run.
+        """
+        errors: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
         layers = self.layers
-        todo = [(group, bits) for group in groups for bits in choices if str(bits) not in found.get(group, {})]
-        for group, bits in track(todo, "sensitivity", total=len(todo)):
-            with swapped([layers[name] for name in groups[group]]):
-                for name in groups[group]:
-                    layer = layers[name]
-                    layer.weight.data = dequantize(quantize(name, layer, bits))
-                found.setdefault(group, {})[str(bits)] = self.damage()
-            path.with_suffix(".tmp").write_text(json.dumps(found))
-            path.with_suffix(".tmp").replace(path)
-        return {group: {bits: found[group][str(bits)] for bits in choices} for group in groups}
+        missing = [(group, bits) for group in groups for bits in choices if str(bits) not in errors.get(group, {})]
+        for group, bits in track(missing, "sensitivity", total=len(missing)):
+            members = [layers[name] for name in groups[group]]
+            with restored(members):
+                for layer in members:
+                    layer.weight.data = dequantize(quantize(layer, bits))
+                errors.setdefault(group, {})[str(bits)] = self.latent_error()
+            if rank() == 0:
+                path.with_suffix(".tmp").write_text(json.dumps(errors))
+                path.with_suffix(".tmp").replace(path)
+        return {group: {bits: errors[group][str(bits)] for bits in choices} for group in groups}
 
-    def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """sum x x^T [K, K] of the inputs of each layer over all nodes, of the student as it is now."""
-        found: dict[str, Tensor] = {}
+    def quantize_in_order(self, quantize: Quantize, work: Path | None) -> dict[str, QuantizedLinear]:
+        """Codes of every layer; the student keeps the dequantized weights.
 
-        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0].reshape(-1, inputs[0].shape[-1])
-                found[name] = found.get(name, 0) + x.T @ x
-
-            return hook
-
+        Block after block. With `work`, moments are measured behind the blocks that are quantized already, and finished blocks are saved
+        there; without it, `quantize` gets no moments.
+        """
         layers = self.layers
-        handles = [layers[name].register_forward_pre_hook(keep(name)) for name in names]
-        try:
-            self.rollouts()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        blocks = layer_blocks(layers, self.cond.family)
+        codes: dict[str, QuantizedLinear] = {}
+        for number, names in enumerate(track(blocks, "quantize", total=len(blocks))):
+            path = None if work is None else work / f"unit-{number:03d}.pt"
+            if path is not None and path.exists():
+                saved: dict[str, dict[str, Any]] = torch.load(path, weights_only=True)
+                block = {name: QuantizedLinear(**fields) for name, fields in saved.items()}
+            else:
+                moments = {} if path is None else self.moments(names)
+                block = {name: quantize(name, layers[name], moments.get(name)) for name in names}
+                if path is not None and rank() == 0:
+                    save_state({name: vars(q) for name, q in block.items()}, path)
+            for name, q in block.items():
+                layers[name].weight.data.copy_(dequantize(q))
+            codes |= block
+        return codes
 
 
 @contextmanager
-def swapped(layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Weights that are replaced inside come back afterwards."""
-    own = [layer.weight.data for layer in layers]
+def observed(layers: Mapping[str, nn.Linear], look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, call `look(name, x)` with the input x [M, K] of every pass through one of the `layers`."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: look(name, inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         yield
     finally:
-        for layer, weight in zip(layers, own, strict=True):
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def restored(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """Give the layers their weights back on leaving."""
+    weights = [layer.weight.data for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data = weight
-
-
-def quantize_in_order(
-    layers: Mapping[str, nn.Linear],
-    one: Callable[[str, nn.Linear, dict[str, Tensor]], QuantizedLinear],
-    calibration: Calibration | None,
-    work: Path,
-) -> dict[str, QuantizedLinear]:
-    """Codes of every layer, which ends with the weights of its codes.
-
-    Block after block, each calibrated behind those that are quantized already; finished blocks are kept in `work`.
-    """
-    units: dict[str, list[str]] = defaultdict(list)
-    for name in layers:
-        units[unit_of(name)].append(name)
-    done: dict[str, QuantizedLinear] = {}
-    for number, names in enumerate(track(units.values(), "quantize", total=len(units))):
-        path = work / f"unit-{number:03d}.pt"
-        if calibration and path.exists():
-            saved: dict[str, dict[str, Any]] = torch.load(path, weights_only=True)
-            made = {name: QuantizedLinear(**fields) for name, fields in saved.items()}
-        else:
-            moments = calibration.moments(names) if calibration else {}
-            made = {name: one(name, layers[name], moments) for name in names}
-            if calibration:
-                save_state({name: vars(q) for name, q in made.items()}, path)
-        for name, q in made.items():
-            layers[name].weight.data.copy_(dequantize(q))
-        done |= made
-    return done

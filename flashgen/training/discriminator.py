@@ -1,21 +1,27 @@
-"""Small discriminator heads on the image tokens of the proxy's blocks."""
+"""Small discriminator heads on the image features of the fake score's blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flashgen.families.base import velocity
+from flashgen.families.conditioning import Conditioning
+from flashgen.randomness import seeded
+from flashgen.training.roles import unwrap
+
 
 class Heads(nn.Module):
-    """One small convolutional discriminator a tapped block: tokens [B, L, width] of a square latent to a logit, [B, heads] in all.
+    """One small convolutional discriminator per block in `blocks`.
 
-    Every head looks at its block's tokens as an image (our choice, after FastGen's DiT heads): 3x3, group norm, leaky ReLU, 1x1, mean.
+    3x3 convolution, group norm, leaky ReLU, 1x1 convolution, mean (our choice, after FastGen's DiT heads).
     """
 
-    def __init__(self, blocks: list[int], width: int, channels: int = 64) -> None:
+    def __init__(self, blocks: Sequence[int], width: int, channels: int) -> None:
         super().__init__()
         self.blocks = blocks
         self.heads = nn.ModuleList(
@@ -24,54 +30,37 @@ class Heads(nn.Module):
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        logits = []
-        for head, tokens in zip(self.heads, features, strict=True):
-            side = round(tokens.shape[1] ** 0.5)
-            image = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
-            logits.append(head(image.float()).mean(dim=(1, 2, 3)))  # the backbone may be in bf16
-        return torch.stack(logits, 1)
+        """Logits [B, heads] of image features, one [B, width, rows, columns] per head. Gradient: the heads and `features`."""
+        images = zip(self.heads, features, strict=True)
+        return torch.stack([head(image.float()).mean(dim=(1, 2, 3)) for head, image in images], 1)  # a backbone may be in bf16
 
     @torch.no_grad()
-    def refresh(self, probability: float, optimizer: torch.optim.Optimizer, g: torch.Generator) -> int:
-        """Each head forgets everything, its optimizer state too, with `probability` (SD3.5-Flash: 0.005). Returns how many did."""
-        drawn = torch.rand(len(self.heads), generator=g) < probability
-        seed = int(torch.randint(2**62, (), generator=g))
-        for head, forget in zip(self.heads, drawn.tolist(), strict=True):
-            if forget:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    for layer in head.modules():
-                        if isinstance(layer, nn.Conv2d | nn.GroupNorm):
-                            layer.reset_parameters()
-                for parameter in head.parameters():
-                    optimizer.state.pop(parameter, None)
-        return int(drawn.sum())
+    def refresh(self, probability: float, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+        """Initialise each head again, with its optimizer state, with `probability` (SD3.5-Flash: 0.005). Returns how many were."""
+        chosen = torch.rand(len(self.heads), generator=generator) < probability
+        seeds = torch.randint(2**62, (len(self.heads),), generator=generator)
+        for index in chosen.nonzero().flatten().tolist():
+            with seeded(int(seeds[index])):
+                for layer in self.heads[index].modules():
+                    if isinstance(layer, nn.Conv2d | nn.GroupNorm):
+                        layer.reset_parameters()
+            for parameter in self.heads[index].parameters():
+                optimizer.state.pop(parameter, None)
+        return int(chosen.sum())
 
 
-class Tap:
-    """Keeps the image stream behind the given blocks of an SD3 transformer while it is open; `read()` empties it."""
+def block_features(network: nn.Module, blocks: Sequence[int], x: Tensor, sigma: Tensor, cond: Conditioning) -> list[Tensor]:
+    """Image features [B, width, rows, columns] behind each of `blocks` in one forward pass at latents `x`. Gradient: network and `x`."""
+    family, outputs = cond.family, dict[int, Any]()
 
-    def __init__(self, transformer: nn.Module, blocks: list[int]) -> None:
-        self.features: dict[int, Tensor] = {}
-        layers: Any = transformer.transformer_blocks
-        self.handles = [layers[i].register_forward_hook(self._keep(i)) for i in blocks]
-        self.blocks = blocks
+    def keep(block: int, module: nn.Module, inputs: object, output: object) -> None:
+        outputs[block] = output
 
-    def _keep(self, block: int) -> Callable[[nn.Module, object, tuple[Tensor, Tensor]], None]:
-        def hook(module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
-            self.features[block] = output[1]
-
-        return hook
-
-    def read(self) -> list[Tensor]:
-        """Hidden states [B, L, width] of the last forward, in the order of `blocks`."""
-        found = [self.features[block] for block in self.blocks]
-        self.features.clear()
-        return found
-
-    def __enter__(self) -> Tap:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
+    layers = family.blocks(unwrap(network))
+    handles = [layers[block].register_forward_hook(partial(keep, block)) for block in blocks]
+    try:
+        velocity(network, x, sigma, cond)
+    finally:
+        for handle in handles:
             handle.remove()
+    return [family.block_features(outputs[block], x) for block in blocks]

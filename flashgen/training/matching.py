@@ -1,307 +1,238 @@
 """Distribution matching (stage 2), also the objective of split-timestep fine-tuning (stage 3).
 
-Four switches make the published methods recipes of one loss: where scores are compared (`point`), whether guidance has noise of
-its own (`augmentation`), what the proxy is fitted on (`proxy_target`), and how much each term weighs at each node (`node_*`).
+Four switches express the published methods as recipes of one loss: where scores are compared (`point`), whether guidance has noise of
+its own (`augmentation`), what the fake score is fitted on (`fake_score_target`), and the weight of each term at each node (`node_*`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flashgen.families.base import Family, velocity
+from flashgen.families.conditioning import Conditioning
 from flashgen.flow.convert import add_noise, diffuse, x0_from_v
-from flashgen.models.text import Conditioning
-from flashgen.objectives.adversarial import banded, discriminator_loss, generator_loss
-from flashgen.objectives.evaluation import below, evaluation_point, evaluation_sigma
-from flashgen.objectives.matching import augmentation_term, distance, matching_loss, matching_term, normalise
-from flashgen.objectives.proxy import interval_loss, proxy_loss
-from flashgen.objectives.trajectory import average_velocity, trajectory_loss
-from flashgen.recipe.schema import MatchingTraining
-from flashgen.training.discriminator import Heads, Tap
-from flashgen.training.loop import Best, Ema, Stateful, Watch, descend, fit, look
+from flashgen.objectives.evaluation import evaluation_point, evaluation_sigma
+from flashgen.objectives.fake_score import fake_score_loss, interval_loss
+from flashgen.objectives.matching import matching_loss
+from flashgen.objectives.trajectory import average_velocity
+from flashgen.recipe.distillation import MatchingTraining
+from flashgen.recipe.schema import CheckpointRecipe
+from flashgen.training.cache import Replay
+from flashgen.training.checkpoint import Stateful
+from flashgen.training.ema import BestWeights, Ema
+from flashgen.training.loop import descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
+from flashgen.training.roles import unwrap
+from flashgen.training.rollout import Rollout, roll_out
 from flashgen.training.schedule import hold_then_decay, set_rates
-from flashgen.training.shards import cut
-from flashgen.training.trajectories import Replay, Rollout, roll_out, teacher_velocities, velocity
+from flashgen.training.terms import AdversarialTerm, Comparison, MatchingTerm, TrajectoryTerm, weighted_rows
+from flashgen.training.validation import Validate, Validation
 
 MATCHING_STREAM = 12
-BETAS = (0.0, 0.99)  # of AdamW: no momentum, since what is followed moves with the student (DMD2, SenseFlow)
 
 
-@contextmanager
-def fenced(*modules: nn.Module) -> Iterator[None]:
-    """No parameter of `modules` takes gradient inside; activations still pass it on."""
-    flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+@dataclass
+class Task:
+    """What a matching training runs on: prompts, the student's `nodes`, the shape of latents, and which nodes it trains (default all).
+
+    `net_at(sigma)` is the network that rolls out at a node (default: the student). `replay` is needed by the adversarial and the
+    trajectory term.
+    """
+
+    name: str
+    pool: PromptPool
+    nodes: list[float]
+    shape: tuple[int, ...]
+    seed: int
+    encoder_drop: float
+    replay: Replay | None = None
+    train_nodes: list[int] | None = None
+    net_at: Callable[[float], nn.Module] | None = None
 
 
-def at_least_one(weight: Tensor) -> Tensor:
-    """Rows of `weight` [B] that are not zero, or the first where there are none, so that every process asks every network."""
-    rows = weight.nonzero().flatten()
-    return rows if len(rows) else torch.zeros(1, dtype=torch.long)
+@dataclass
+class Roles:
+    """The networks of a matching training. `fake_score` None: a copy of the teacher, as it should be at the start."""
+
+    student: nn.Module
+    teacher: nn.Module
+    fake_score: nn.Module | None = None
 
 
 class Matcher:
     """The networks of one run and their turns.
 
-    An update is one rollout (N forwards), `proxy_updates` proxy steps, one student step on a random node of `train_nodes`
-    (default all) and, with an adversarial weight, one step of the heads. Gradient: proxy steps change the proxy only, student
-    steps the student only, head steps the heads only; the teacher never changes. With the paper's switches an update costs
-    N + 3 r + 6 forward equivalents; an adversarial one about 3 more for the student and 2 for the heads, a trajectory term 3 more.
-    Samples whose node weighs nothing cost neither teacher, proxy nor student.
+    An update is one rollout (N forwards), `fake_score_updates` fake score steps, one student step on a random one of the trained nodes
+    and, with an adversarial weight, one step of the heads. Gradient: fake score steps change the fake score only, student steps the
+    student only, head steps the heads only; the teacher never changes. With the paper's switches an update costs N + 3 r + 6 forward
+    equivalents; an adversarial one about 3 more for the student and 2 for the heads, a trajectory term 3 more. Samples whose node
+    has no weight cost neither teacher, fake score nor student.
     """
 
-    def __init__(
-        self,
-        name: str,
-        student: nn.Module,
-        teacher: nn.Module,
-        pool: PromptPool,
-        nodes: list[float],
-        config: MatchingTraining,
-        shape: tuple[int, ...],
-        seed: int,
-        *,
-        t5_drop: float,
-        proxy: nn.Module | None = None,
-        replay: Replay | None = None,
-        train_nodes: list[int] | None = None,
-        net_at: Callable[[float], nn.Module] | None = None,
-    ) -> None:
-        self.name, self.student, self.teacher, self.pool, self.config = name, student, teacher, pool, config
-        self.nodes, self.shape, self.seed, self.t5_drop, self.replay = nodes, shape, seed, t5_drop, replay
-        self.sigmas = torch.tensor(nodes)
-        self.choices = torch.tensor(train_nodes if train_nodes is not None else list(range(len(nodes) - 1)))
-        self.net_at = net_at or (lambda _: student)
-        self.weights = {term: torch.tensor(w) for term, w in config.node_weights(len(nodes) - 1).items()}
-        if replay is None and (self.weights["adversarial"][self.choices].any() or self.weights["trajectory"][self.choices].any()):
+    def __init__(self, task: Task, roles: Roles, config: MatchingTraining, family: Family) -> None:
+        self.task, self.config, self.student, self.teacher = task, config, roles.student, roles.teacher
+        self.fake_score = copy.deepcopy(roles.teacher).requires_grad_(True) if roles.fake_score is None else roles.fake_score
+        self.sigmas = torch.tensor(task.nodes)
+        self.choices = torch.tensor(list(range(len(task.nodes) - 1)) if task.train_nodes is None else task.train_nodes)
+        self.net_at = task.net_at or (lambda _: self.student)
+        self.weights = {term: torch.tensor(w) for term, w in config.node_weights(len(task.nodes) - 1).items()}
+        self.optimizers, self.fake_score_optimizers = (
+            muon_and_adamw(network, family.blocks(unwrap(network)), config, lr=lr, muon_lr=muon_lr)
+            for network, lr, muon_lr in (
+                (self.student, config.lr, config.muon_lr),
+                (self.fake_score, config.fake_score_lr, config.fake_score_muon_lr),
+            )
+        )
+        self.ema = Ema(self.student, config.ema)
+        self.matching = MatchingTerm(config, self.weights, self.teacher, self.fake_score, task.pool)
+        adversarial, trajectory = (self.weights[term] for term in ("adversarial", "trajectory"))
+        self.adversarial: AdversarialTerm | None = None
+        self.trajectory: TrajectoryTerm | None = None
+        if not (adversarial[self.choices].any() or trajectory[self.choices].any()):
+            return
+        if task.replay is None:
             raise ValueError("node_adversarial and node_trajectory take cached trajectories, and there are none")
-        self.proxy = copy.deepcopy(teacher).requires_grad_(True) if proxy is None else proxy
-        self.optimizers = muon_and_adamw(student, config.muon_lr, config.lr, betas=BETAS)
-        self.proxy_optimizers = muon_and_adamw(self.proxy, config.proxy_muon_lr, config.proxy_lr, betas=BETAS)
-        self.ema = Ema(student, config.ema)
-        self.heads: Heads | None = None
-        if self.weights["adversarial"][self.choices].any():
-            torch.manual_seed(seed)
-            network: Any = teacher
-            layers = len(network.transformer_blocks)
-            blocks = config.adversarial.blocks or [layers // 2 - 1, layers - 1]
-            self.heads = Heads(blocks, network.config.num_attention_heads * network.config.attention_head_dim)
-            self.heads_optimizer = torch.optim.AdamW(self.heads.parameters(), lr=config.adversarial.lr, betas=BETAS, weight_decay=0.0)
+        if adversarial[self.choices].any():
+            self.adversarial = AdversarialTerm(config, adversarial, self.fake_score, task.replay, family, task.seed)
+        if trajectory[self.choices].any():
+            self.trajectory = TrajectoryTerm(trajectory[self.choices], self.choices, self.sigmas, task.replay)
 
     def state(self) -> dict[str, Stateful]:
-        found: dict[str, Stateful] = {
-            "student": self.student, "proxy": self.proxy, "ema": self.ema,
-            **named("student_", self.optimizers), **named("proxy_", self.proxy_optimizers),
-        }  # fmt: skip
-        return found | ({"heads": self.heads, "heads_optimizer": self.heads_optimizer} if self.heads else {})
+        """What a checkpoint must hold."""
+        state: dict[str, Stateful] = {"student": self.student, "fake_score": self.fake_score, "ema": self.ema}
+        state |= named("student_", self.optimizers) | named("fake_score_", self.fake_score_optimizers)
+        return state | (self.adversarial.state() if self.adversarial else {})
+
+    def release(self) -> None:
+        """Free the optimizers' states, which are of no use behind the last step."""
+        for optimizer in (*self.optimizers, *self.fake_score_optimizers, *([self.adversarial.optimizer] if self.adversarial else [])):
+            optimizer.state.clear()
 
     def update(self, step: int) -> dict[str, float]:
-        """One round; the first `proxy_warmup` ones fit the proxy alone."""
-        config, g = self.config, Draws(self.config.batch, self.seed, MATCHING_STREAM, step)
-        noise = g.randn(*self.shape)
-        rollout = roll_out(self.net_at, noise, self.pool.draw(self.t5_drop, g), self.nodes)
-        losses = [self.fit_proxy(rollout, g, step) for _ in range(config.proxy_updates)]
-        metrics = {"proxy_loss": sum(losses) / len(losses)}
-        if step >= config.proxy_warmup:
-            metrics |= self.fit_student(rollout, g, step)
-            if config.proxy_coupling < 1:
-                couple(self.proxy, self.student, config.proxy_coupling)
+        """One round; returns its metrics. The first `fake_score_warmup` rounds fit the fake score alone."""
+        config, draws = self.config, Draws(self.config.batch, self.task.seed, MATCHING_STREAM, step)
+        noise = draws.randn(*self.task.shape)
+        rollout = roll_out(self.net_at, noise, self.task.pool.draw(self.task.encoder_drop, draws), self.task.nodes)
+        losses = [self.fit_fake_score(rollout, draws, step) for _ in range(config.fake_score_updates)]
+        metrics = {"fake_score_loss": sum(losses) / len(losses)}
+        if step >= config.fake_score_warmup:
+            metrics |= self.fit_student(rollout, draws, step)
+            if config.ida < 1:
+                align(self.fake_score, self.student, config.ida)
         return metrics
 
-    def fit_proxy(self, rollout: Rollout, g: Draws, step: int) -> float:
-        """On finished samples, on each step's estimate of x0, or on unfinished states with the unbiased interval target; at the noise
-        levels of the points of all nodes that are trained, also of those without a weight (our choice)."""
-        target, x0, eps = self.config.proxy_target, rollout.states[-1], g.randn(*self.shape)
-        node = self.choices[g.randint(len(self.choices))]
+    def fit_fake_score(self, rollout: Rollout, draws: Draws, step: int) -> float:
+        """One step of the fake score; returns its loss.
+
+        On finished samples, on each step's estimate of x0, or on unfinished states with the unbiased interval target; at the noise
+        levels of the points of all trained nodes, also of those without a weight (our choice).
+        """
+        target, x0, eps = self.config.fake_score_target, rollout.states[-1], draws.randn(*self.task.shape)
+        node = self.choices[draws.randint(len(self.choices))]
         s, s_next, x, x_next = self.sigmas[node], self.sigmas[node + 1], rollout.at(node), rollout.at(node + 1)
-        sigma = evaluation_sigma("interval" if target == "interval" else self.config.point, s, s_next, g.rand())
+        sigma = evaluation_sigma("interval" if target == "interval" else self.config.point, s, s_next, draws.rand(), self._limits)
         if target == "interval":
-            v = velocity(self.proxy, diffuse(x_next, eps, s_next, sigma), sigma, rollout.cond)
+            v = velocity(self.fake_score, diffuse(x_next, eps, s_next, sigma), sigma, rollout.cond)
             loss = interval_loss(v, x_next, eps, s_next, sigma)
         else:
-            if target == "step":  # the velocity of a step follows from where it led
+            if target == "step":  # the student's velocity follows from its step
                 x0 = x0_from_v(x, average_velocity(x, x_next, s, s_next), s)
-            loss = proxy_loss(velocity(self.proxy, add_noise(x0, eps, sigma), sigma, rollout.cond), x0, eps)
-        descend(loss, self.proxy.parameters(), self.proxy_optimizers, clip=1.0, where=f"{self.name} proxy step {step}")
+            loss = fake_score_loss(velocity(self.fake_score, add_noise(x0, eps, sigma), sigma, rollout.cond), x0, eps)
+        where = f"{self.task.name} fake score step {step}"
+        descend(loss, self.fake_score.parameters(), self.fake_score_optimizers, clip=self.config.clip, where=where)
         return loss.item()
 
-    def fit_student(self, rollout: Rollout, g: Draws, step: int) -> dict[str, float]:
-        config, node = self.config, self.choices[g.randint(len(self.choices))]
-        uniform, eps, kept = g.rand(), g.randn(*self.shape), self._with_weight(node)
-        x, cond, node, eps = rollout.at(node)[kept], rollout.cond[kept], node[kept], eps[kept]
-        sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
-        x0, x_eval, sigma_eval = self.estimate(x, node, cond, uniform[kept], eps)
-        direction, metrics = self.direction(x0.detach(), x_eval, sigma, sigma_eval, node, cond, g, kept)
-        if self.heads:
-            rows = self.weights["adversarial"][node] > 0
-            if rows.any():
-                part = (x[rows], x0.detach()[rows], sigma[rows], sigma_next[rows], sigma_eval[rows], eps[rows], cond[rows])
-                adversarial = self.adversarial_direction(*part)
-                weight = self.weights["adversarial"][node][rows]
-                scaled, ratio, raw = banded(weight.reshape(-1, 1, 1, 1) * adversarial, direction[rows], config.adversarial.band)
-                direction[rows] += scaled
-                metrics |= {"adversarial_ratio": ratio.mean().item(), "adversarial_raw": raw.mean().item()}
-        loss = len(kept) / len(uniform) * matching_loss(x0, direction)  # rows left out have no direction, but count in the mean
-        if self.weights["trajectory"][self.choices].any():
-            loss = loss + self.trajectory_term(g)
-        rate = hold_then_decay(step - config.proxy_warmup, config.iterations, warmup=1, decay_share=config.decay_share)
+    def fit_student(self, rollout: Rollout, draws: Draws, step: int) -> dict[str, float]:
+        """One step of the student on a random trained node per sample, then one of the heads; returns metrics.
+
+        Samples whose node has no weight are left out of every forward pass, but count in the mean.
+        """
+        config, name = self.config, self.task.name
+        node = self.choices[draws.randint(len(self.choices))]
+        uniform, eps, rows = draws.rand(), draws.randn(*self.task.shape), self._rows(node)
+        x0, comparison = self.compare(rollout.at(node)[rows], node[rows], rollout.cond[rows], uniform[rows], eps[rows], rows)
+        direction, metrics = self.matching.direction(comparison, draws)
+        if self.adversarial:
+            adversarial, sizes = self.adversarial.direction(comparison, direction)
+            direction, metrics = direction + adversarial, metrics | sizes
+        loss = len(rows) / len(uniform) * matching_loss(x0, direction)
+        if self.trajectory:
+            loss = loss + self.trajectory.loss(self.student, draws)
+        update = step - config.fake_score_warmup
+        rate = hold_then_decay(update, config.iterations, warmup=config.warmup, decay_share=config.decay_share, floor=config.lr_floor)
         set_rates(self.optimizers, rate)
-        norm = descend(loss, self.student.parameters(), self.optimizers, clip=1.0, where=f"{self.name} step {step}")
-        self.ema.update(self.student, step - config.proxy_warmup)
-        if self.heads:
-            judged, share = at_least_one(rows), int(rows.sum()) / len(uniform)
-            metrics |= self.fit_heads(x_eval[judged], sigma_eval[judged], cond[judged], g, step, kept[judged], share)
+        norm = descend(loss, self.student.parameters(), self.optimizers, clip=config.clip, where=f"{name} step {step}")
+        self.ema.update(self.student, update)
+        if self.adversarial:
+            metrics |= self.adversarial.fit(comparison, draws, f"{name} heads step {step}")
         return {**metrics, "direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
 
-    def estimate(self, x: Tensor, node: Tensor, cond: Conditioning, uniform: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(x0, x_eval, sigma_eval): what the student takes `x` at its `node` [B] for, and the state and level at which scores of that are
-        compared. Gradient: through x0 to the student. `uniform` [B] and `eps` are what is random about the point."""
-        sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
-        v = velocity(self.student, x, sigma, cond)
-        sigma_eval = evaluation_sigma(self.config.point, sigma, sigma_next, uniform)
-        x_eval = evaluation_point(self.config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps, self.config.last)
-        return x0_from_v(x, v, sigma), x_eval, sigma_eval
+    def compare(self, x: Tensor, node: Tensor, cond: Conditioning, uniform: Tensor, eps: Tensor, rows: Tensor) -> tuple[Tensor, Comparison]:
+        """(x0, comparison) of the student's steps from `x` [B, C, h, w] at `node` [B]. Gradient: through x0 to the student.
 
-    def _with_weight(self, node: Tensor) -> Tensor:
-        """Rows whose node has a weight beside the trajectory term's; at least one."""
-        weight = sum(self.weights[term][node] for term in ("matching", "augmentation", "adversarial"))
-        assert isinstance(weight, Tensor)
-        return at_least_one(weight)
-
-    @torch.no_grad()
-    def direction(
-        self,
-        x0: Tensor,
-        x_eval: Tensor,
-        sigma: Tensor,
-        sigma_eval: Tensor,
-        node: Tensor,
-        cond: Conditioning,
-        g: Draws,
-        kept: Tensor | slice = slice(None),
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Matching and augmentation at x0, weighed by node, normalised per sample; and their sizes, the least normaliser too.
-
-        The samples are those rows `kept` of what `g` draws.
+        `uniform` [B] and `eps` [B, C, h, w] are the randomness of the point, `rows` the places of the samples in the batch.
         """
-        config, empty = self.config, self.pool.empty_for(cond)
-        w_match, w_augment = (self.weights[term][node].reshape(-1, 1, 1, 1) for term in ("matching", "augmentation"))
-        proxy = x0_from_v(x_eval, velocity(self.proxy, x_eval, sigma_eval, cond), sigma_eval)
-        if config.augmentation == "tied":
-            teacher, unconditional = (
-                x0_from_v(x_eval, v, sigma_eval) for v in teacher_velocities(self.teacher, x_eval, sigma_eval, cond, empty)
-            )
-            augment = augmentation_term(teacher, unconditional, config.guidance)
-            scale = distance(x0, teacher - augment)  # teacher - augment is the guided estimate
-            match = matching_term(teacher, proxy)
-            total = normalise(w_match * match + w_augment * augment, scale, floor=config.floor)
-        else:
-            teacher = x0_from_v(x_eval, velocity(self.teacher, x_eval, sigma_eval, cond), sigma_eval)
-            scale, match = distance(x0, teacher), matching_term(teacher, proxy)
-            total = w_match * normalise(match, scale, floor=config.floor)
-            lower = below(sigma, g.rand()[kept])  # fresh noise under the node's own level
-            x = add_noise(x0, g.randn(*self.shape)[kept], lower)
-            guided, unconditional = (x0_from_v(x, v, lower) for v in teacher_velocities(self.teacher, x, lower, cond, empty))
-            augment = augmentation_term(guided, unconditional, config.guidance)
-            own_scale = distance(x0, guided - augment)
-            total = total + w_augment * normalise(augment, own_scale, floor=config.floor)
-            scale = torch.minimum(scale, own_scale)
-        sizes = {"matching": match.abs().mean().item(), "augmentation": augment.abs().mean().item()}
-        return total, {"scale_min": scale.min().item(), **sizes}
+        config, sigma, sigma_next = self.config, self.sigmas[node], self.sigmas[node + 1]
+        v = velocity(self.student, x, sigma, cond)
+        sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, uniform, self._limits)
+        x_eval = evaluation_point(config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps, config.last)
+        x0 = x0_from_v(x, v, sigma)
+        return x0, Comparison(x, node, sigma, sigma_next, x0.detach(), x_eval, sigma_eval, eps, cond, rows)
 
-    def adversarial_direction(
-        self, x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_eval: Tensor, eps: Tensor, cond: Conditioning
-    ) -> Tensor:
-        """Per-sample gradient of the generator loss with respect to x0, through the frozen proxy and heads; times numel a sample."""
-        assert self.heads is not None
-        with fenced(self.proxy, self.heads), Tap(self.proxy, self.heads.blocks) as tap:
-            leaf = x0.clone().requires_grad_(True)
-            v = (x - leaf) / sigma.reshape(-1, 1, 1, 1)
-            x_eval = evaluation_point(self.config.point, x, v, sigma, sigma_next, sigma_eval, eps, self.config.last)
-            velocity(self.proxy, x_eval, sigma_eval, cond)
-            loss = generator_loss(self.heads(tap.read()))
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        return gradient * leaf.numel()
+    @property
+    def _limits(self) -> tuple[float, float]:
+        return self.config.min_sigma, self.config.max_sigma
 
-    def fit_heads(
-        self, fake: Tensor, sigma: Tensor, cond: Conditioning, g: Draws, step: int, kept: Tensor, share: float
-    ) -> dict[str, float]:
-        """Real pictures are the ends of the leader's own trajectories, noised to the fakes' own levels; fakes are `share` of the batch."""
-        assert self.heads is not None and self.replay is not None
-        rows = g.randint(len(self.replay.pool))[kept]  # corrections, which come behind, end where the student led
-        _, picture, cond_real = self.replay.at(rows, torch.full_like(rows, len(self.nodes) - 2))
-        real = add_noise(picture, g.randn(*self.shape)[kept], sigma)
-        features = []
-        with torch.no_grad(), Tap(self.proxy, self.heads.blocks) as tap:
-            for x, said in ((real, cond_real), (fake, cond)):
-                velocity(self.proxy, x, sigma, said)
-                features.append(tap.read())
-        logit_real, logit_fake = (self.heads(f) for f in features)
-        loss = discriminator_loss(logit_real, logit_fake)
-        descend(share * loss, self.heads.parameters(), [self.heads_optimizer], clip=1.0, where=f"{self.name} heads step {step}")
-        self.heads.refresh(self.config.adversarial.refresh, self.heads_optimizer, g.whole)
-        return {"heads_loss": loss.item(), "logit_real": logit_real.mean().item(), "logit_fake": logit_fake.mean().item()}
-
-    def trajectory_term(self, g: Draws) -> Tensor:
-        """Trajectory guidance from the cache, beside matching, on the nodes that it weighs (CrossDistill's routing)."""
-        assert self.replay is not None
-        weights = self.weights["trajectory"]
-        own = weights[self.choices]
-        node = self.choices[g.choice(own)]
-        x_from, x_to, cond = self.replay.at(g.randint(len(self.replay)), node)
-        sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
-        v = velocity(self.student, x_from, sigma, cond)
-        return own.mean() * trajectory_loss(v, x_from, x_to, sigma, sigma_next)
+    def _rows(self, node: Tensor) -> Tensor:
+        """Rows whose node has a weight other than the trajectory term's; at least one."""
+        weights = torch.stack([self.weights[term] for term in ("matching", "augmentation", "adversarial")])
+        return weighted_rows(weights.sum(0)[node])
 
 
 @torch.no_grad()
-def couple(proxy: nn.Module, student: nn.Module, keep: float) -> None:
-    """proxy <- keep proxy + (1 - keep) student (SenseFlow's implicit distribution alignment)."""
-    torch._foreach_lerp_(list(proxy.parameters()), [p.detach() for p in student.parameters()], 1 - keep)
+def align(fake_score: nn.Module, student: nn.Module, keep: float) -> None:
+    """fake score <- keep * fake score + (1 - keep) * student (SenseFlow's implicit distribution alignment)."""
+    torch._foreach_lerp_(list(fake_score.parameters()), [p.detach() for p in student.parameters()], 1 - keep)
 
 
 def train_matching(
-    matcher: Matcher, work: Path, watch: Watch | None = None, keep_last: Callable[[], None] | None = None
+    matcher: Matcher,
+    work: Path,
+    checkpoint: CheckpointRecipe,
+    validate: Validate | None = None,
+    keep_last: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Run `matcher` to its last round, resuming from `work`; the student ends with its EMA weights.
 
-    Every `watch_every` rounds `watch(name, student)` sees the averaged weights. Where it returns scores, the student ends with the best
-    of them, the last included, and these two are returned; `keep_last` is called while it still has the last, if that is another.
+    Every `validate_every` rounds `validate` gets the student with these. Where it returns scores, the student ends with the best-scoring
+    EMA weights, and {best, best_step, last} is returned; `keep_last` is called before, while it still has the last ones, if they differ.
     """
-    config, best = matcher.config, Best()
-    total = config.proxy_warmup + config.iterations
+    config, best = matcher.config, BestWeights()
+    total = config.fake_score_warmup + config.iterations
+    validation = Validation(validate, matcher.task.name, total, config.validate_every)
 
     def step_fn(step: int) -> dict[str, float]:
         metrics = matcher.update(step)
-        if step < config.proxy_warmup:
+        if step < config.fake_score_warmup:
             return metrics
-        seen = look(watch, matcher.name, step, total, config.watch_every, matcher.ema, matcher.student)
-        if seen:
-            best.offer(seen["composition"], step + 1, matcher.ema)
-        return metrics | seen
+        scores = validation.after(step, matcher.ema, matcher.student)
+        if scores:
+            best.offer(scores["score"], step + 1, matcher.ema)
+        return metrics | scores
 
-    fit(matcher.name, total, step_fn, matcher.state() | {"best": best}, work)
+    fit(matcher.task.name, total, step_fn, matcher.state() | {"best": best}, work, checkpoint)
     matcher.ema.copy_to(matcher.student)
     if not best.shadow:
         return {}
     if keep_last and best.step < total:
         keep_last()
-    with torch.no_grad():
-        for name, parameter in matcher.student.named_parameters():
-            parameter.copy_(cut(best.shadow[name], parameter))
+    best.copy_to(matcher.student)
     return {"best": best.score, "best_step": best.step, "last": best.last}

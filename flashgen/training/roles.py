@@ -1,8 +1,8 @@
-"""Teacher, student and proxy on one frozen backbone: a LoRA adapter for each of the two that learn (peft).
+"""Teacher, student and fake score on one frozen backbone: a LoRA adapter for each role that learns (peft).
 
-A `Role` looks like a network of its own: called, it switches the backbone to its adapter; its parameters and its state are
+A `Role` is called like a network of its own: it switches the backbone to its adapter; its parameters and its state are
 the adapter's alone. The switch sets which adapter peft's layers use and nothing else. peft's own `set_adapter` also turns
-`requires_grad` of the inactive adapters off, and a backward that comes after such a switch loses its gradients without a word.
+`requires_grad` of the inactive adapters off, and a backward pass after such a switch silently loses its gradients.
 """
 
 from __future__ import annotations
@@ -17,47 +17,50 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashgen.recipe.schema import LoraTraining
+from flashgen.families.base import predict
+from flashgen.randomness import seeded
+from flashgen.recipe.distillation import LoraTraining
 
 
 class Backbone:
-    """A transformer with peft adapters, and which one is at work; None is the frozen network itself."""
+    """A frozen transformer with peft adapters, one of which is active; None is the transformer without adapters."""
 
-    def __init__(self, transformer: nn.Module, lora: LoraTraining, roles: list[str], seed: int) -> None:
+    def __init__(self, transformer: nn.Module, lora: LoraTraining, roles: list[str], seed: int, targets: str) -> None:
         self.transformer = transformer.requires_grad_(False)
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=lora.targets, init_lora_weights=True)
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=targets, init_lora_weights=True)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are intended
             for role in roles:
-                torch.manual_seed(seed)  # the same A for all: averages of A and B apart, as coupling takes them, are then those of B A
-                transformer.add_adapter(config, adapter_name=role)  # type: ignore[operator]
+                with seeded(seed):  # equal A for all: then averages of A and of B, as `align` takes them, are averages of B A
+                    transformer.add_adapter(config, adapter_name=role)  # type: ignore[operator]
         self.layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(".lora_" in name)
             if ".lora_" in name:
-                parameter.data = parameter.data.float()  # what learns in small steps does not learn in bf16
+                parameter.data = parameter.data.float()  # small updates are lost in bf16
         if lora.checkpointing:
             transformer.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
         self.switch(None)
 
     def switch(self, role: str | None) -> None:
+        """Activate the adapter of `role`; None: the transformer without adapters."""
         self.role = role
-        for layer in self.layers:
+        for layer in self.layers:  # private attributes of peft, which tests/training/test_roles.py pins
             layer._disable_adapters = role is None
             if role is not None:
                 layer._active_adapter = [role]
 
     def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
-        """A block is computed again in the backward pass, when another role may be at work: each takes its own along."""
+        """Run a block whose activations are recomputed in the backward pass with the role of its forward pass, whatever is active then."""
         role = self.role
 
         def run(*inputs: Any) -> Any:
-            before = self.role
+            active = self.role
             self.switch(role)
             try:
                 return block(*inputs)
             finally:
-                self.switch(before)
+                self.switch(active)
 
         return checkpoint(run, *arguments, use_reentrant=False)
 
@@ -65,58 +68,80 @@ class Backbone:
 class Role(nn.Module):
     """One network of several on a `Backbone`. Gradient: its adapter's matrices only (none for the teacher, `adapter` None)."""
 
+    backbone: Backbone
+
     def __init__(self, backbone: Backbone, adapter: str | None) -> None:
         super().__init__()
-        object.__setattr__(self, "backbone", backbone)  # not a child: its parameters belong to other roles too
+        object.__setattr__(self, "backbone", backbone)  # not a submodule: its parameters belong to other roles too
         self.adapter = adapter
 
-    def forward(self, x: Tensor, embeds: Tensor, pooled: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """In the backbone's dtype inside, in that of `x` outside; the timestep is never rounded."""
-        self.backbone.switch(self.adapter)
-        own = self.backbone.transformer.dtype
-        return (self.backbone.transformer(x.to(own), embeds.to(own), pooled.to(own), timestep, return_dict=return_dict)[0].to(x.dtype),)
+    @property
+    def network(self) -> nn.Module:
+        """The transformer under the adapters."""
+        return self.backbone.transformer
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("transformer_blocks", "config"):
-            return getattr(self.backbone.transformer, name)
-        return super().__getattr__(name)
+    @property
+    def config(self) -> Any:
+        """The transformer's config."""
+        return self.network.config
+
+    def forward(self, return_dict: bool = False, **inputs: Tensor) -> tuple[Tensor]:
+        """Output of the transformer for its keyword arguments, in their dtype; inside, the backbone's dtype is used.
+
+        Floating-point inputs with one axis, noise levels, are not cast: they are never rounded.
+        """
+        self.backbone.switch(self.adapter)
+        floats = {name: value for name, value in inputs.items() if value.is_floating_point() and value.ndim > 1}
+        dtype = next(iter(floats.values())).dtype
+        cast = {name: value.to(self.network.dtype) for name, value in floats.items()}  # type: ignore[arg-type]
+        return (predict(self.network, inputs | cast).to(dtype),)
 
     def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.backbone.transformer.named_parameters(*arguments, **options):
+        """The adapter's matrices by their names in the transformer."""
+        for name, parameter in self.network.named_parameters(*arguments, **options):
             if self.adapter is not None and f".{self.adapter}." in name and ".lora_" in name:
                 yield name, parameter
 
     def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapter's matrices alone."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], *arguments: Any, **options: Any) -> None:  # type: ignore[override]
-        own = dict(self.named_parameters())
-        if own.keys() != state.keys():
-            raise ValueError(f"not the state of adapter {self.adapter}: {sorted(own.keys() ^ state.keys())[:3]}")
+        """Copy `state` into the adapter. Raises ValueError if it is not the state of this adapter."""
+        parameters = dict(self.named_parameters())
+        if parameters.keys() != state.keys():
+            raise ValueError(f"not the state of adapter {self.adapter}: {sorted(parameters.keys() ^ state.keys())[:3]}")
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(state[name])
 
     def names(self) -> list[str]:
-        """Of the tensors of the dense network that this role is."""
-        return [name.replace(".base_layer.", ".") for name in self.backbone.transformer.state_dict() if ".lora_" not in name]
+        """Names of the tensors of the dense network that this role stands for."""
+        return [name.replace(".base_layer.", ".") for name in self.network.state_dict() if ".lora_" not in name]
 
     @torch.no_grad()
     def merged(self, name: str) -> Tensor:
-        """One tensor of that network: W + (alpha / rank) B A, in fp32, where there is an adapter."""
+        """One tensor of that dense network: W + (alpha / rank) B A in fp32 where there is an adapter."""
         module, _, part = name.rpartition(".")
-        layer: Any = self.backbone.transformer.get_submodule(module)
+        layer: Any = self.network.get_submodule(module)
         if not hasattr(layer, "get_delta_weight"):
-            whole: Tensor = getattr(layer, part)
-            return whole
+            tensor: Tensor = getattr(layer, part)
+            return tensor
         value: Tensor = getattr(layer.get_base_layer(), part)
         return value.float() + layer.get_delta_weight(self.adapter).float() if part == "weight" and self.adapter else value
 
 
-def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:
-    """(teacher, one role for each of `names`) on `transformer`. All equal it at first, since every B starts at zero."""
-    with torch.random.fork_rng(devices=[]):
-        backbone = Backbone(transformer, lora, list(names), seed)
+def unwrap(network: nn.Module) -> nn.Module:
+    """The transformer under a `Role`; any other network itself."""
+    return network.network if isinstance(network, Role) else network
+
+
+def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int, targets: str) -> tuple[Role, ...]:
+    """(teacher, one role for each of `names`) on `transformer`. All equal it at first, since every B starts at zero.
+
+    `targets` is a regular expression of the modules that get an adapter where `lora.targets` is None (`Family.lora_targets`).
+    """
+    backbone = Backbone(transformer, lora, list(names), seed, lora.targets or targets)
     return (Role(backbone, None), *(Role(backbone, name) for name in names))
 
 
@@ -124,6 +149,6 @@ def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int)
 def interpolate(high: Role, low: Role, weight_high: float) -> dict[str, Tensor]:
     """Dense weights of W + w B_h A_h + (1 - w) B_l A_l, by name: the exact interpolation of two adapters.
 
-    peft's `combination_type="linear"` averages A and B apart, so that cross terms B_h A_l appear: no interpolation.
+    peft's `combination_type="linear"` averages A and B apart, which leaves cross terms B_h A_l and is no interpolation.
     """
     return {name: torch.lerp(low.merged(name), high.merged(name), weight_high) for name in high.names()}

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from flashgen import worlds
 from flashgen.artifact.manifest import File, Manifest, Sampler, parse
 from flashgen.errors import ArtifactError
+from flashgen.pixels import Size
 
 SHA = "a" * 64
-SAMPLER = {"sigmas": [1.0, 0.5, 0.0], "shift": 3.0, "guidance": 1.0, "encoder": "full", "clip_tokens": 77, "t5_tokens": 16}
+SAMPLER = {"sigmas": [1.0, 0.5, 0.0], "shift": 3.0, "guidance": 1.0, "encoder": "full", "tokens": {"clip": 77, "t5": 16}}
 SAMPLER |= {"size_px": 64, "trained_steps": [2]}
 
 
@@ -85,6 +87,67 @@ def test_parse_names_the_field_when_the_manifest_is_hostile(change: dict[str, An
     raw = json.loads(make().model_dump_json()) | change
     with pytest.raises(ArtifactError, match=message):
         parse(json.dumps(raw).encode(), "m")
+
+
+# manifests of flashgen 0.1 and 0.2: no family, no world, and one field per token length
+
+
+def old_manifest() -> dict[str, Any]:
+    """The embedded teacher's, as 0.1 wrote it."""
+    raw: dict[str, Any] = json.loads((worlds.get("shapes").teacher() / "manifest.json").read_text())
+    assert {"clip_tokens", "t5_tokens"} <= raw["sampler"].keys() and "tokens" not in raw["sampler"]
+    return {key: value for key, value in raw.items() if key not in ("family", "world")}
+
+
+def test_an_old_manifest_is_read_under_its_own_digest() -> None:
+    raw = old_manifest()
+    manifest = parse(json.dumps(raw).encode(), "m")
+    assert manifest.digest == raw["digest"] and (manifest.family, manifest.world) == ("sd3", None)
+    assert manifest.sampler is not None
+    assert manifest.sampler.tokens == {"clip": 16, "t5": 16} and manifest.sampler.size_px == Size(64, 64)
+    assert manifest.sampler.sigmas == raw["sampler"]["sigmas"]
+
+
+@pytest.mark.parametrize("change", [{"t5_tokens": 0}, {"clip_tokens": 77}, {"size_px": 32}, {"encoder": "zeros"}])
+def test_an_old_manifest_that_was_altered_is_refused(change: dict[str, Any]) -> None:
+    raw = old_manifest()
+    with pytest.raises(ArtifactError, match="altered"):
+        parse(json.dumps(raw | {"sampler": raw["sampler"] | change}).encode(), "m")
+
+
+def test_an_old_manifest_written_again_is_todays_with_a_digest_of_its_own() -> None:
+    manifest = parse(json.dumps(old_manifest()).encode(), "m").sealed()
+    again = json.loads(manifest.model_dump_json())
+    assert again["sampler"]["tokens"] == {"clip": 16, "t5": 16} and "clip_tokens" not in again["sampler"]
+    assert parse(json.dumps(again).encode(), "m") == manifest
+
+
+@pytest.mark.parametrize(("size", "text"), [(Size(64, 64), "64"), (Size(64, 96), '"96x64"')])
+def test_a_square_is_written_as_one_number(size: Size, text: str) -> None:
+    manifest = make(sampler=SAMPLER | {"size_px": size})
+    assert f'"size_px":{text}' in manifest.model_dump_json()
+    assert parse(manifest.model_dump_json().encode(), "m").sampler == manifest.sampler
+
+
+@pytest.mark.parametrize("size", [0, -64, "64x", "64x0", "1x2x3", 64.5, None, 1 << 20])
+def test_sampler_is_refused_when_its_size_is_none(size: object) -> None:
+    with pytest.raises(ValidationError, match="size_px"):
+        Sampler.model_validate(SAMPLER | {"size_px": size})
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "want"),
+    [([1.0, 0.5, 0.0], [(1.0, 2.0), (3.0, 4.0)]), ([0.5, 0.0], [(3.0, 4.0)]), ([1.0, 0.0], None), ([1.0, 0.4, 0.0], None), ([0.0], None)],
+)
+def test_step_scales_are_those_of_the_steps_that_are_left(sigmas: list[float], want: object) -> None:
+    """`--init-image` begins in the middle of the grid: the steps that it takes keep their scales."""
+    assert Sampler.model_validate(SAMPLER | {"scales": [(1.0, 2.0), (3.0, 4.0)]}).scales_on(sigmas) == want
+
+
+@pytest.mark.parametrize("change", [{"family": "SD3"}, {"world": "../x"}, {"family": ""}, {"world": "a b"}])
+def test_families_and_worlds_are_plain_names(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        make(**change)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b"{}"])

@@ -9,13 +9,13 @@ from typing import Any
 from benchmarks.ablation import kept_runs
 from benchmarks.ablation_page import draw, page
 from benchmarks.scores import keep
-from flashgen.shapes.scene import TASKS
+from flashgen.worlds.shapes.scene import TASKS
 
 DISTANCES = {"fd_teacher": 1.0, "fd_true": 2.0, "recall_teacher": 0.9, "recall_true": 0.8, "diversity": 9.0}
 
 
 def scored(right: int, **others: Any) -> dict[str, Any]:
-    """A run of two prompts a task, the first `right` of which pass."""
+    """A run of two prompts per task, the first `right` of which pass."""
     prompts = 2 * len(TASKS)
     without = {key: [value] * 10 for key, value in DISTANCES.items()}
     return {"passed": [1] * right + [0] * (prompts - right), **DISTANCES, "without": without, "forwards": 600.0, "seconds": 1.0, **others}
@@ -38,7 +38,7 @@ def differences(text: str) -> list[float]:
 def test_differences_by_steps_then_of_all_runs_together() -> None:
     text = page(kept({(4, 0): (6, 12), (2, 0): (6, 9), (2, 1): (9, 9)}), "plot.png")
     assert differences(text) == [0.5, 0.125, 0.25]  # 4 steps; 2 steps, two seeds; the three runs
-    assert text.index("## 4 steps") < text.index("## 2 steps") < text.index("## All of these")
+    assert text.index("## 4 steps") < text.index("## 2 steps") < text.index("## All steps")
 
 
 def test_runs_without_their_pair_do_not_count() -> None:
@@ -53,7 +53,7 @@ def test_one_number_of_steps_has_no_sum_and_a_note_is_shown() -> None:
     assert "Made by hand." in text
 
 
-def test_the_plot_has_a_panel_a_number_of_steps(tmp_path: Path) -> None:
+def test_the_plot_has_a_panel_per_number_of_steps(tmp_path: Path) -> None:
     draw(kept({(4, 0): (6, 12), (2, 0): (6, 9)}), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -1,4 +1,4 @@
-"""The device page ranks what it was given, and the operations it divides by are those of the network."""
+"""The device page ranks its rows by time, and counts the operations of the network."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def test_rows_are_ranked_and_held_against_the_fastest_peers() -> None:
+def test_rows_are_ranked_and_compared_with_the_fastest_peers() -> None:
     text = page(rows(), 7e11)
-    assert text.count("## ") == 2 and text.index("77 text tokens") < text.index("333 text tokens")
+    assert text.count("## ") == 2 and text.index("## 77 text tokens") < text.index("## 333 text tokens")
     assert "Peak is 700 G operations" in text
     short = text.split("## ")[1]
     assert short.index("| A |") < short.index("| **flashgen C** |") < short.index("| B |")
@@ -32,13 +32,13 @@ def test_rows_are_ranked_and_held_against_the_fastest_peers() -> None:
     assert "| A | 2.00 | 10% | 1.00 x |  |" in short
 
 
-def test_operations_are_of_the_products_and_grow_with_the_text() -> None:
+def test_operations_count_products_and_grow_with_the_text() -> None:
     short, long = operations(77), operations(333)
     assert 3.4e11 < long < 4.6e11  # about 345 G of matrices and 58 G of attention
     assert 0.7 < short / long < 0.9
     assert feeds(77)["encoder_hidden_states"].shape == (1, 77, 4096)
 
 
-def test_every_file_of_a_row_is_made_by_one_who_is_named() -> None:
+def test_every_row_names_a_known_maker_and_engine() -> None:
     assert {who for who, *_ in ROWS.values()} == {"peer", "flashgen"}
     assert {engine for _, engine, *_ in ROWS.values()} == {"torch", "onnxruntime", "openvino"}

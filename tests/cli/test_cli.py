@@ -1,129 +1,92 @@
+"""What every command has in common: one result on stdout, exit codes, one sentence per error. The stage is a small real one."""
+
 from __future__ import annotations
 
 import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, Draft, begin
-from flashgen.cli.app import app
+from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
-from flashgen.recipe.load import load
+from tests.artifact.making import publish
+from tests.cli.command import flashgen, refused
+from tests.conftest import tiny_sampler
+from tests.stages.copying import Copy
 
 
-def flashgen(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def make(out: Path, kind: Any = "student", text: str = "w", **changes: Any) -> Artifact:
-    inputs: dict[str, Any] = {"stage": "distill", "recipe": {"steps": 4}, "seed": 0, "parents": []}
-    draft = begin(out, kind=kind, **(inputs | changes))
-    if isinstance(draft, Draft):
-        (draft.path / "transformer").mkdir()
-        (draft.path / "transformer" / "w.safetensors").write_text(text)
-        return draft.publish(metrics={"composition": 0.9})
-    return draft
-
-
-def fake_stage(monkeypatch: pytest.MonkeyPatch, name: str, run: Any, function: str = "run") -> ModuleType:
-    module = ModuleType(f"flashgen.stages.{name}")
-    setattr(module, function, run)
-    monkeypatch.setitem(sys.modules, f"flashgen.stages.{name}", module)
-    return module
+@pytest.fixture(autouse=True)
+def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`flashgen quantize` runs the stage `Copy`."""
+    module = ModuleType("flashgen.stages.quantize")
+    module.Quantize = Copy  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Copy.made.clear()
+    yield
+    Copy.error, Copy.refusal, Copy.needs = None, None, None
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A stage that records its arguments and publishes a few bytes, in the place of `quantize`."""
-
-    def run(student: str, out: Path, recipe: Any, seed: int, force: bool) -> Artifact:
-        module.__dict__["seen"] = {"student": student, "out": out, "group": recipe.quantize.group, "seed": seed}
-        return make(out, "quantized", stage="quantize", seed=seed, force=force)
-
-    module = fake_stage(monkeypatch, "quantize", run)
-    return module
+def student(tmp_path: Path) -> Artifact:
+    return publish(tmp_path / "student", world="shapes")
 
 
 # the result
 
 
-def test_stage_prints_only_the_new_versions_path(tmp_path: Path, stage: ModuleType) -> None:
-    result = flashgen("quantize", "student", "--out", tmp_path / "q", "--seed", "3", "--set", "quantize.group=32")
-    assert result.exit_code == 0
+def test_stage_prints_only_the_new_versions_path(tmp_path: Path, student: Artifact) -> None:
+    result = flashgen("quantize", tmp_path / "student", "--out", tmp_path / "q", "--seed", "3", "--set", "quantize.bits=8")
+    assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'q' / 'v0001'}\n"
-    assert stage.seen == {"student": "student", "out": tmp_path / "q", "group": 32, "seed": 3}
+    manifest = json.loads((tmp_path / "q" / "v0001" / "manifest.json").read_text())
+    assert (manifest["seed"], manifest["recipe"], manifest["parents"][0]["path"]) == (3, {"bits": 8}, str(student.path))
 
 
-def test_json_is_one_object_with_the_documented_keys(tmp_path: Path, stage: ModuleType) -> None:
-    result = flashgen("quantize", "student", "--out", tmp_path, "--json")
+def test_json_is_one_object_with_the_documented_keys(tmp_path: Path, student: Artifact) -> None:
+    result = flashgen("quantize", student.path, "--out", tmp_path / "q", "--json")
     record = json.loads(result.stdout)
     assert result.stdout.count("\n") == 1
     assert list(record) == ["artifact", "stage", "version", "seconds", "peak_rss_mib", "metrics"]
-    assert (record["artifact"], record["stage"], record["version"]) == (str(tmp_path / "v0001"), "quantize", "v0001")
-    assert record["metrics"] == {"composition": 0.9}
+    assert (record["artifact"], record["stage"], record["version"]) == (str(tmp_path / "q" / "v0001"), "copy", "v0001")
+    assert record["metrics"] == {"letters": 1}
     assert record["seconds"] >= 0
     assert 10 < record["peak_rss_mib"] < 100_000
 
 
-def test_the_same_command_again_is_up_to_date_and_force_is_not(tmp_path: Path, stage: ModuleType) -> None:
-    first, again = flashgen("quantize", "s", "-o", tmp_path), flashgen("quantize", "s", "-o", tmp_path)
+def test_the_same_command_again_is_up_to_date_and_force_is_not(tmp_path: Path, student: Artifact) -> None:
+    command = ("quantize", student.path, "-o", tmp_path / "q")
+    first, again = flashgen(*command), flashgen(*command)
     assert again.stdout == first.stdout
     assert "up to date" in again.stderr
     assert "up to date" not in first.stderr
-    assert flashgen("quantize", "s", "-o", tmp_path, "--force").stdout == f"{tmp_path / 'v0002'}\n"
+    assert flashgen(*command, "--force").stdout == f"{tmp_path / 'q' / 'v0002'}\n"
+    record = json.loads(flashgen(*command, "--json").stdout)
+    assert (record["version"], record["metrics"]) == ("v0002", {"letters": 1})
 
 
-def test_plan_starts_nothing_and_names_inputs_output_and_recipe(tmp_path: Path, stage: ModuleType) -> None:
-    student = make(tmp_path / "s", text="w" * 10)
-    result = flashgen("quantize", tmp_path / "s", "-o", tmp_path / "q", "--set", "quantize.group=32", "--plan", "--json")
-    planned = json.loads(result.stdout)
+def test_plan_starts_nothing_and_names_inputs_output_and_recipe(tmp_path: Path, student: Artifact) -> None:
+    command = ("quantize", tmp_path / "student", "-o", tmp_path / "q", "--set", "quantize.group=32", "--seed", "4", "--plan")
+    planned = json.loads(flashgen(*command, "--json").stdout)
     assert planned["inputs"] == [
-        {"role": "student", "path": str(student.path), "kind": "student", "digest": student.manifest.digest, "bytes": 10}
+        {"role": "student", "path": str(student.path), "kind": "student", "digest": student.manifest.digest, "bytes": 9}
     ]
-    assert (planned["disk_bytes"], planned["memory_bytes"], planned["out"]) == (None, None, str(tmp_path / "q"))  # it has no networks
+    assert (planned["stage"], planned["seed"]) == ("copy", 4)
+    assert (planned["disk_bytes"], planned["memory_bytes"], planned["out"]) == (None, None, str(tmp_path / "q"))  # this stage has no plan
     assert planned["recipe"]["quantize"]["group"] == 32
-    assert not hasattr(stage, "seen")
-    assert not (tmp_path / "q").exists()
+    assert Copy.made == [] and not (tmp_path / "q").exists()
+    assert json.loads(flashgen(*command).stdout) == planned and flashgen(*command).stdout.count("\n") > 10
 
 
-COMMON = {"out": Path("x"), "force": False}
-
-
-@pytest.mark.parametrize(
-    ("command", "target", "inputs", "given"),
-    [
-        ("restructure-encoder s --mode prune", "restructure.run", ("s",), {"seed": 0, "mode": "prune"}),
-        ("export s --seed 4", "export.run", ("s",), {"seed": 4, "target": "onnx", "offline": False}),
-        ("export s --target web --offline", "export.run", ("s",), {"seed": 0, "target": "web", "offline": True}),
-        ("distill s", "distill.run", ("s",), {"seed": 0}),
-        ("finetune s", "finetune.run", ("s",), {"seed": 0}),
-        ("teacher train", "teacher.train", (), {"seed": 0}),
-        ("teacher random --like tiny", "teacher.random", (), {"seed": 0, "like": "tiny", "layers": None}),
-        ("teacher random --like tiny --layers 1", "teacher.random", (), {"seed": 0, "like": "tiny", "layers": 1}),
-        ("teacher import folder", "teacher.import_", ("folder",), {}),
-    ],
-)
-def test_each_command_calls_its_stage_with_its_options(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, target: str, inputs: tuple[str, ...], given: dict[str, Any]
-) -> None:
-    seen: list[Any] = []
-
-    def run(*inputs: str, **given: Any) -> Artifact:
-        seen.append((inputs, given))
-        return make(tmp_path)
-
-    name, function = target.split(".")
-    fake_stage(monkeypatch, name, run, function)
-    assert flashgen(*command.split(), "-o", "x").exit_code == 0
-    recipe = {} if command.startswith(("teacher random", "teacher import")) else {"recipe": load("shapes-demo")}
-    assert seen == [(inputs, COMMON | recipe | given)]
+def test_a_rank_without_a_launch_prints_as_any_process(tmp_path: Path, student: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert flashgen("quantize", student.path, "-o", tmp_path / "q").stdout == f"{tmp_path / 'q' / 'v0001'}\n"
+    assert "no artifact at" in refused(3, "quantize", tmp_path / "none", "-o", tmp_path / "q")
 
 
 # errors
@@ -155,19 +118,20 @@ def test_each_command_calls_its_stage_with_its_options(
         (KeyboardInterrupt(), 130, "the same command resumes"),
     ],
 )
-def test_error_is_one_sentence_and_its_exit_code(tmp_path: Path, stage: ModuleType, error: BaseException, code: int, message: str) -> None:
-    def run(*_: Any, **__: Any) -> Artifact:
-        raise error
-
-    stage.run = run  # type: ignore[attr-defined]
-    result = flashgen("quantize", "s", "-o", tmp_path / "q")
+def test_error_is_one_sentence_and_its_exit_code(tmp_path: Path, student: Artifact, error: BaseException, code: int, message: str) -> None:
+    Copy.error = error
+    command = ("quantize", student.path, "-o", tmp_path / "q")
+    result = flashgen(*command)
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr
-    debugged = flashgen("quantize", "s", "-o", tmp_path / "q", "--debug")
+    debugged = flashgen(*command, "--debug")
     assert debugged.exit_code == code
     assert "Traceback" in debugged.stderr
+    Copy.error = None
+    assert flashgen(*command).exit_code == 0  # nothing stays locked
+    assert Copy.made == [[], ["checkpoint"], ["checkpoint"]]
 
 
 @pytest.mark.parametrize(
@@ -181,41 +145,78 @@ def test_error_is_one_sentence_and_its_exit_code(tmp_path: Path, stage: ModuleTy
         (["quantize", "s", "-o", "q", "--set", "quantize.bits=5"], "--set quantize.bits=5: quantize.bits"),
         (["quantize", "s", "-o", "q", "--recipe", "none"], "no recipe named 'none'"),
         (["quantize", "s", "-o", "q", "--device", "cuda"], "computes on the CPU only"),
+        (["quantize", "s", "-o", "q", "--set", "quantize.repair=true"], "quantize.repair is now called quantize.step_scales; write that"),
+        (["quantize", "s", "-o", "q", "--set", "distill.t5_drop=0"], "distill.t5_drop is now called distill.encoder_drop; write that"),
+        (["quantize", "s", "-o", "q", "--set", "family=flux"], "recipe shapes-demo is for the model family flux, s/v0001 is of sd3"),
+        (["quantize", "s", "-o", "q", "--set", "distill.strides=[1]"], "strides=[] makes them even\n"),
+        (["quantize", "s", "-o", "s/v0001"], "--out s/v0001 is a published version"),
+        (["quantize", "s", "-o", "s/v0001/model_index.json"], "is a file; name a folder that may hold versions"),
         (["restructure-encoder", "s", "-o", "q", "--mode", "melt"], "'zeros', 'prune', 'compact'"),
-        (["export", "s", "-o", "q", "--target", "toaster"], "'onnx', 'gguf', 'web'"),
-        (["generate", "a", "a red circle", "-o", "x", "--steps", "0"], "--steps"),
-        (["generate", "a", "a red circle", "-o", "x", "--guidance", "0.5"], "--guidance"),
-        (["generate", "a", "-o", "x"], "PROMPT"),
-        (["bench", "a", "--per-task", "0"], "--per-task"),
-        (["bench", "a", "--set", "bench=3"], "--set bench=3: bench"),
+        (["export", "s", "-o", "q", "--target", "toaster"], "toaster"),
+        (["generate", "s", "a red circle", "-o", "x", "--steps", "0"], "--steps"),
+        (["generate", "s", "a red circle", "-o", "x", "--guidance", "0.5"], "--guidance"),
+        (["generate", "s", "-o", "x"], "PROMPT"),
+        (["generate", "s", "a red circle", "-o", "x", "--size", "big"], "--size: 'big' is not a picture size; write 512 for a square, or"),
+        (["generate", "s", "a red circle", "-o", "x", "--size", "64x"], "--size: '64x' is not a picture size"),
+        (["generate", "s", "a red circle", "-o", "x", "--size", "0"], "--size: picture sides must be 1 to"),
+        (["generate", "s", "a red circle", "-o", "x", "--size", "99999x64"], "--size: picture sides must be 1 to"),
+        (["generate", "s", "a red circle", "-o", "x", "--seeds", "3-1"], "--seeds 3-1: numbers and rising ranges"),
+        (["generate", "s", "a red circle", "-o", "x", "--from-png", "x.png"], "--from-png brings prompt, seed"),
+        (["bench", "s", "--per-task", "0"], "--per-task"),
+        (["bench", "s", "--set", "bench=3"], "--set bench=3: bench"),
+        (["bench", "s", "--engine", "tensorrt"], "'onnxruntime', 'openvino'"),
+        (["bench"], "ARTIFACT"),
         (["import"], "No such command"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_names_the_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: ModuleType, arguments: list[str], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
+    publish(tmp_path / "s", world="shapes")
     monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     result = flashgen(*arguments)
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert (result.exit_code, result.stdout) == (2, ""), result.stderr
     assert message in result.stderr
-    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+    assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
 
 
-@pytest.mark.parametrize("command", [["show"], ["bench"], ["generate", "--out", "x.png"]])
+@pytest.mark.parametrize(
+    "command", [["show"], ["bench"], ["generate", "--out", "x.png"], ["quantize", "--out", "q"], ["distill", "--out", "q"]]
+)
 def test_a_missing_artifact_ends_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    result = flashgen(*command, "none", *(["a red circle"] if command[0] == "generate" else []))
-    assert (result.exit_code, result.stdout) == (3, "")
-    assert "no artifact at none" in result.stderr
+    message = refused(3, *command, "none", *(["a red circle"] if command[0] == "generate" else []))
+    assert "no artifact at none" in message
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "change"),
+    [
+        (["quantize", "--out", "q"], {"family": "flux"}),
+        (["quantize", "--out", "q", "--recipe", "shapes-demo"], {"family": "flux"}),
+        (["generate", "a dog", "--out", "x.png", "--size", "128"], {"family": "flux"}),
+        (["quantize", "--out", "q"], {"world": "letters"}),
+        (["quantize", "--out", "q", "--recipe", "shapes-demo"], {"world": "letters"}),
+        (["bench"], {"world": "letters"}),
+    ],
+)
+def test_an_unknown_family_or_world_ends_with_3(
+    command: list[str], change: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "s", sampler=tiny_sampler(), **{"world": "shapes", **change})
+    monkeypatch.chdir(tmp_path)
+    told = refused(3, command[0], "s", *command[1:])
+    ((name, value),) = change.items()
+    assert f"{name} '{value}' is not known here (known: " in told and told.count(";") == 1
+    assert flashgen("show", "s").exit_code == 0 and [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 def test_an_altered_file_ends_with_3_when_shown_with_verify(tmp_path: Path) -> None:
-    (make(tmp_path, text="good").path / "transformer/w.safetensors").write_text("evil")
+    (publish(tmp_path, "good").path / "vae/w.safetensors").write_text("evil")
     assert flashgen("show", tmp_path).exit_code == 0
-    result = flashgen("show", tmp_path, "--verify")
-    assert (result.exit_code, result.stdout) == (3, "")
-    assert "transformer/w.safetensors was altered" in result.stderr
+    assert "vae/w.safetensors was altered" in refused(3, "show", tmp_path, "--verify")
 
 
 def test_one_option_spelling_for_every_stage() -> None:
@@ -229,83 +230,31 @@ def test_one_option_spelling_for_every_stage() -> None:
 
 
 def test_show_json_is_the_manifest_with_parents(tmp_path: Path) -> None:
-    teacher = make(tmp_path / "t", "teacher")
-    student = make(tmp_path / "s", parents=[teacher.as_parent("teacher")])
+    teacher = publish(tmp_path / "t", kind="teacher")
+    student = publish(tmp_path / "s", parents=[teacher.as_parent("teacher")])
     shown = json.loads(flashgen("show", tmp_path / "s", "--json").stdout)
     assert shown == json.loads((student.path / "manifest.json").read_text())
     assert shown["parents"] == [{"role": "teacher", "path": str(teacher.path), "digest": teacher.manifest.digest}]
 
 
 def test_show_prints_the_lineage_and_marks_what_is_gone(tmp_path: Path) -> None:
-    teacher = make(tmp_path / "t", "teacher")
-    student = make(tmp_path / "s", parents=[teacher.as_parent("teacher")])
-    make(tmp_path / "q", "quantized", parents=[student.as_parent("student")])
+    teacher = publish(tmp_path / "t", kind="teacher", world="shapes")
+    student = publish(tmp_path / "s", parents=[teacher.as_parent("teacher")])
+    publish(tmp_path / "q", kind="quantized", parents=[student.as_parent("student")])
     text = flashgen("show", tmp_path / "q", "--verify").stdout
     assert f"student {student.path}" in text
     assert f"teacher {teacher.path}" in text
     assert "digests checked" in text
     assert "no longer there" not in text
+    assert "family   sd3; world none\n" in text and "family   sd3; world shapes\n" in flashgen("show", tmp_path / "t").stdout
     (teacher.path / "manifest.json").unlink()
     assert f"teacher {teacher.path}  {teacher.manifest.digest[:12]}  (no longer there)" in flashgen("show", tmp_path / "q").stdout
 
 
 def test_show_ends_when_a_lineage_names_itself(tmp_path: Path) -> None:
-    artifact = make(tmp_path)
+    artifact = publish(tmp_path)
     manifest = artifact.manifest.model_copy(update={"parents": [artifact.as_parent("student")]})
     (artifact.path / "manifest.json").write_text(manifest.model_dump_json())
     result = flashgen("show", tmp_path)
     assert result.exit_code == 0
     assert result.stdout.count(artifact.manifest.digest[:12]) == 3  # its digest, itself, and once as its own parent
-
-
-# generate and bench, around their stages
-
-
-def test_generate_hands_over_its_options_and_prints_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path / "d", "device")
-    seen: dict[str, Any] = {}
-
-    def run(artifact: str, prompts: list[str], out: Path, **given: Any) -> list[Path]:
-        seen.update(given, artifact=artifact, prompts=prompts)
-        return [out / f"{i}.png" for i in range(len(prompts))]
-
-    fake_stage(monkeypatch, "generate", run)
-    command = ["generate", str(tmp_path / "d"), "one", "two", "--out", "x", "--seed", "7", "--size", "64", "--steps", "2"]
-    assert flashgen(*command).stdout == "x/0.png\nx/1.png\n"
-    assert seen == {
-        "artifact": str(tmp_path / "d"),
-        "prompts": ["one", "two"],
-        "seed": 7,
-        "steps": 2,
-        "guidance": None,
-        "size_px": 64,
-        "negative": None,
-        **{"batch": 8, "init_image": None, "strength": 0.8, "contact_sheet": False, "engine": "auto", "preview": False, "memory": None},
-    }
-    record = json.loads(flashgen(*command, "--json").stdout)
-    assert (record["images"], record["stage"], record["artifact"]) == (["x/0.png", "x/1.png"], "generate", str(tmp_path / "d/v0001"))
-
-
-def test_bench_prints_its_report_as_json_or_the_folder_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_stage(monkeypatch, "bench", lambda artifacts, out, recipe, seed, per_task: {"results": [], "seen": [artifacts, seed, per_task]})
-    result = flashgen("bench", "a", "b", "--json", "--per-task", "3", "--seed", "5")
-    assert json.loads(result.stdout) == {"results": [], "seen": [["a", "b"], 5, 3]}
-    assert flashgen("bench", "a").stdout == ""
-    assert flashgen("bench", "a", "--out", "report").stdout == "report\n"
-
-
-def test_generate_refuses_what_the_artifact_cannot_do_before_it_loads_a_network(tmp_path: Path) -> None:
-    draft = begin(tmp_path / "d", kind="device", stage="export", recipe={}, seed=0, parents=[])
-    assert isinstance(draft, Draft)
-    sizes: dict[str, Any] = {"clip_tokens": 16, "t5_tokens": 16, "size_px": 64}
-    draft.publish(sampler=Sampler(sigmas=[1, 0.5, 0], shift=3, guidance=1, encoder="full", trained_steps=[2], **sizes))
-    for arguments, message in (
-        (["a red circle", " "], "prompt is empty"),
-        (["a red circle", "--steps", "3"], "--steps 3"),
-        (["a red circle", "--size", "65"], "--size 65"),
-        (["a red circle", "--device", "cuda"], "--device cuda"),
-    ):
-        result = flashgen("generate", tmp_path / "d", *arguments, "-o", tmp_path / "x.png")
-        assert (result.exit_code, result.stdout) == (2, ""), result.stderr
-        assert message in result.stderr
-    assert not (tmp_path / "x.png").exists()

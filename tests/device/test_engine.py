@@ -1,4 +1,4 @@
-"""Which engine runs an exported network, and that each draws the same picture."""
+"""Each engine draws the same picture, from files that are the manifest's."""
 
 from __future__ import annotations
 
@@ -16,36 +16,46 @@ from flashgen.artifact.store import Artifact
 from flashgen.device import engine
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, UsageError
-from flashgen.recipe.schema import ExportRecipe, Recipe
-from flashgen.stages import export
+from flashgen.recipe.compression import ExportRecipe
+from flashgen.recipe.schema import Recipe
 
-PROMPT = ["two red circles on a white background"]
+PROMPT = ["two red circles"]
 
 
-def test_an_engine_that_is_not_installed_is_one_sentence(tiny_device: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_not_installed_is_one_sentence(handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "find_spec", lambda name: None if name == "openvino" else name)
     with pytest.raises(UsageError, match=r"--engine openvino is not installed; install it with: pip install 'flashgen\[openvino\]'"):
-        DevicePipeline(tiny_device, engine="openvino")
+        DevicePipeline(handmade_device, engine="openvino")
 
 
 @pytest.mark.parametrize(("level", "floor_db"), [(0, 60), (4, 25)])
 def test_openvino_draws_what_onnxruntime_draws(tiny_quantized: Artifact, tmp_path: Path, level: int, floor_db: float) -> None:
     """In fp32, but where the artifact allows rounded activations, and bf16 with them."""
     pytest.importorskip("openvino")
+    from tests import runs
+
     recipe = Recipe(name="test", export=ExportRecipe(accuracy_level=level, psnr_floor_int8_db=1))
-    device = export.run(str(tiny_quantized.path), tmp_path / "device", recipe, 0, False)
+    device = runs.export(str(tiny_quantized.path), tmp_path / "device", recipe, 0, False)
     one, other = (DevicePipeline(device, engine=name).sample(PROMPT, [3]).astype(float) for name in ("onnxruntime", "openvino"))
     assert 20 * np.log10(255 / (np.sqrt(np.mean((one - other) ** 2)) or 1e-9)) > floor_db
 
 
+def test_openvino_follows_any_description(handmade_device: Artifact) -> None:
+    pytest.importorskip("openvino")
+    one, other = (DevicePipeline(handmade_device, engine=name).sample(PROMPT, [3]).astype(int) for name in ("onnxruntime", "openvino"))
+    assert np.abs(one - other).max() <= 1
+    inputs = [engine.Engine(handmade_device, name=name).network("transformer").inputs for name in ("onnxruntime", "openvino")]
+    assert inputs[0] == inputs[1] and inputs[0]["text"] == [None, None, 8]
+
+
 def test_what_openvino_compiles_is_kept_and_a_broken_copy_is_made_again(
-    tiny_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    handmade_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pictures = []
     for _ in range(3):
-        pictures.append(DevicePipeline(tiny_device, engine="openvino").sample(PROMPT, [3]))
+        pictures.append(DevicePipeline(handmade_device, engine="openvino").sample(PROMPT, [3]))
         blobs = [path for path in (tmp_path / "flashgen" / "openvino").rglob("*") if path.is_file()]
         assert len(blobs) == 2 and all(path.stat().st_size > 1000 for path in blobs)  # transformer and decoder
         if len(pictures) == 2:
@@ -73,9 +83,9 @@ def copied(artifact: Artifact, path: Path) -> Artifact:
 
 
 def test_a_broken_graph_is_an_artifact_error_of_either_engine(
-    tiny_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    handmade_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = copied(tiny_device, tmp_path / "broken")
+    broken = copied(handmade_device, tmp_path / "broken")
     (broken.path / "transformer" / "model.onnx").write_bytes(b"nothing")
     for name in engine.NETWORKS:
         if find_spec(name):
@@ -83,19 +93,19 @@ def test_a_broken_graph_is_an_artifact_error_of_either_engine(
                 engine.NETWORKS[name](broken.path / "transformer" / "model.onnx", 1, False, "")
 
 
-def test_a_graph_of_another_artifact_is_not_run(tiny_device: Artifact, tmp_path: Path) -> None:
-    mixed = copied(tiny_device, tmp_path / "mixed")
-    path = mixed.path / "text_encoder_2" / "model.onnx"
+def test_a_graph_of_another_artifact_is_not_run(handmade_device: Artifact, tmp_path: Path) -> None:
+    mixed = copied(handmade_device, tmp_path / "mixed")
+    path = mixed.path / "style_encoder" / "model.onnx"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1  # the same size
     path.write_bytes(data)
     pipeline = DevicePipeline(mixed)
     pipeline.engine.network("transformer")
-    with pytest.raises(ArtifactError, match=r"text_encoder_2/model.onnx was altered or comes from another artifact"):
+    with pytest.raises(ArtifactError, match=r"style_encoder/model.onnx was altered or comes from another artifact"):
         pipeline.sample(PROMPT, [3])
 
 
-def test_a_file_is_read_again_only_when_it_changed(tiny_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_again_only_when_it_changed(handmade_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
     def counted(file: Path) -> str:
@@ -104,7 +114,7 @@ def test_a_file_is_read_again_only_when_it_changed(tiny_device: Artifact, tmp_pa
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(engine, "sha256", counted)
-    own = copied(tiny_device, tmp_path / "own")
+    own = copied(handmade_device, tmp_path / "own")
     for _ in range(2):
         engine.Engine(own).network("transformer")
         assert read and len(read) == len(set(read))
@@ -117,8 +127,8 @@ def test_a_file_is_read_again_only_when_it_changed(tiny_device: Artifact, tmp_pa
         engine.Engine(own).network("transformer")
 
 
-def test_a_graph_that_the_manifest_does_not_name_is_not_run(tiny_device: Artifact, tmp_path: Path) -> None:
-    foreign = copied(tiny_device, tmp_path / "foreign")
-    shutil.copytree(foreign.path / "transformer", foreign.path / "vae_encoder")
-    with pytest.raises(ArtifactError, match="its manifest names no vae_encoder"):
-        engine.Engine(foreign).network("vae_encoder")
+def test_a_graph_that_the_manifest_does_not_name_is_not_run(handmade_device: Artifact, tmp_path: Path) -> None:
+    foreign = copied(handmade_device, tmp_path / "foreign")
+    shutil.copytree(foreign.path / "transformer", foreign.path / "upscaler")
+    with pytest.raises(ArtifactError, match="its manifest names no upscaler"):
+        engine.Engine(foreign).network("upscaler")

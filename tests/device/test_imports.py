@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,14 +30,34 @@ def test_the_guard_itself_works() -> None:
         run_without_torch("import torch")
 
 
+def test_device_pipeline_draws_without_torch(handmade_device: Artifact, tmp_path: Path) -> None:
+    path, file = str(handmade_device.path), str(tmp_path / "a.png")
+    run_without_torch(
+        f"""
+from pathlib import Path
+from flashgen.artifact.store import open_artifact
+from flashgen.device.sampler import DevicePipeline
+from flashgen.png import write_png
+picture = DevicePipeline(open_artifact({path!r})).sample(["a red circle"], [1])[0]
+assert picture.shape == (64, 96, 3)
+write_png(Path({file!r}), picture, {{}})
+"""
+    )
+    assert Path(file).exists()
+
+
 def test_generate_and_bench_run_on_a_device_artifact_without_torch(tiny_int4_device: Artifact, tmp_path: object) -> None:
     path = str(tiny_int4_device.path)
     run_without_torch(
         f"""
 from pathlib import Path
-from flashgen.stages import bench, generate
+from flashgen.artifact.store import open_artifact
 from flashgen.metrics.latency import Job, measure
-assert generate.run({path!r}, ["a red circle"], Path({str(tmp_path)!r}) / "a.png", seed=1)[0].exists()
+from flashgen.stages import bench
+from flashgen.stages.generate import generate
+from flashgen.stages.request import Request
+file = Path({str(tmp_path)!r}) / "a.png"
+assert generate(open_artifact({path!r}), Request(["a red circle"], [1]), file, engine="onnxruntime")[0].exists()
 result, images = measure(Job({path!r}, ["a red circle"], [1], 0, 1, 1))
 assert images.shape == (1, 64, 64, 3)
 """

@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from flashgen.device.tiles import Floats, decode_tiled, starts
+from flashgen.device.tiles import decode_tiled, starts
+from flashgen.pixels import Floats
 
 
 def upscale(z: Floats) -> Floats:

@@ -8,7 +8,7 @@ import pytest
 
 from flashgen.device.tokens import PromptTokenizer
 from flashgen.errors import ArtifactError
-from flashgen.models.tokenizers import clip_tokenizer, t5_tokenizer
+from flashgen.families.sd3.tokenizers import clip_tokenizer, t5_tokenizer
 
 PROMPTS = [
     "",
@@ -20,12 +20,15 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5"])
-def test_ids_equal_those_of_transformers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ids_and_mask_equal_those_of_transformers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs: Any = clip_tokenizer(16) if kind == "clip" else t5_tokenizer(16)
     theirs.save_pretrained(tmp_path / "tokenizer")
     ours = PromptTokenizer(tmp_path / "tokenizer" / "tokenizer.json", 16, theirs.pad_token_id)
-    want = theirs(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="np").input_ids
-    np.testing.assert_array_equal(ours.encode(PROMPTS), want)
+    want = theirs(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="np")
+    found = ours.encode(PROMPTS)
+    np.testing.assert_array_equal(found.ids, want.input_ids)
+    np.testing.assert_array_equal(found.mask, want.attention_mask)
+    assert found.ids.dtype == found.mask.dtype == np.int64
     assert capsys.readouterr().err.count("'four green triangles") == 1  # the long prompt is named
 
 

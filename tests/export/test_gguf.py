@@ -12,11 +12,17 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.families.sd3 import SD3
 from flashgen.models.stream import stored
+from flashgen.pixels import Size
 from flashgen.quant.pack import dequantize
 from flashgen.quant.rounding import quantize_groups
-from flashgen.recipe.schema import QuantizeRecipe, Recipe
-from flashgen.stages import bench, export, generate, quantize
+from flashgen.recipe.compression import QuantizeRecipe
+from flashgen.recipe.schema import Recipe
+from flashgen.stages.base import describe, prepare, run
+from flashgen.stages.export import Export
+from flashgen.stages.quantize import Quantize
+from tests import runs
 
 gguf = pytest.importorskip("gguf")
 
@@ -40,25 +46,25 @@ Type = gguf.GGMLQuantizationType
 def test_codes_keep_their_weights_in_gguf(bits: int, symmetric: bool, method: Any, kind: Any, group: int) -> None:
     q = quantize_groups(torch.randn(6, 96, generator=torch.Generator().manual_seed(0)), bits, group, symmetric, method)
     assert _type(q) == kind
-    read, own = torch.from_numpy(gguf.dequantize(blocks(q, kind), kind)), dequantize(q)
+    read, weight = torch.from_numpy(gguf.dequantize(blocks(q, kind), kind)), dequantize(q)
     if kind != Type.Q4_1:
-        assert torch.equal(read, own)
+        assert torch.equal(read, weight)
     step = q.scales.abs().repeat_interleave(group, 1)[:, :96]
-    assert bool(((read - own).abs() <= 0.004 * step).all())  # m has 11 bits, a zero point of 4 bits times a scale of 11 has 15
+    assert bool(((read - weight).abs() <= 0.004 * step).all())  # m has 11 bits, a zero point of 4 bits times a scale of 11 has 15
 
 
 @pytest.mark.parametrize(("bits", "group", "symmetric", "k"), [(4, 16, True, 64), (8, 32, False, 64), (4, 32, True, 80)])
-def test_what_no_gguf_type_holds_stays_fp16(bits: int, group: int, symmetric: bool, k: int) -> None:
+def test_codes_that_no_gguf_type_holds_stay_fp16(bits: int, group: int, symmetric: bool, k: int) -> None:
     assert _type(quantize_groups(torch.randn(4, k), bits, group, symmetric)) == Type.F16
 
 
 def of(source: Artifact, out: Path, recipe: Recipe) -> Artifact:
-    return export.run(str(source.path), out, recipe, 0, False, target="gguf")
+    return run(Export, {"student": source.path}, out, recipe, target="gguf")
 
 
 def quantized(student: Artifact, out: Path, recipe: Recipe, **settings: Any) -> Artifact:
     changed = recipe.model_copy(update={"quantize": QuantizeRecipe(**settings)})
-    return quantize.run(str(student.path), out, changed, 0, False)
+    return run(Quantize, {"student": student.path}, out, changed)
 
 
 def test_student_is_exact_in_original_names(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
@@ -71,7 +77,10 @@ def test_student_is_exact_in_original_names(tiny_student: Artifact, recipe: Reci
     weights = stored(tiny_student.path / "transformer")
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name].float(), weights[name]().float()) for name in weights)
-    assert export.run(str(tiny_student.path), tmp_path / "gguf", recipe, 0, False, target="gguf").path == made.path  # up to date
+    assert of(tiny_student, tmp_path / "gguf", recipe).path == made.path  # up to date
+    fields = gguf.GGUFReader(made.path / "transformer" / "model.gguf").fields
+    assert fields["general.architecture"].contents() == "sd3" and made.manifest.sampler is not None
+    assert fields["flashgen.sigmas"].contents() == pytest.approx(made.manifest.sampler.sigmas)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +89,7 @@ def test_student_is_exact_in_original_names(tiny_student: Artifact, recipe: Reci
         ({"group": 32, "symmetric": True}, {"Q4_0", "Q8_0"}),
         ({"group": 32}, {"Q4_1"}),
         ({"group": 16}, set()),
-        ({"group": 16, "basis_tolerance": 1e3}, set()),
+        ({"group": 16, "low_rank_tolerance": 1e3}, set()),
     ],
 )
 def test_diffusers_computes_the_same_velocity_from_the_gguf(
@@ -108,27 +117,40 @@ def test_a_changed_tensor_fails_the_check(tiny_student: Artifact, recipe: Recipe
     tensor = next(t for t in gguf.GGUFReader(file, "r+").tensors if t.name.endswith("joint_blocks.1.x_block.attn.qkv.weight"))
     tensor.data[40, 3] += np.float16(1)  # a row of keys: 32 rows are queries
     with pytest.raises(NumericsError, match=r"1.x_block.attn.qkv.weight: transformer_blocks.1.attn.to_k.weight is at"):
-        check(file, stored(tiny_student.path / "transformer"), 60)
+        check(file, SD3(), stored(tiny_student.path / "transformer"), 60)
     monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, path: setattr(self, "tensors", []))
     with pytest.raises(NumericsError, match="has no tensor"):
-        check(file, stored(tiny_student.path / "transformer"), 60)
+        check(file, SD3(), stored(tiny_student.path / "transformer"), 60)
 
 
-def test_scaled_steps_are_refused(tiny_quantized: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+def test_scaled_steps_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     from tests.conftest import make_pipeline_artifact, tiny_sampler
 
     scaled: Sampler = tiny_sampler(scales=[(1.0, 1.01)] * 4)
     source = make_pipeline_artifact(tmp_path / "scaled", kind="student", sampler=scaled)
-    with pytest.raises(UsageError, match=r"scales its steps.*--set quantize.repair=false"):
+    with pytest.raises(UsageError, match=r"scales its steps.*--set quantize.step_scales=false"):
         of(source, tmp_path / "gguf", recipe)
 
 
 def test_flashgen_says_which_programs_draw_from_it(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
     made = of(tiny_student, tmp_path / "gguf", recipe)
-    with pytest.raises(ArtifactError, match=r"for stable-diffusion.cpp, ComfyUI-GGUF or diffusers.* draw from what it was exported from"):
-        generate.run(str(made.path), ["a red circle"], tmp_path / "a.png")
+    with pytest.raises(ArtifactError, match=r"for stable-diffusion.cpp, ComfyUI-GGUF or diffusers.* draw from the artifact that"):
+        runs.generate(made.path, ["a red circle"], tmp_path / "a.png")
     with pytest.raises(ArtifactError, match=r"stable-diffusion\.cpp"):
-        bench.run([str(made.path)], None, recipe, 0)
+        runs.bench([made.path], None, recipe)
     with pytest.raises(ArtifactError, match="is a gguf, this needs a"):
-        export.run(str(made.path), tmp_path / "device", recipe, 0, False)
+        prepare(Export, {"student": made.path}, recipe)
     assert open_artifact(made.path, verify=True).manifest.sampler == tiny_student.manifest.sampler
+
+
+def test_family_without_a_gguf_architecture_is_refused(tiny_student: Artifact, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SD3, "gguf_arch", None)
+    with pytest.raises(UsageError, match=r"--target gguf: no program reads .* from a GGUF; export with --target onnx"):
+        prepare(Export, {"student": tiny_student.path}, recipe, target="gguf")
+
+
+def test_plan_draws_nothing_at_any_size(tiny_quantized: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    odd = recipe.model_copy(update={"export": recipe.export.model_copy(update={"size_px": Size(72, 72)})})
+    plan = describe(prepare(Export, {"student": tiny_quantized.path}, odd, target="gguf"), tmp_path / "gguf")
+    assert plan["memory"].keys() == {"write"} and plan["forwards"] == 0
+    assert plan["memory"]["write"]["codes"] == (tiny_quantized.path / "quantized" / "transformer.safetensors").stat().st_size

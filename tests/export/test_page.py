@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import tarfile
 import threading
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from flashgen.errors import MachineError
 from flashgen.export import page
 from flashgen.export.page import PACKAGES, PAGE, Package, fetch, integrity, write_page
 from flashgen.recipe.schema import Recipe
-from flashgen.stages import export
+from tests.js.expected import FILE, expected
 
 
 @pytest.fixture
@@ -73,7 +75,9 @@ def test_broken_cache_is_mended_by_the_registry_and_named_offline(registry: Path
 
 
 def test_package_that_the_registry_does_not_have_is_one_sentence(registry: Path) -> None:
-    with pytest.raises(MachineError, match=r"onnxruntime-web-.*tgz cannot be had \(HTTP Error 404.*NPM_CONFIG_REGISTRY=URL, or copy"):
+    with pytest.raises(
+        MachineError, match=r"onnxruntime-web-.*tgz cannot be downloaded \(HTTP Error 404.*NPM_CONFIG_REGISTRY=URL, or copy"
+    ):
         fetch(PACKAGES[0], offline=False)
     assert not list(cache_path("npm").iterdir())
 
@@ -81,9 +85,11 @@ def test_package_that_the_registry_does_not_have_is_one_sentence(registry: Path)
 def test_offline_without_cache_publishes_nothing(
     tiny_student: Artifact, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tests import runs
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(MachineError, match=r"--offline: .*onnxruntime-web-.*tgz is missing .* run the same command once without --offline"):
-        export.run(str(tiny_student.path), tmp_path / "site", recipe, 0, False, target="web", offline=True)
+        runs.export(str(tiny_student.path), tmp_path / "site", recipe, 0, False, target="web", offline=True)
     assert not (tmp_path / "site" / "latest").exists()
 
 
@@ -97,7 +103,7 @@ def test_page_is_our_files_and_the_packages_members(registry: Path, tmp_path: Pa
         "vendor/LICENSE": "LICENSE",
         "vendor/y.wasm": "y.wasm",
     }
-    assert {k for k in found if "/" not in k} == {"index.html", "page.js", "flashgen.js"}
+    assert {k for k in found if "/" not in k} == {"index.html", "page.js", "flashgen.js", "files.js", "graph.js", "noise.js"}
 
 
 def test_page_names_nothing_outside_its_folder() -> None:
@@ -115,3 +121,27 @@ def test_script_finds_what_it_names() -> None:
     vendored = {f"vendor/{name}" for package in PACKAGES for name in package.files.values()}
     named = set(re.findall(r'"(vendor/[^"]+)"', script))
     assert len(named) == 7 and named <= vendored
+
+
+def test_modules_find_what_they_import() -> None:
+    for file in PAGE.glob("*.js"):
+        for name in re.findall(r'^import .* from "(.*)";$', file.read_text(), re.MULTILINE):
+            assert name.startswith("./") and (PAGE / name).is_file(), (file.name, name)
+
+
+def test_numbers_that_the_javascript_is_tested_with_are_those_of_python() -> None:
+    """tests/js reads expected.json; python -m tests.js.expected writes it."""
+    stored, computed = (dict(flat(value)) for value in (json.loads(FILE.read_text()), json.loads(json.dumps(expected()))))
+    assert stored.keys() == computed.keys()
+    for name, value in stored.items():
+        assert value == (pytest.approx(computed[name], abs=1e-6) if isinstance(value, float) else computed[name]), name
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number and text within `value`, by the path to it."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if parts is None:
+        yield name, value
+    else:
+        for key, part in parts:
+            yield from flat(part, f"{name}/{key}")

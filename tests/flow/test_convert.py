@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashgen.flow.convert import add_noise, eps_from_v, expand, move, x0_from_v
+from flashgen.flow.convert import add_noise, expand, move, x0_from_v
 
 G = torch.Generator().manual_seed(0)
 SIGMA = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.02], dtype=torch.float64)
@@ -15,6 +15,11 @@ NEXT = torch.tensor([0.9, 0.75, 0.5, 0.02, 0.0], dtype=torch.float64)
 
 def draw() -> Tensor:
     return torch.randn(5, 3, 4, 2, generator=G, dtype=torch.float64)
+
+
+def eps_from_v(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """Estimate of the noise: x + (1 - sigma) v."""
+    return x + (1 - expand(sigma, x)) * v
 
 
 def test_x0_and_eps_come_back_from_the_true_velocity() -> None:

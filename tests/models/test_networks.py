@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashgen.errors import ArtifactError
-from flashgen.models import random_weights, sample
+from flashgen.families.base import velocity
+from flashgen.families.sd3 import random_weights
+from flashgen.families.sd3.random_weights import write_random
+from flashgen.families.sd3.specs import SPECS
+from flashgen.models import pipeline
 from flashgen.models.networks import check_networks
-from flashgen.models.random_weights import write_random
-from flashgen.models.sample import load_pipeline
-from flashgen.models.specs import SPECS
-from flashgen.models.text import encode_prompts, stays_on_disk
+from flashgen.models.pipeline import Pipeline, load_pipeline
+from flashgen.models.prompts import encode_prompts
+from flashgen.pixels import Size
+from tests.conftest import tiny_sampler
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROMPTS = ["a red circle", "two blue squares on a white background", ""]
@@ -30,12 +34,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_network_is_there_without_weights(folder: Path) -> None:
-    networks = check_networks(folder)
+    family, networks = check_networks(folder)
+    assert family.name == "sd3"
     assert sorted(networks) == ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"]
     assert all(p.is_meta for network in networks.values() for p in network.parameters())
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": [None, None]}))
-    assert "text_encoder_3" not in check_networks(folder)
+    assert "text_encoder_3" not in check_networks(folder)[1]
 
 
 def unshard(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -82,23 +87,52 @@ def test_a_variant_beside_the_plain_weights_is_not_read(folder: Path) -> None:
 
 
 def test_text_alone_and_networks_on_disk_give_what_memory_gives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load_pipeline(folder)
-    want = encode_prompts(whole, PROMPTS, 16)
+    whole, sampler = load_pipeline(folder), tiny_sampler()
+    want = encode_prompts(whole, PROMPTS, sampler)
     text = load_pipeline(folder, weights="text")
-    assert all(p.is_meta for p in (*text.transformer.parameters(), *text.vae.parameters())) and not stays_on_disk(text)
-    found = encode_prompts(text, PROMPTS, 16)
-    assert torch.equal(found.embeds, want.embeds) and torch.equal(found.pooled, want.pooled)
+    assert all(p.is_meta for p in (*text.transformer.parameters(), *text.vae.parameters())) and not text.streams_encoders()
+    found = encode_prompts(text, PROMPTS, sampler)
+    assert all(torch.equal(found.tensors[name], want.tensors[name]) for name in want.tensors)
     disk = load_pipeline(folder, weights="disk")
-    found, x = encode_prompts(disk, PROMPTS, 16), torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.embeds, want.embeds)
+    found, x = encode_prompts(disk, PROMPTS, sampler), torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.tensors["embeds"], want.tensors["embeds"])
     with torch.no_grad():
-        ours, theirs = (p.transformer(x, want.embeds, want.pooled, torch.full((3,), 500.0), return_dict=False)[0] for p in (disk, whole))
+        ours, theirs = (velocity(p.transformer, x, torch.full((3,), 0.5), want) for p in (disk, whole))
         assert torch.equal(ours, theirs) and torch.equal(disk.vae.decode(x).sample, whole.vae.decode(x).sample)
     assert all(p.is_meta for p in disk.transformer.parameters())  # dropped again
-    monkeypatch.setattr(sample, "is_large", lambda _: True)
+    monkeypatch.setattr(pipeline, "is_large", lambda _: True)
     large = load_pipeline(folder, torch.bfloat16, weights="text")
-    assert stays_on_disk(large)
-    close = encode_prompts(large, PROMPTS, 16)
-    assert close.embeds.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(close.embeds.flatten(), want.embeds.flatten(), 0) > 0.999
+    assert large.streams_encoders()
+    close = encode_prompts(large, PROMPTS, sampler).tensors["embeds"]
+    assert close.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(close.flatten(), want.tensors["embeds"].flatten(), 0) > 0.999
     assert load_pipeline(folder, torch.bfloat16).transformer.dtype == torch.bfloat16
+
+
+def test_velocity_is_the_transformers_output_at_a_thousand_sigma(folder: Path) -> None:
+    """SD3's convention, written out: v = dx/dsigma, timestep 1000 sigma. Latents and conditioning come in any floating type."""
+    whole, sampler = load_pipeline(folder), tiny_sampler()
+    cond, x = encode_prompts(whole, PROMPTS, sampler), torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([1.0, 0.5, 0.02])
+    with torch.no_grad():
+        ours = velocity(whole.transformer, x, sigma, cond)
+        theirs = whole.transformer(x, cond.tensors["embeds"], cond.tensors["pooled"], 1000 * sigma).sample
+        assert torch.equal(ours, theirs) and ours.shape == x.shape
+        in_double = velocity(whole.transformer.double(), x.double(), sigma.double(), cond)
+    assert in_double.dtype == torch.float64 and torch.allclose(in_double.float(), ours, atol=1e-4)
+
+
+def test_latents_and_images_are_diffusers_scaling(pipe: Pipeline) -> None:
+    pipe.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
+    family, images = pipe.family, 2 * torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) - 1
+    with torch.no_grad():
+        latents = family.to_latents(pipe.vae, images)
+        assert torch.allclose(latents, (pipe.vae.encode(images).latent_dist.mode() - 0.1) * 1.3)
+        assert torch.equal(family.from_latents(pipe.vae, latents), pipe.vae.decode(latents / 1.3 + 0.1).sample)
+    assert latents.shape == (2, *family.latent_shape(pipe.configs, Size(64, 96))) and family.vae_factor(pipe.configs) == 8
+
+
+def test_a_folder_of_no_known_family_names_the_pipelines_that_are_taken(folder: Path) -> None:
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ArtifactError, match=r"is a FluxPipeline; flashgen takes StableDiffusion3Pipeline \(Stable Diffusion 3 and 3\.5\)"):
+        load_pipeline(folder)

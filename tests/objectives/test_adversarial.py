@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from flashgen.objectives.adversarial import banded, discriminator_loss, generator_loss
+from flashgen.objectives.adversarial import clamp_ratio, discriminator_loss, generator_loss
 
 G = torch.Generator().manual_seed(0)
 
@@ -41,16 +41,16 @@ def test_the_best_discriminator_of_two_gaussians_has_the_log_ratio_as_its_logit(
 def test_the_adversarial_direction_stays_in_its_band() -> None:
     matching = torch.randn(4, 2, 3, 3, generator=G)
     raw = torch.randn(4, 2, 3, 3, generator=G) * torch.tensor([1e-6, 0.1, 1.0, 1e3])[:, None, None, None]
-    scaled, ratio, before = banded(raw, matching, (0.05, 0.2))
+    scaled, ratio, before = clamp_ratio(raw, matching, (0.05, 0.2))
     sizes = scaled.flatten(1).norm(dim=1) / matching.flatten(1).norm(dim=1)
     assert torch.allclose(sizes, ratio, rtol=1e-4) and ratio[0] == 0.05 and ratio[3] == 0.2
     assert torch.allclose(before, raw.flatten(1).norm(dim=1) / matching.flatten(1).norm(dim=1)) and before[0] < 1e-5 and before[3] > 100
     cosine = torch.nn.functional.cosine_similarity(scaled.flatten(1), raw.flatten(1))
     assert torch.allclose(cosine, torch.ones(4), atol=1e-5)
-    inside, *_ = banded(0.1 * matching, matching, (0.05, 0.2))
+    inside, *_ = clamp_ratio(0.1 * matching, matching, (0.05, 0.2))
     assert torch.allclose(inside, 0.1 * matching, rtol=1e-5)
 
 
 def test_alone_on_a_node_it_has_the_scale_of_a_normalised_matching_term() -> None:
-    scaled, ratio, _ = banded(10 * torch.randn(2, 1, 8, 8, generator=G), torch.zeros(2, 1, 8, 8), (0.05, 0.2))
+    scaled, ratio, _ = clamp_ratio(10 * torch.randn(2, 1, 8, 8, generator=G), torch.zeros(2, 1, 8, 8), (0.05, 0.2))
     assert torch.allclose(scaled.square().mean((1, 2, 3)).sqrt(), ratio, rtol=1e-5) and ratio[0] == 0.2

@@ -139,5 +139,5 @@ def test_ort_test_notices_swapped_nibbles() -> None:
     rng = np.random.default_rng(0)
     x, bias = rng.standard_normal((5, 64), np.float32), np.zeros(8, np.float32)
     q = quantize_groups(weights(8, 64), 4, 16, False)
-    swapped = QuantizedLinear((q.codes >> 4) | (q.codes << 4), q.scales, q.zeros, 4, 16, 64)
-    assert not np.allclose(matmul_nbits(swapped, x, bias), x @ dequantize(q).numpy().T, atol=1e-2)
+    restored = QuantizedLinear((q.codes >> 4) | (q.codes << 4), q.scales, q.zeros, 4, 16, 64)
+    assert not np.allclose(matmul_nbits(restored, x, bias), x @ dequantize(q).numpy().T, atol=1e-2)

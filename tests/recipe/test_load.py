@@ -78,6 +78,70 @@ def test_a_bad_recipe_names_field_and_source(tmp_path: Path, text: str, sets: li
         load(write(tmp_path, "a", text), sets)
 
 
+OLD_NAMES = {
+    "distill.t5_drop=0.5": "distill.encoder_drop",
+    "distill.correction.iterations=1": "distill.on_policy",
+    "distill.trajectory.watch_every=1": "distill.trajectory.validate_every",
+    "distill.matching.watch_every=1": "distill.matching.validate_every",
+    "distill.matching.proxy_target=step": "distill.matching.fake_score_target",
+    "finetune.matching.proxy_coupling=0.9": "finetune.matching.ida",
+    "finetune.matching.proxy_lr=1e-4": "finetune.matching.fake_score_lr",
+    "distill.matching.proxy_muon_lr=1e-3": "distill.matching.fake_score_muon_lr",
+    "distill.matching.proxy_updates=1": "distill.matching.fake_score_updates",
+    "distill.matching.proxy_warmup=1": "distill.matching.fake_score_warmup",
+    "quantize.basis_tolerance=1e-3": "quantize.low_rank_tolerance",
+    "quantize.repair=true": "quantize.step_scales",
+    "teacher.flow.t5_drop=0.4": "teacher.flow.encoder_drop",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
+def test_a_setting_by_its_old_name_is_refused_and_told_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load("shapes-demo", [old])
+    assert str(caught.value) == f"--set {old}: {old.split('=')[0].removesuffix('.iterations')} is now called {new}; write that instead"
+
+
+def test_every_new_name_is_a_field_that_loads() -> None:
+    for old, new in OLD_NAMES.items():
+        value = old.split("=")[1]
+        load("shapes-demo", [f"{new}={{iterations: {value}}}" if new.endswith("on_policy") else f"{new}={value}"])
+    assert {name.rpartition(".")[2] for name in OLD_NAMES.values()} == set(loader.RENAMED.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "end"),
+    [
+        ("distill.strides=[1, 2]", "strides=[] makes them even"),
+        ("quantize={scheme: nf4, method: hqq}", "leave them out"),
+        ("quantize={method: hqq, symmetric: true}", "set symmetric to false"),
+        ("quantize.group=channel", "without budget and low_rank_tolerance"),
+        ("distill={compile: true, lora: {rank: 4}}", "set compile=false"),
+        ("distill={trajectory: {node_draws: [0]}}", "give one a number above 0"),
+        ("distill.on_policy={iterations: 1, prompts: 4096}", "are the first of trajectory.prompts=2048"),
+    ],
+)
+def test_an_error_about_a_section_ends_without_the_sections_contents(tmp_path: Path, setting: str, end: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(write(tmp_path, "a", "name: a\n"), [setting])
+    message = str(caught.value)
+    assert message.endswith(end) and len(message.splitlines()) == 1
+    assert "{" not in message.removeprefix(f"--set {setting}") and "got" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("name: a\nb: [\n", 3), ("name: a\nname: b\n", 2), ("name: a\nb: !!python/object/apply:os.system [ls]\n", 2), ("name: a\nb: @\n", 2)],
+    ids=["unfinished", "twice", "code", "sign"],
+)
+def test_an_error_of_the_yaml_itself_is_one_sentence_with_its_line(tmp_path: Path, text: str, line: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(write(tmp_path, "a", text))
+    message = str(caught.value)
+    assert f"line {line}" in message and "a.yaml" in message
+    assert "^" not in message and "<unicode string>" not in message and "\n" not in message
+
+
 def test_an_error_names_the_layer_that_brought_the_value(tmp_path: Path) -> None:
     write(tmp_path, "base", "name: base\ndistill: {steps: 0, trajectory: {batch: 0}}\n")
     child = write(tmp_path, "child", "extends: ./base.yaml\ndistill: {trajectory: {batch: -1}}\n")

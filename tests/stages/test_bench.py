@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,17 @@ from flashgen.errors import ArtifactError, MachineError, UsageError
 from flashgen.metrics.latency import Job, measure_apart, summarise
 from flashgen.metrics.report import contact_sheet, print_table, short_names
 from flashgen.recipe.schema import Recipe
-from flashgen.shapes.scene import TASKS
-from flashgen.stages import bench
-from flashgen.timing import Laps, peak_rss_mib
+from flashgen.runtime.memory import peak_rss_mib
+from flashgen.runtime.timing import Laps
+from flashgen.worlds.shapes.scene import TASKS
+from tests import runs
 
 
 def test_bench_measures_device_and_torch_artifacts_in_the_order_asked(
     tiny_int4_device: Artifact, tiny_teacher: Artifact, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refs = [str(tiny_teacher.path), str(tiny_int4_device.path)]
-    results = bench.run(refs, tmp_path / "out", recipe, seed=3)["results"]
+    results = runs.bench(refs, tmp_path / "out", recipe, seed=3)["results"]
     assert [r["artifact"] for r in results] == refs
     assert [r["engine"] for r in results] == ["torch", "onnxruntime"]
     assert [r["steps"] for r in results] == [3, 4]
@@ -39,6 +41,28 @@ def test_bench_measures_device_and_torch_artifacts_in_the_order_asked(
     captured = capsys.readouterr()
     assert captured.out == "" and "score" in captured.err
     assert max(map(len, captured.err.splitlines()[:-1])) <= 80
+
+
+def test_bench_draws_exported_artifacts_with_the_engine_that_is_named(tiny_int4_device: Artifact, recipe: Recipe) -> None:
+    if find_spec("openvino") is None:
+        with pytest.raises(MachineError, match=r"needs openvino, .*pip install \"flashgen\[openvino\]\""):
+            runs.bench([tiny_int4_device.path], None, recipe, engine="openvino")
+        return
+    (row,) = runs.bench([tiny_int4_device.path], None, recipe, engine="openvino")["results"]
+    assert row["engine"] == "openvino" and row["latency_s"]["total_p50"] > 0
+
+
+def test_artifacts_of_different_worlds_are_measured_on_the_recipes_prompts(
+    tiny_student: Artifact, outside_student: Artifact, recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a boat\na dog\n")
+    own = recipe.model_copy(update={"prompts_file": tmp_path / "prompts.txt"})
+    with pytest.raises(UsageError, match=r"belongs to no world .*--set prompts_file=FILE.*--recipe NAME\|FILE"):
+        runs.bench([tiny_student.path, outside_student.path], None, recipe)
+    (row,) = runs.bench([outside_student.path], tmp_path / "out", own)["results"]
+    assert row["quality"] == {"composition": "not judged"}
+    with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
+        assert sheet.width < 6 * 128  # two pictures
 
 
 def test_summary_leaves_warm_up_and_later_laps_out() -> None:
@@ -76,12 +100,12 @@ def test_errors_of_the_measuring_process_come_back(tiny_int4_device: Artifact, t
 
 def test_wrong_arguments_are_usage_errors(tiny_int4_device: Artifact, recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to measure"):
-        bench.run([], None, recipe, seed=0)
+        runs.bench([], None, recipe)
     with pytest.raises(UsageError, match="--per-task 0"):
-        bench.run([str(tiny_int4_device.path)], None, recipe, seed=0, per_task=0)
+        runs.bench([tiny_int4_device.path], None, recipe, per_task=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--out"):
-        bench.run([str(tiny_int4_device.path)], tmp_path / "file", recipe, seed=0)
+        runs.bench([tiny_int4_device.path], tmp_path / "file", recipe)
 
 
 def test_contact_sheet_has_every_picture_enlarged_without_smoothing(tmp_path: Path) -> None:

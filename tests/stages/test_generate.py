@@ -10,17 +10,27 @@ import torch
 from PIL import Image
 
 from flashgen.artifact.store import Artifact
-from flashgen.device.noise import latents
-from flashgen.device.png import sheet
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, MachineError, UsageError
+from flashgen.families.base import velocity
 from flashgen.flow.grid import shifted_grid, unshift
-from flashgen.models.sample import encode_image, load_pipeline, sample, sample_latents
-from flashgen.recipe.schema import ExportRecipe, Recipe
-from flashgen.stages import export, generate
+from flashgen.models.pipeline import load_pipeline
+from flashgen.models.prompts import encode_prompts
+from flashgen.models.sample import latent_shape, sample, sample_latents
+from flashgen.noise import latents
+from flashgen.pixels import Size, from_uint8
+from flashgen.png import sheet
+from flashgen.recipe.compression import ExportRecipe
+from flashgen.recipe.schema import Recipe
 from flashgen.stages.prompts import read_prompts
+from flashgen.stages.request import Request, read_seeds, request_of_png
+from tests import runs
+from tests.conftest import make_pipeline_artifact, tiny_sampler
+from tests.runs import generate
 
+SQUARE = Size(64, 64)
 PROMPTS = ["two red circles on a white background", "a blue square left of a green cross", "something else entirely"]
+ENGINE: dict[str, Any] = {"engine": "onnxruntime"}  # where pictures are compared: the time that engines took must not decide
 
 
 def image_psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -29,23 +39,23 @@ def image_psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 200.0 if error == 0 else float(20 * np.log10(255 / np.sqrt(error)))
 
 
-def in_diffusers(artifact: Artifact, seeds: list[int], **options: Any) -> np.ndarray:
-    """The call that sample()'s docstring gives."""
+def in_diffusers(artifact: Artifact, seeds: list[int], size: Size = SQUARE, **options: Any) -> np.ndarray:
+    """The call that docs/artifacts.md gives."""
     from diffusers import StableDiffusion3Pipeline
 
     sampler = artifact.manifest.sampler
     assert sampler is not None
-    absent = {} if sampler.has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    absent = {} if sampler.has_all_encoders else {"text_encoder_3": None, "tokenizer_3": None}
     pipe = StableDiffusion3Pipeline.from_pretrained(str(artifact.path), **absent).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     out = pipe(
         PROMPTS,
-        latents=torch.from_numpy(latents((16, 8, 8), seeds)),
+        latents=torch.from_numpy(latents((16, size.height // 8, size.width // 8), seeds)),
         sigmas=[unshift(s, sampler.shift) for s in sampler.sigmas[:-1]],
         guidance_scale=sampler.guidance,
-        max_sequence_length=sampler.t5_tokens,
-        height=64,
-        width=64,
+        max_sequence_length=sampler.tokens["t5"],
+        height=size.height,
+        width=size.width,
         **options,
     )
     return np.stack([np.asarray(image) for image in out.images])
@@ -60,11 +70,18 @@ def test_picture_equals_diffusers(which: str, request: pytest.FixtureRequest) ->
     assert image_psnr(in_diffusers(artifact, [8, 6, 7]), ours) < 40  # the test sees another seed
 
 
+def test_a_wide_picture_equals_diffusers(tiny_student: Artifact) -> None:
+    sampler, size = tiny_student.manifest.sampler, Size(height=48, width=96)
+    assert sampler is not None
+    pipe = load_pipeline(tiny_student.path)
+    assert latent_shape(pipe, size) == (16, 6, 12)
+    ours = sample(pipe, sampler, PROMPTS, [5, 6, 7], size_px=size)
+    assert ours.shape == (3, 48, 96, 3) and image_psnr(in_diffusers(tiny_student, [5, 6, 7], size), ours) >= 60
+
+
 @pytest.mark.parametrize(("encoder", "t5_tokens"), [("zeros", 16), ("prune", 0)])
 def test_picture_equals_diffusers_without_t5(encoder: str, t5_tokens: int, tmp_path: Path) -> None:
-    from tests.conftest import make_pipeline_artifact, tiny_sampler
-
-    sampler = tiny_sampler(encoder=encoder, t5_tokens=t5_tokens)
+    sampler = tiny_sampler(encoder=encoder, tokens={"clip": 16, "t5": t5_tokens})
     artifact = make_pipeline_artifact(tmp_path / "slim", kind="student", sampler=sampler)
     ours = sample(load_pipeline(artifact.path), sampler, PROMPTS, [5, 6, 7])
     assert image_psnr(in_diffusers(artifact, [5, 6, 7]), ours) >= 60
@@ -100,7 +117,7 @@ def test_torch_and_device_say_what_they_cut(tiny_student: Artifact, tiny_device:
 
 def test_same_command_twice_gives_identical_bytes_and_says_how_it_was_made(tiny_device: Artifact, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        assert generate.run(str(tiny_device.path), [PROMPTS[0]], tmp_path / name, seed=3) == [tmp_path / name]
+        assert generate(str(tiny_device.path), [PROMPTS[0]], tmp_path / name, seed=3, **ENGINE) == [tmp_path / name]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (64, 64)
@@ -109,18 +126,18 @@ def test_same_command_twice_gives_identical_bytes_and_says_how_it_was_made(tiny_
 
 
 def test_several_prompts_give_numbered_files_that_single_runs_repeat(tiny_device: Artifact, tmp_path: Path) -> None:
-    files = generate.run(str(tiny_device.path), PROMPTS, tmp_path / "a.png", seed=3)
+    files = generate(str(tiny_device.path), PROMPTS, tmp_path / "a.png", seed=3, **ENGINE)
     assert [f.name for f in files] == ["a-1.png", "a-2.png", "a-3.png"]
-    single = generate.run(str(tiny_device.path), [PROMPTS[2]], tmp_path / "c.png", seed=5)[0]
+    single = generate(str(tiny_device.path), [PROMPTS[2]], tmp_path / "c.png", seed=5, **ENGINE)[0]
     pictures = [np.asarray(Image.open(f)) for f in (files[2], single)]
     assert image_psnr(*pictures) >= 60
 
 
 def test_every_prompt_is_drawn_from_each_of_the_seeds_and_shown_on_one_sheet(tiny_device: Artifact, tmp_path: Path) -> None:
-    files = generate.run(str(tiny_device.path), PROMPTS[:2], tmp_path / "a.png", seeds=[4, 9, 2], batch=4, contact_sheet=True)
+    files = generate(str(tiny_device.path), PROMPTS[:2], tmp_path / "a.png", seeds=[4, 9, 2], batch=4, contact_sheet=True, **ENGINE)
     with Image.open(files[4]) as image:
         assert (image.info["prompt"], image.info["seed"]) == (PROMPTS[1], "9")
-    single = generate.run(str(tiny_device.path), [PROMPTS[1]], tmp_path / "c.png", seed=9)[0]
+    single = generate(str(tiny_device.path), [PROMPTS[1]], tmp_path / "c.png", seed=9, **ENGINE)[0]
     assert image_psnr(*(np.asarray(Image.open(file)) for file in (files[4], single))) >= 60
     whole = np.asarray(Image.open(tmp_path / "a-grid.png"))
     assert whole.shape == (128, 192, 3)
@@ -128,15 +145,23 @@ def test_every_prompt_is_drawn_from_each_of_the_seeds_and_shown_on_one_sheet(tin
     assert np.array_equal(sheet(np.zeros((5, 2, 2, 3), np.uint8))[2:, 4:], np.full((2, 2, 3), 255))
 
 
+def generate_request(source: Artifact, asked: Request, out: Path) -> list[Path]:
+    from flashgen.stages.generate import generate as draw
+
+    return draw(source, asked, out)
+
+
 @pytest.mark.parametrize("which", ["tiny_device", "tiny_teacher"])
 def test_a_picture_says_how_to_draw_it_again(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     artifact: Artifact = request.getfixturevalue(which)
     teacher = which == "tiny_teacher"
-    steps: dict[str, Any] = {"guidance": 3.0, "steps": 2, "negative": "a cat", "size_px": 128} if teacher else {}
-    first = generate.run(str(artifact.path), [PROMPTS[0]], tmp_path / "a.png", seed=2**63, **steps)[0]
-    prompts, options = generate.again(first, str(artifact.path), [], {"seed": 0, "steps": None})
-    second = generate.run(str(artifact.path), prompts, tmp_path / "b.png", **options)[0]
+    steps: dict[str, Any] = {"guidance": 3.0, "steps": 2, "negative": "a cat", "size_px": "64x128"} if teacher else {}
+    engine: dict[str, Any] = {} if teacher else ENGINE
+    first = generate(str(artifact.path), [PROMPTS[0]], tmp_path / "a.png", seed=2**63, **steps, **engine)[0]
+    asked = request_of_png(first, artifact)
+    second = generate_request(artifact, asked, tmp_path / "b.png")[0]
     assert first.read_bytes() == second.read_bytes()
+    assert (asked.prompts, asked.seeds, asked.size) == ([PROMPTS[0]], [2**63], Size(128, 64) if teacher else None)
 
 
 def test_pictures_that_cannot_be_drawn_again_are_usage_errors(
@@ -145,13 +170,11 @@ def test_pictures_that_cannot_be_drawn_again_are_usage_errors(
     plain, text, made = tmp_path / "plain.png", tmp_path / "text.png", tmp_path / "made.png"
     Image.new("RGB", (8, 8)).save(plain)
     text.write_text("no picture")
-    generate.run(str(tiny_device.path), [PROMPTS[0]], made)
+    generate(str(tiny_device.path), [PROMPTS[0]], made)
     for path, message in ((plain, "does not say how it was made"), (text, "is no PNG that can be read"), (tmp_path / "none", "is no PNG")):
         with pytest.raises(UsageError, match=message):
-            generate.again(path, str(tiny_device.path), [], {})
-    with pytest.raises(UsageError, match="leave those out"):
-        generate.again(made, str(tiny_device.path), ["a cat"], {})
-    generate.again(made, str(tiny_student.path), [], {})
+            request_of_png(path, tiny_device)
+    request_of_png(made, tiny_student)
     assert "was drawn by another artifact" in capsys.readouterr().err
 
 
@@ -159,27 +182,52 @@ def test_a_start_picture_is_kept_the_more_the_less_noise_there_is_on_it(tiny_stu
     pipe, path = load_pipeline(tiny_student.path), tmp_path / "start.png"
     pixels = np.tile(np.arange(0, 256, 4, dtype=np.uint8)[:, None, None], (1, 64, 3))
     Image.fromarray(pixels).save(path)
-    z = encode_image(pipe, pixels)
+    sampler = tiny_student.manifest.sampler
+    assert sampler is not None
+    z = pipe.family.to_latents(pipe.vae, torch.from_numpy(from_uint8(pixels)))
     away = []
     for strength in (0.5, 0.9, 1.0):
-        options = generate._start(tiny_student, path, strength, tiny_student.manifest.sampler.sigmas, 64)  # type: ignore[union-attr]
-        away.append(float((sample_latents(pipe, tiny_student.manifest.sampler, PROMPTS[:1], [3], **options) - z).norm()))  # type: ignore[arg-type]
+        asked = Request(PROMPTS[:1], [3], init_image=path, strength=strength)
+        options: dict[str, Any] = {"init": asked.init(tiny_student, sampler), "sigmas": asked.sigmas(sampler)}
+        away.append(float((sample_latents(pipe, sampler, PROMPTS[:1], [3], **options) - z).norm()))
     assert away[0] < 0.8 * away[2] and away[0] < away[1]
-    noise = sample_latents(pipe, tiny_student.manifest.sampler, PROMPTS[:1], [3])  # type: ignore[arg-type]
-    assert torch.allclose(sample_latents(pipe, tiny_student.manifest.sampler, PROMPTS[:1], [3], **options), noise)  # type: ignore[arg-type]
-    file = generate.run(str(tiny_student.path), PROMPTS[:1], tmp_path / "a.png", init_image=path, strength=0.8)[0]
+    noise = sample_latents(pipe, sampler, PROMPTS[:1], [3])
+    assert torch.allclose(sample_latents(pipe, sampler, PROMPTS[:1], [3], **options), noise)
+    file = generate(str(tiny_student.path), PROMPTS[:1], tmp_path / "a.png", init_image=path, strength=0.8)[0]
     with pytest.raises(UsageError, match=r"began with --init-image start\.png"):
-        generate.again(file, str(tiny_student.path), [], {})
+        request_of_png(file, tiny_student)
     for strength, message in ((0.2, r"leaves no step .* use 0\.5 or more"), (0.9, "is no picture that can be read")):
         with pytest.raises(UsageError, match=message):
-            generate.run(str(tiny_student.path), PROMPTS[:1], tmp_path / "b.png", init_image=tmp_path, strength=strength)
+            generate(str(tiny_student.path), PROMPTS[:1], tmp_path / "b.png", init_image=tmp_path, strength=strength)
+
+
+def test_a_start_picture_keeps_the_scales_of_the_steps_that_are_left(tiny_student: Artifact, tmp_path: Path) -> None:
+    """`quantize.step_scales` holds for the end of the grid too: the steps from a picture on are the last ones of a picture from noise."""
+    pipe, path = load_pipeline(tiny_student.path), tmp_path / "start.png"
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(path)
+    pairs = [(1.0, 1.0), (1.0, 1.0), (0.5, 1.5), (0.8, 0.7)]
+    plain, scaled, first = (tiny_sampler(scales=scales) for scales in (None, pairs, [(2.0, 2.0), *pairs[1:2], (1.0, 1.0), (1.0, 1.0)]))
+    asked = Request(PROMPTS[:1], [3], init_image=path, strength=0.8)
+    sigmas = asked.sigmas(plain)
+    assert sigmas == plain.sigmas[-3:] and scaled.scales_on(sigmas) == pairs[2:]
+    options: dict[str, Any] = {"init": asked.init(tiny_student, plain), "sigmas": sigmas}
+    drawn = [sample_latents(pipe, sampler, PROMPTS[:1], [3], **options) for sampler in (plain, scaled, first)]
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-2) and torch.equal(drawn[0], drawn[2])
+
+    x = (1 - sigmas[0]) * pipe.family.to_latents(pipe.vae, torch.from_numpy(from_uint8(np.asarray(Image.open(path)))))
+    x = x + sigmas[0] * torch.from_numpy(latents((16, 8, 8), [3]))
+    cond = encode_prompts(pipe, PROMPTS[:1], plain)
+    with torch.no_grad():
+        for sigma, after, (state, speed) in zip(sigmas, sigmas[1:], pairs[2:], strict=False):  # Q-Sched's step, written out
+            x = state * x + speed * (after - sigma) * velocity(pipe.transformer, x, torch.full((1,), sigma), cond)
+    assert torch.allclose(drawn[1], x, atol=1e-5)
 
 
 def test_seeds_are_numbers_and_rising_ranges() -> None:
-    assert generate.read_seeds("1, 5-7,18446744073709551615") == [1, 5, 6, 7, 2**64 - 1]
+    assert read_seeds("1, 5-7,18446744073709551615") == [1, 5, 6, 7, 2**64 - 1]
     for text in ("", "a", "3-1", "1,,2", "-1", "0-10000", "0-9999,1"):
         with pytest.raises(UsageError, match="numbers and rising ranges"):
-            generate.read_seeds(text)
+            read_seeds(text)
 
 
 def test_a_prompt_file_has_a_prompt_a_line(tmp_path: Path) -> None:
@@ -193,7 +241,7 @@ def test_a_prompt_file_has_a_prompt_a_line(tmp_path: Path) -> None:
 
 
 def test_teacher_draws_in_any_number_of_steps(tiny_teacher: Artifact, tmp_path: Path) -> None:
-    generate.run(str(tiny_teacher.path), [PROMPTS[0]], tmp_path / "a.png", seed=1, steps=2)
+    generate(str(tiny_teacher.path), [PROMPTS[0]], tmp_path / "a.png", seed=1, steps=2)
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["sigmas"] == str([round(s, 9) for s in shifted_grid(2, 3.0)])
         assert image.info["guidance"] == "4.5"
@@ -225,20 +273,25 @@ def test_impossible_requests_are_usage_errors_before_any_work(
     monkeypatch.setattr(DevicePipeline, "__init__", None)  # starting to work would be another error
     request: dict[str, Any] = {"prompts": ["a cat"], "out": "a.png", "seed": 0, **changes}
     with pytest.raises(UsageError, match=message):
-        generate.run(str(tiny_device.path), request.pop("prompts"), Path(request.pop("out")), **request)
+        generate(str(tiny_device.path), request.pop("prompts"), Path(request.pop("out")), **request)
 
 
 def test_torch_artifact_refuses_sizes_that_its_model_cannot_make(tiny_student: Artifact, tmp_path: Path) -> None:
-    for size in (40, 272, 0):
-        with pytest.raises(UsageError, match=f"--size {size}: this model draws multiples of 16 px up to 256"):
-            generate.run(str(tiny_student.path), ["a cat"], tmp_path / "a.png", size_px=size)
-    generate.run(str(tiny_student.path), ["a cat"], tmp_path / "a.png", size_px=80)
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (80, 80)
+    for size in (40, 272, "80x40", "272x64", "64x272"):
+        with pytest.raises(
+            UsageError, match=f"--size {size}: this model draws sides that are multiples of 16 px up to 256; .* --size 64 works"
+        ):
+            generate(str(tiny_student.path), ["a cat"], tmp_path / "a.png", size_px=size)
+    with pytest.raises(UsageError, match="--size: picture sides must be 1 to 32768 px, not 0"):
+        generate(str(tiny_student.path), ["a cat"], tmp_path / "a.png", size_px=0)
+    for size, expected in ((80, (80, 80)), ("96x48", (96, 48))):
+        generate(str(tiny_student.path), ["a cat"], tmp_path / "a.png", size_px=size)
+        with Image.open(tmp_path / "a.png") as image:
+            assert image.size == expected
 
 
 def test_negative_without_guidance_is_a_loud_warning(tiny_device: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generate.run(str(tiny_device.path), ["a cat"], tmp_path / "a.png", negative="a dog")
+    generate(str(tiny_device.path), ["a cat"], tmp_path / "a.png", negative="a dog")
     assert "NO EFFECT at guidance 1" in capsys.readouterr().err
 
 
@@ -251,7 +304,7 @@ def test_folder_that_is_no_sd3_pipeline_is_an_artifact_error(tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def device_with_encoder(tiny_student: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     recipe = Recipe(name="test", export=ExportRecipe(vae_encoder=True))
-    return export.run(str(tiny_student.path), tmp_path_factory.mktemp("device") / "device", recipe, 0, False)
+    return runs.export(str(tiny_student.path), tmp_path_factory.mktemp("device") / "device", recipe, 0, False)
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
@@ -260,11 +313,10 @@ def test_the_device_starts_from_a_picture_as_torch_does(
 ) -> None:
     picture = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
     Image.fromarray(picture).save(tmp_path / "init.png")
+    start: dict[str, Any] = {"init_image": tmp_path / "init.png", "strength": strength}
     drawn = [
-        generate.run(
-            str(source.path), PROMPTS[:1], tmp_path / f"{source.manifest.kind}.png", init_image=tmp_path / "init.png", strength=strength
-        )
-        for source in (tiny_student, device_with_encoder)
+        generate(str(tiny_student.path), PROMPTS[:1], tmp_path / "student.png", **start),
+        generate(str(device_with_encoder.path), PROMPTS[:1], tmp_path / "device.png", **start, **ENGINE),
     ]
     torch_, device = (np.asarray(Image.open(files[0])) for files in drawn)
     assert image_psnr(torch_, device) >= 60
@@ -274,20 +326,20 @@ def test_the_device_starts_from_a_picture_as_torch_does(
 
 @pytest.mark.parametrize("which", ["tiny_student", "tiny_device"])
 def test_the_last_preview_is_the_picture(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    generate.run(str(request.getfixturevalue(which).path), PROMPTS[:1], tmp_path / "a.png", preview=True)
+    generate(str(request.getfixturevalue(which).path), PROMPTS[:1], tmp_path / "a.png", preview=True)
     last, whole = (Image.open(tmp_path / name) for name in ("a-preview.png", "a.png"))
     assert last.info["step"] == "4"
     assert image_psnr(np.asarray(last), np.asarray(whole)) >= 60
 
 
 def test_memory_is_planned_and_said(tiny_device: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generate.run(str(tiny_device.path), PROMPTS, tmp_path / "a.png", memory="8GB")
+    generate(str(tiny_device.path), PROMPTS, tmp_path / "a.png", memory="8GB")
     assert re.search(r"memory: at most about \d\.\d\dGB in \w+; batch 3, decoded whole", capsys.readouterr().err)
     with pytest.raises(MachineError, match=r"--memory 0\.01GB is too little for .*; --memory \d\.\d\dGB would do"):
-        generate.run(str(tiny_device.path), PROMPTS, tmp_path / "a.png", memory="10MB")
+        generate(str(tiny_device.path), PROMPTS, tmp_path / "a.png", memory="10MB")
 
 
 @pytest.mark.parametrize("asked", [{"engine": "onnxruntime"}, {"memory": "2GB"}])
 def test_what_is_for_exported_artifacts_is_refused_for_others(asked: dict[str, Any], tiny_student: Artifact, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(asked))} is for exported artifacts"):
-        generate.run(str(tiny_student.path), PROMPTS, tmp_path / "a.png", **asked)
+        generate(str(tiny_student.path), PROMPTS, tmp_path / "a.png", **asked)

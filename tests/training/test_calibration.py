@@ -5,81 +5,126 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from flashgen import families
 from flashgen.artifact.store import Artifact
+from flashgen.families.sd3 import LAYER_CLASSES
 from flashgen.models.networks import linears_of
-from flashgen.models.sample import load_pipeline
-from flashgen.quant.pack import QuantizedLinear
+from flashgen.models.pipeline import load_pipeline
+from flashgen.models.prompts import encode_prompts
+from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.quant.rounding import quantize_groups
-from flashgen.training.calibration import CLASSES, Calibration, groups_of
-from flashgen.training.prompts import prompt_pool
+from flashgen.training.calibration import Calibration, layer_blocks, layer_groups, observed
 
 NODES = [1.0, 0.75, 0.0]
+SD3 = families.get("sd3")
 
 
 @pytest.fixture(scope="module")
 def calibrated(tiny_student: Artifact) -> Calibration:
-    pipe = load_pipeline(tiny_student.path)
-    noise = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Calibration(pipe.transformer, prompt_pool(pipe, 3, 0, 16).cond, noise, NODES)
+    """Three prompts at two nodes, pictures of 96 x 64."""
+    pipe, sampler = load_pipeline(tiny_student.path), tiny_student.manifest.sampler
+    assert sampler is not None
+    noise = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    cond = encode_prompts(pipe, ["a red circle", "two blue squares", ""], sampler)
+    return Calibration(pipe.transformer, cond, noise, NODES)
 
 
 def test_groups_hold_every_layer_once_and_know_all_classes(calibrated: Calibration) -> None:
-    groups = groups_of(list(calibrated.layers))
+    groups = layer_groups(calibrated.layers, SD3)
     assert sorted(name for names in groups.values() for name in names) == sorted(calibrated.layers)
-    assert {group.split(" ", 1)[1] for group in groups if " " in group} == set(CLASSES.values())
+    assert {group.split(" ", 1)[1] for group in groups if " " in group} == set(LAYER_CLASSES.values())
     assert groups["proj_out"] == ["proj_out"]
     first = groups["transformer_blocks.0 attention in"]
-    own = ["to_q", "to_k", "to_v"]
-    both = [f"attn.{n}" for n in (*own, "add_k_proj", "add_v_proj", "add_q_proj")] + [f"attn2.{n}" for n in own]
+    inputs = ["to_q", "to_k", "to_v"]
+    both = [f"attn.{n}" for n in (*inputs, "add_k_proj", "add_v_proj", "add_q_proj")] + [f"attn2.{n}" for n in inputs]
     assert sorted(first) == sorted(f"transformer_blocks.0.{name}" for name in both)
 
 
-def test_damage_is_zero_for_the_student_as_it_is_and_sensitivity_leaves_it_so(calibrated: Calibration, tmp_path: Path) -> None:
-    before = {name: layer.weight.clone() for name, layer in calibrated.layers.items()}
-    groups = dict(list(groups_of(list(calibrated.layers)).items())[:3])
-    path = tmp_path / "found.json"
+def test_blocks_hold_every_layer_once_in_the_order_of_the_network(calibrated: Calibration) -> None:
+    blocks = layer_blocks(calibrated.layers, SD3)
+    assert [name for names in blocks for name in names] == list(calibrated.layers)
+    several = [names for names in blocks if len(names) > 1]
+    assert [{name.split(".")[1] for name in names} for names in several] == [{"0"}, {"1"}]
 
-    def nearest(name: str, layer: nn.Linear, bits: int) -> QuantizedLinear:
+
+def test_error_is_zero_for_the_unchanged_student_and_sensitivity_restores_it(calibrated: Calibration, tmp_path: Path) -> None:
+    before = {name: layer.weight.clone() for name, layer in calibrated.layers.items()}
+    groups = dict(list(layer_groups(calibrated.layers, SD3).items())[:3])
+    path = tmp_path / "errors.json"
+
+    def nearest(layer: nn.Linear, bits: int) -> QuantizedLinear:
         return quantize_groups(layer.weight, bits, 16, False)
 
-    def refuse(name: str, layer: nn.Linear, bits: int) -> QuantizedLinear:
-        raise AssertionError(f"{name} is measured again")
+    def refuse(layer: nn.Linear, bits: int) -> QuantizedLinear:
+        raise AssertionError(f"{layer} is measured again")
 
-    found = calibrated.sensitivity(groups, [2, 8], nearest, path)
-    assert found.keys() == groups.keys() and all(0 < row[8] < row[2] for row in found.values())
-    assert calibrated.damage() == 0
+    errors = calibrated.sensitivity(groups, [2, 8], nearest, path)
+    assert errors.keys() == groups.keys() and all(0 < row[8] < row[2] for row in errors.values())
+    assert calibrated.latent_error() == 0
     assert all(torch.equal(layer.weight, before[name]) for name, layer in calibrated.layers.items())
-    assert calibrated.sensitivity(groups, [2, 8], refuse, path) == found  # read, not measured again
+    assert calibrated.sensitivity(groups, [2, 8], refuse, path) == errors  # read, not measured again
 
 
-def test_moments_are_of_the_inputs_at_every_node(calibrated: Calibration) -> None:
-    """adaLN's input is one token a picture: silu(time + text), so its moments are those of 3 prompts x 2 nodes vectors."""
+def test_error_is_a_ratio_of_squares_of_the_final_latents(calibrated: Calibration) -> None:
+    latents = calibrated.states[-1]
+    layer = calibrated.layers["proj_out"]
+    with torch.no_grad():
+        layer.bias.add_(0.1)
+        changed = calibrated.rollouts()[-1]
+        error = calibrated.latent_error(slice(1, 3))
+        layer.bias.sub_(0.1)
+    expected = ((changed - latents)[1:].square().sum() / latents[1:].square().sum()).item()
+    assert error == pytest.approx(expected, rel=1e-6) and error > 0
+
+
+def test_moments_are_those_of_the_inputs_at_every_node(calibrated: Calibration) -> None:
+    """adaLN reads one vector per picture, silu(time + text), so its moments are those of 3 prompts x 2 nodes vectors."""
     name = "transformer_blocks.1.norm1.linear"
-    seen: list[torch.Tensor] = []
-    handle = calibrated.layers[name].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    moments = calibrated.moments([name])
-    handle.remove()
+    seen: list[Tensor] = []
+    with observed({name: calibrated.layers[name]}, lambda _, x: seen.append(x.clone())):
+        moments = calibrated.moments([name])
     x = torch.cat(seen)
     assert x.shape == (3 * 2, calibrated.layers[name].in_features)
     assert torch.allclose(moments[name], x.T @ x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(calibrated.inputs(name, slice(1, 2)), x.reshape(2, 3, -1)[:, 1])
     assert not calibrated.layers[name]._forward_pre_hooks
 
 
-def test_repair_undoes_what_two_scalars_a_step_can(calibrated: Calibration) -> None:
-    """A student whose velocities are all 0.8 of what they were: the steps get 1.25, and nothing is left of the damage."""
+def test_blocks_are_calibrated_behind_quantized_ones(tiny_student: Artifact, calibrated: Calibration, tmp_path: Path) -> None:
+    own = Calibration(load_pipeline(tiny_student.path).transformer, calibrated.cond, calibrated.noise, NODES)
+    original = own.moments(list(own.layers))
+    given: dict[str, Tensor] = {}
+
+    def quantize(name: str, layer: nn.Linear, moments: Tensor | None) -> QuantizedLinear:
+        assert moments is not None
+        given[name] = moments
+        return quantize_groups(layer.weight, 2, 16, False)
+
+    codes = own.quantize_in_order(quantize, tmp_path)
+    assert list(codes) == list(own.layers)
+    assert all(torch.equal(layer.weight, dequantize(codes[name])) for name, layer in own.layers.items())
+    first, last = layer_blocks(own.layers, SD3)[0][0], layer_blocks(own.layers, SD3)[-1][0]
+    assert torch.equal(given[first], original[first]) and not torch.allclose(given[last], original[last], rtol=1e-2)
+    given.clear()
+    again = own.quantize_in_order(quantize, tmp_path)
+    assert not given and all(torch.equal(again[name].codes, q.codes) for name, q in codes.items())
+
+
+def test_step_scales_undo_a_change_of_scale(calibrated: Calibration) -> None:
+    """A student whose velocities are all 0.8 of what they were: the steps get 1.25, and no error is left."""
     output = calibrated.layers["proj_out"]
-    whole = output.weight.data.clone(), output.bias.data.clone()
+    weight, bias = output.weight.data.clone(), output.bias.data.clone()
     try:
         output.weight.data *= 0.8
         output.bias.data *= 0.8
-        scales, before, after = calibrated.repair()
+        scales, before, after = calibrated.fit_step_scales()
     finally:
-        output.weight.data, output.bias.data = whole
+        output.weight.data, output.bias.data = weight, bias
     np.testing.assert_allclose(scales, [(1, 1.25)] * 2, atol=1e-4)
     assert before > 1e-4 and after < 1e-9
-    np.testing.assert_allclose(calibrated.repair()[0], [(1, 1)] * 2, atol=1e-4)
+    np.testing.assert_allclose(calibrated.fit_step_scales()[0], [(1, 1)] * 2, atol=1e-4)
 
 
 def test_linears_are_in_the_order_of_the_network(calibrated: Calibration) -> None:

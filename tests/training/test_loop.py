@@ -1,12 +1,12 @@
-"""Resuming, refusing non-finite numbers, averaging."""
+"""Resuming, and refusing non-finite numbers."""
 
 from __future__ import annotations
 
 import json
-import random
+import math
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,14 @@ from torch import nn
 from flashgen.artifact.store import open_artifact
 from flashgen.errors import NumericsError
 from flashgen.randomness import generator
-from flashgen.stages import teacher
-from flashgen.training.loop import Best, Ema, Stateful, descend, fit, save_state
+from flashgen.recipe.schema import CheckpointRecipe
+from flashgen.training.checkpoint import Stateful
+from flashgen.training.ema import Ema
+from flashgen.training.loop import descend, fit
+from tests import runs
+
+EVERY_STEP = CheckpointRecipe.model_construct(every_s=0.0, share=math.inf)
+AT_THE_END = CheckpointRecipe(every_s=1e9)
 
 
 class Regression:
@@ -43,9 +49,9 @@ class Regression:
         self.ema.update(self.model, step)
         return {"loss": loss.item(), "grad_norm": norm}
 
-    def fit(self, work: Path, *, steps: int = 12, save_every_s: float = 0.0, log_every: int = 3) -> None:
+    def fit(self, work: Path, checkpoint: CheckpointRecipe = EVERY_STEP) -> None:
         state: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
-        fit("phase", steps, self.step, state, work, save_every_s=save_every_s, log_every=log_every)
+        fit("phase", 12, self.step, state, work, checkpoint, log_every=3)
 
     def weights(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.model.parameters()] + [v.clone() for v in self.ema.shadow.values()]
@@ -63,16 +69,16 @@ def uninterrupted(tmp_path: Path) -> tuple[list[torch.Tensor], list[dict[str, An
     return run.weights(), rows(tmp_path / "reference")
 
 
-@pytest.mark.parametrize("save_every_s", [0.0, 1e9], ids=["saved every step", "never saved before the end"])
+@pytest.mark.parametrize("checkpoint", [EVERY_STEP, AT_THE_END], ids=["saved every step", "never saved before the end"])
 @pytest.mark.parametrize("fail_at", [0, 1, 7, 9])
 def test_fit_ends_the_same_bit_for_bit_when_it_was_interrupted(
-    fail_at: int, save_every_s: float, uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]], tmp_path: Path
+    fail_at: int, checkpoint: CheckpointRecipe, uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        Regression(fail_at).fit(tmp_path, save_every_s=save_every_s)
+        Regression(fail_at).fit(tmp_path, checkpoint)
     again = Regression()
-    again.fit(tmp_path, save_every_s=save_every_s)
-    assert again.seen == list(range(fail_at if save_every_s == 0 else 0, 12))
+    again.fit(tmp_path, checkpoint)
+    assert again.seen == list(range(fail_at if checkpoint is EVERY_STEP else 0, 12))
     assert all(torch.equal(a, b) for a, b in zip(again.weights(), uninterrupted[0], strict=True))
     assert rows(tmp_path) == uninterrupted[1] and [r["step"] for r in rows(tmp_path)] == [3, 6, 9, 12]
 
@@ -121,13 +127,6 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_old_checkpoint(
     assert again.seen[0] == 5 and all(torch.equal(a, b) for a, b in zip(again.weights(), uninterrupted[0], strict=True))
 
 
-def test_save_state_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
-    for value in (1, 2):
-        save_state({"value": torch.tensor(value)}, tmp_path / "a.pt")
-    assert torch.load(tmp_path / "a.pt", weights_only=True)["value"] == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
 @pytest.mark.parametrize("broken", ["nan loss", "inf loss", "inf gradient", "nan gradient"])
 def test_descend_raises_before_a_weight_changes_when_something_is_not_finite(broken: str) -> None:
     weight = nn.Parameter(torch.tensor([1.0, 0.0]))
@@ -157,84 +156,41 @@ def test_descend_clips_the_norm_forgets_old_gradients_and_reports_the_norm_befor
         assert norm == pytest.approx(10 * (torch.tensor(expected) * 1.0).norm().item() + 10)
 
 
-def test_ema_follows_its_closed_form() -> None:
-    """shadow_n = w_0 prod d_k + sum_k (1 - d_k) w_k prod_{j > k} d_j with d_k = min(decay, (1+k)/(10+k))."""
-    module = nn.Linear(1, 1, bias=False).double()
-    values = [float(torch.randn((), generator=generator(k), dtype=torch.float64)) for k in range(31)]
-    nn.init.constant_(module.weight, values[0])
-    ema = Ema(module, 0.7)
-    for step, value in enumerate(values[1:]):
-        nn.init.constant_(module.weight, value)
-        ema.update(module, step)
-    decay = [min(0.7, (1 + k) / (10 + k)) for k in range(30)]
-    assert decay[0] == 0.1 and decay[-1] == 0.7
-    tail = [torch.tensor(decay[k + 1 :]).double().prod().item() for k in range(30)]
-    expected = values[0] * decay[0] * tail[0] + sum((1 - decay[k]) * values[k + 1] * tail[k] for k in range(30))
-    assert ema.shadow["weight"].item() == pytest.approx(expected, rel=1e-6)
-    assert module.weight.item() == values[-1]  # the live weights are left alone
-    ema.copy_to(module)
-    assert module.weight.item() == ema.shadow["weight"].item()
-
-
-def test_the_average_is_shown_and_taken_back() -> None:
-    run = Regression()
-    run.ema.shadow = {k: torch.zeros_like(v) for k, v in run.ema.shadow.items()}
-    own = [p.detach().clone() for p in run.model.parameters()]
-    with pytest.raises(ZeroDivisionError), run.ema.shown_by(run.model):
-        assert not any(p.any() for p in run.model.parameters())
-        raise ZeroDivisionError
-    assert all(torch.equal(a, b) for a, b in zip(own, run.model.parameters(), strict=True))
-
-
-def test_best_keeps_a_copy_of_the_highest_and_survives_saving() -> None:
-    run, best = Regression(), Best()
-    for step, score in enumerate([0.3, 0.5, 0.5, 0.1]):
-        for value in run.ema.shadow.values():
-            value.fill_(step)
-        best.offer(score, step, run.ema)
-    again = Best()
-    again.load_state_dict(best.state_dict())
-    for kept in (best, again):
-        assert (kept.score, kept.step, kept.last) == (0.5, 1, 0.1)
-        assert all((value == 1).all() for value in kept.shadow.values())
-
-
 RUN = """
-import sys
+import os, signal, sys
 from pathlib import Path
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from flashgen.recipe.load import load
-from flashgen.stages import distill
-from flashgen.training import loop
-loop.fit.__kwdefaults__["save_every_s"] = 0.0
-distill.run(sys.argv[1], Path(sys.argv[2]), load("shapes-demo", sys.argv[3:]), 0, False)
+from flashgen.stages.base import run
+from flashgen.stages.distill import Distill
+left = int(sys.argv[3])
+def count(*_):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+register_optimizer_step_pre_hook(count)
+run(Distill, {"teacher": sys.argv[1]}, Path(sys.argv[2]), load("shapes-demo", sys.argv[4:]))
 """
 
 
-def test_a_distillation_killed_at_random_moments_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    """SIGKILL, three times, at moments that nothing chose; then the same command to its end."""
-    teacher.random("tiny", tmp_path / "teacher", 0, False)
+def test_a_distillation_that_is_killed_in_each_of_its_trainings_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL at an optimizer step of each training, then the same command to its end."""
+    runs.random("tiny", tmp_path / "teacher")
     settings = ["distill.trajectory.prompts=300", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=60",
-                "distill.trajectory.batch=8", "distill.correction.iterations=30", "distill.correction.batch=8",
-                "distill.correction.prompts=150", "distill.matching.iterations=40", "distill.matching.prompts=16",
-                "distill.matching.batch=4", "bench.per_task=1"]  # fmt: skip
+                "distill.trajectory.batch=8", "distill.on_policy.iterations=30", "distill.on_policy.batch=8",
+                "distill.on_policy.prompts=150", "distill.matching.iterations=40", "distill.matching.prompts=16",
+                "distill.matching.batch=4", "distill.trajectory.muon_lr=0", "distill.on_policy.muon_lr=0",
+                "distill.matching.muon_lr=0", "distill.matching.fake_score_muon_lr=0", "distill.matching.fake_score_warmup=0",
+                "bench.per_task=1", "checkpoint.every_s=0.001", "checkpoint.share=1"]  # fmt: skip
 
-    def start(out: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", RUN, str(tmp_path / "teacher"), str(out), *settings]
-        return subprocess.Popen(command)
+    def start(out: Path, steps: int = 0) -> int:
+        command = [sys.executable, "-c", RUN, str(tmp_path / "teacher"), str(out), str(steps), *settings]
+        return subprocess.run(command, check=False).returncode
 
-    begun = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    took = time.monotonic() - begun
-    killed = 0
-    for _ in range(3):
-        process = start(tmp_path / "cut")
-        try:
-            process.wait(timeout=random.uniform(0.2, 0.9) * took)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            killed += 1
-    assert start(tmp_path / "cut").wait() == 0
-    assert killed
+    assert start(tmp_path / "whole") == 0
+    for steps in (40, 40, 60):  # in the regression, on-policy, and in the matching, wherever the last checkpoint was
+        assert start(tmp_path / "cut", steps) == -signal.SIGKILL
+    assert start(tmp_path / "cut") == 0
     whole, cut = ({f.path: f.sha256 for f in open_artifact(tmp_path / name).manifest.files} for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and [name for name in whole if whole[name] != cut[name]] == ["stats.jsonl"]  # has times

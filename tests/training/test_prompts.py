@@ -1,60 +1,172 @@
-"""Embeddings on disk: the same numbers, mapped, finished parts kept."""
+"""Prompt pools: which prompts, whose text encoder is dropped, and their files on disk."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
 
-from flashgen.models.build import build_pipeline
-from flashgen.models.specs import SPECS
-from flashgen.models.text import Conditioning, encode_prompts
+from flashgen.artifact.manifest import Sampler
+from flashgen.errors import UsageError
+from flashgen.families.conditioning import Conditioning
+from flashgen.families.sd3 import SD3
+from flashgen.families.sd3.build import build_pipeline
+from flashgen.families.sd3.sampling import teacher_sampler
+from flashgen.families.sd3.specs import SPECS
+from flashgen.models.pipeline import Pipeline
+from flashgen.models.prompts import encode_prompts
+from flashgen.pixels import Size
+from flashgen.randomness import generator
 from flashgen.training import prompts
-from flashgen.training.prompts import prompt_pool, training_captions
+from flashgen.training.prompts import PromptPool, prompt_pool, training_prompts
+from flashgen.training.ranks import Draws
+from flashgen.worlds import get
+
+SAMPLER = teacher_sampler(16, 16, Size(64, 64))
+TEXTS = ["two red circles", "a cat", "", "a blue square", "a dog", "seven birds", "a tree"]
 
 
 @pytest.fixture
-def pipe() -> StableDiffusion3Pipeline:
+def pipe() -> Pipeline:
     tiny = build_pipeline(SPECS["tiny"], 0)
-    for part in (tiny.text_encoder, tiny.text_encoder_2, tiny.text_encoder_3):
-        part.eval()
+    for network in tiny.networks():
+        network.eval()
     return tiny
 
 
-def test_a_pool_on_disk_is_the_pool_in_memory_and_resumes(
-    pipe: StableDiffusion3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def same(a: Conditioning, b: Conditioning) -> bool:
+    return a.tensors.keys() == b.tensors.keys() and all(torch.equal(value, b.tensors[name]) for name, value in a.tensors.items())
+
+
+def dropped_rows(cond: Conditioning) -> Tensor:
+    return (cond.tensors["embeds"][:, 16:] == 0).all(dim=(1, 2))
+
+
+# ---- on disk
+
+
+def test_a_pool_on_disk_is_the_pool_in_memory_and_resumes_without_an_encoder(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompts, "BATCH", 3)
-    held, kept = prompt_pool(pipe, 7, 5, 16), prompt_pool(pipe, 7, 5, 16, tmp_path)
-    for ours, theirs in ((kept.cond, held.cond), (kept.empty, held.empty)):
-        assert torch.allclose(ours.embeds, theirs.embeds, atol=1e-5) and torch.allclose(ours.pooled, theirs.pooled, atol=1e-5)
-    assert len(kept) == 7 and len(kept.empty.pooled) == 1
-    asked: list[int] = []
+    in_memory, on_disk = prompt_pool(TEXTS, pipe, SAMPLER), prompt_pool(TEXTS, pipe, SAMPLER, tmp_path, "some")
+    for a, b in ((on_disk.cond, in_memory.cond), (on_disk.empty, in_memory.empty)):
+        assert a.shares == b.shares and all(torch.allclose(a.tensors[name], b.tensors[name], atol=1e-5) for name in b.tensors)
+    assert len(on_disk) == 7 and len(on_disk.empty) == 1
+    sizes: list[int] = []
 
-    def counted(p: StableDiffusion3Pipeline, some: list[str], tokens: int) -> Conditioning:
-        asked.append(len(some))
-        return encode_prompts(p, some, tokens)
+    def counted(pipe: Pipeline, texts: list[str], sampler: Sampler) -> Conditioning:
+        sizes.append(len(texts))
+        return encode_prompts(pipe, texts, sampler)
 
     monkeypatch.setattr(prompts, "encode_prompts", counted)
-    (tmp_path / "prompts-5" / "000003.done").unlink()
-    again = prompt_pool(pipe, 7, 5, 16, tmp_path)
-    assert asked == [3] and torch.equal(again.cond.embeds, kept.cond.embeds)
+    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path, "some").cond, on_disk.cond) and sizes == []
+    (tmp_path / "prompts-some" / "000003.done").unlink()
+    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path, "some").cond, on_disk.cond) and sizes == [3]
 
 
-def test_processes_share_out_the_parts(pipe: StableDiffusion3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_out_the_parts(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "BATCH", 3)
     monkeypatch.setattr(prompts, "wait_for_all", lambda: None)
     for rank, done in ((0, ["000000", "000006"]), (1, ["000000", "000003", "000006"])):
-        monkeypatch.setattr(prompts, "world", lambda: 2)
+        monkeypatch.setattr(prompts, "world_size", lambda: 2)
         monkeypatch.setattr(prompts, "rank", lambda rank=rank: rank)
-        prompt_pool(pipe, 7, 5, 16, tmp_path)
-        assert sorted(p.stem for p in tmp_path.glob("prompts-5/*.done")) == done
+        prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)
+        assert sorted(p.stem for p in tmp_path.glob("prompts-/*.done")) == done
+
+
+class Masked(SD3):
+    """Conditioning with an attention mask, and nothing that can be dropped."""
+
+    models = "masked models"
+    droppable = None  # type: ignore[assignment]  # SD3 has one
+
+    def encode(self, pipe: Pipeline, inputs: Mapping[str, Mapping[str, Tensor]], sampler: Sampler) -> Conditioning:
+        cond, ids = super().encode(pipe, inputs, sampler), inputs["text_encoder"]["input_ids"]
+        return replace(cond, tensors={**cond.tensors, "mask": (ids != ids[:, -1:]).long()})
+
+
+def test_a_mask_keeps_its_dtype_and_embeddings_are_halved_where_an_encoder_streams(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.family = Masked()
+    monkeypatch.setattr(Pipeline, "streams_encoders", lambda self: True)
+    plain, mapped = prompt_pool(TEXTS, pipe, SAMPLER), prompt_pool(TEXTS, pipe, SAMPLER, tmp_path, "some")
+    assert {name: tensor.dtype for name, tensor in mapped.cond.tensors.items()} == {
+        "embeds": torch.bfloat16, "pooled": torch.bfloat16, "mask": torch.int64,
+    }  # fmt: skip
+    assert torch.equal(mapped.cond.tensors["mask"], plain.cond.tensors["mask"]) and plain.cond.tensors["mask"].any()
+    assert torch.equal(mapped.cond.tensors["pooled"], plain.cond.tensors["pooled"].bfloat16())
+
+
+# ---- which prompts
 
 
 def test_own_prompts_come_equally_often_in_an_order_of_the_seed() -> None:
     own = ["a", "b", "c"]
-    found = training_captions(7, 0, own)
-    assert sorted(found[:3]) == sorted(found[3:6]) == own and found[6] in own
-    assert found == training_captions(7, 0, own) and any(found != training_captions(7, seed, own) for seed in (1, 2, 3))
+    drawn = training_prompts(None, own, 7, 0)
+    assert sorted(drawn[:3]) == sorted(drawn[3:6]) == own and drawn[6] in own
+    assert drawn == training_prompts(get("shapes"), own, 7, 0)
+    assert any(drawn != training_prompts(None, own, 7, seed) for seed in (1, 2, 3))
+
+
+def test_prompts_of_a_world_are_those_of_its_generator_and_others_than_it_judges() -> None:
+    world = get("shapes")
+    drawn = training_prompts(world, None, 50, 3)
+    assert drawn == world.training_prompts(np.random.default_rng([3, 0x7EA1]), 50)
+    assert drawn != training_prompts(world, None, 50, 4)
+
+
+def test_prompts_are_asked_for_when_there_are_none() -> None:
+    with pytest.raises(UsageError, match="--set prompts_file=FILE"):
+        training_prompts(None, None, 1, 0)
+
+
+# ---- dropping the text encoder
+
+
+def test_prompts_are_drawn_with_their_own_encoder_drop(pool: PromptPool) -> None:
+    cond = pool.draw(0.3, Draws(400, 1))
+    dropped, embeds = dropped_rows(cond), cond.tensors["embeds"]
+    assert 0.2 < dropped.float().mean() < 0.4
+    assert not (embeds[:, :16] == 0).any() and not (embeds[~dropped][:, 16:] == 0).any()
+    assert not (pool.cond.tensors["embeds"] == 0).any()  # the pool itself is not changed
+    assert same(pool.draw(0.3, Draws(400, 1)), cond)
+
+
+def test_a_pool_can_drop_an_encoder_permanently(pool: PromptPool) -> None:
+    half, every = pool.dropping(0.5, generator(2)), slice(None)
+    dropped = dropped_rows(half[every])
+    assert 0 < dropped.sum() < len(pool) and not (pool.cond.tensors["embeds"] == 0).any()
+    assert same(half[~dropped], pool.cond[~dropped]) and torch.equal(half[every].tensors["pooled"], pool.cond.tensors["pooled"])
+    assert same(half.dropping(0.0, generator(3))[every], half[every]) and same(half.first(3)[every], half[slice(3)])
+
+
+def test_the_empty_prompt_is_dropped_where_the_prompt_is(pool: PromptPool) -> None:
+    """As a pipeline without that encoder guides itself: zeros on both sides."""
+    half = pool.dropping(0.5, generator(2))[slice(None)]
+    dropped, empty = dropped_rows(half), pool.empty_for(half)
+    assert torch.equal(dropped_rows(empty), dropped) and 0 < dropped.sum() < len(pool)
+    full = pool.empty.expand(8)
+    assert same(empty[~dropped], full[~dropped]) and torch.equal(empty.tensors["embeds"][:, :16], full.tensors["embeds"][:, :16])
+    assert torch.equal(empty.tensors["pooled"], full.tensors["pooled"])
+
+
+def test_dropping_does_nothing_and_says_so_once_when_a_family_has_nothing_to_drop(
+    pool: PromptPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = Masked()
+    plain = PromptPool(replace(pool.cond, family=family), replace(pool.empty, family=family))
+    prompts._warn_no_effect.cache_clear()
+    plain.draw(0.0, Draws(4, 1))
+    assert capsys.readouterr().err == ""
+    rows = Draws(4, 1).randint(len(plain))
+    assert same(plain.draw(1.0, Draws(4, 1)), pool.cond[rows]) and same(plain.dropping(1.0, generator(1))[rows], pool.cond[rows])
+    assert same(plain.empty_for(plain.cond), pool.empty.expand(8))
+    said = capsys.readouterr().err
+    assert said.count("encoder_drop has no effect: masked models") == 1

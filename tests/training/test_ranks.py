@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from flashgen.artifact.store import versions
 from flashgen.errors import UsageError
 from flashgen.recipe.load import load
-from flashgen.stages import distill, finetune, restructure, teacher
-from flashgen.training.ranks import Draws, average_, summary, summary_of_all
+from flashgen.training.ranks import Draws, average_, summarise, summarise_ranks
+from tests import runs
 
 MICRO = [
     "distill.trajectory.prompts=300",
@@ -30,11 +30,11 @@ def test_the_processes_share_out_the_rows_of_one_draw(monkeypatch: pytest.Monkey
         g = Draws(6, 1, 2)
         return [g.randn(2, 3), g.rand(), g.randint(50), g.choice(torch.tensor([0.2, 0.8]))]
 
-    whole = drawn()
+    full = drawn()
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        assert all(torch.equal(part, all_[rank::3]) for part, all_ in zip(drawn(), whole, strict=True))
+        assert Draws(6, 1).rows == 2 and all(torch.equal(part, batch[rank::3]) for part, batch in zip(drawn(), full, strict=True))
     with pytest.raises(UsageError, match="a batch of 7 cannot be shared by 3 processes"):
         Draws(7, 1)
 
@@ -42,12 +42,12 @@ def test_the_processes_share_out_the_rows_of_one_draw(monkeypatch: pytest.Monkey
 def test_alone_nothing_is_averaged() -> None:
     tensor = torch.ones(2)
     average_([tensor])
-    assert summary_of_all({"loss": 2.0}) == {"loss": 2.0} and torch.equal(tensor, torch.ones(2))
+    assert summarise_ranks({"loss": 2.0}) == {"loss": 2.0} and torch.equal(tensor, torch.ones(2))
 
 
-def test_a_minimum_stays_one_and_the_rest_is_averaged_where_it_is() -> None:
-    rows = [{"loss": 1.0, "scale_min": 0.5}, {"loss": 3.0, "scale_min": 0.001}, {"loss": 5.0, "composition": 0.9}]
-    assert summary(rows) == {"loss": 3.0, "scale_min": 0.001, "composition": 0.9}
+def test_a_metric_is_averaged_over_the_rows_that_have_it_and_a_minimum_stays_one() -> None:
+    rows = [{"loss": 1.0, "scale_min": 0.5}, {"loss": 3.0, "scale_min": 0.001}, {"loss": 5.0, "score": 0.9}]
+    assert summarise(rows) == {"loss": 3.0, "scale_min": 0.001, "score": 0.9}
 
 
 PARTIAL = {"std", "adversarial_raw", "adversarial_ratio", "heads_loss", "logit_real", "logit_fake"}  # of a part of the batch
@@ -61,9 +61,9 @@ FSDP = ["--config_file", str(Path(__file__).parents[2] / "recipes" / "accelerate
         pytest.param(
             MULTI,
             [
-                "distill.correction.iterations=10",
-                "distill.correction.batch=8",
-                "distill.correction.prompts=150",
+                "distill.on_policy.iterations=10",
+                "distill.on_policy.batch=8",
+                "distill.on_policy.prompts=150",
                 "distill.matching.node_adversarial=[0, 1, 0, 0]",  # so that one process may have nothing to judge
             ],
             "matching: each batch shared out over 2 processes",
@@ -74,7 +74,7 @@ FSDP = ["--config_file", str(Path(__file__).parents[2] / "recipes" / "accelerate
 )
 def test_two_processes_give_the_loss_curve_of_one(options: list[str], settings: list[str], word: str, tmp_path: Path) -> None:
     """`accelerate launch`, gloo, the same global batch. Tolerance: 1e-3 relative, what another order of sums grows to in 60 steps."""
-    teacher.random("tiny", tmp_path / "teacher", 0, False)
+    runs.random("tiny", tmp_path / "teacher")
     sets = [part for text in [*MICRO, *settings] for part in ("--set", text)]
     arguments = ["distill", str(tmp_path / "teacher"), "--recipe", "shapes-demo", *sets]
     launch = ["-m", "accelerate.commands.launch", *options, "--num_processes", "2", "-m", "flashgen"]
@@ -103,20 +103,20 @@ def test_two_processes_give_the_loss_curve_of_one(options: list[str], settings: 
 def test_a_launch_that_is_not_followed_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="not followed"):
-        distill.run("shapes", tmp_path / "out", load("shapes-demo"), 0, False)
+        runs.distill("shapes", tmp_path / "out", load("shapes-demo"))
     with pytest.raises(UsageError, match="not followed"):
-        finetune.run(str(tmp_path / "student"), tmp_path / "out", load("shapes-demo"), 0, False)
+        runs.finetune(tmp_path / "student", tmp_path / "out", load("shapes-demo"))
     with pytest.raises(UsageError, match="not followed"):
-        restructure.run(str(tmp_path / "student"), tmp_path / "out", load("shapes-demo"), 0, False, "prune")
+        runs.restructure(tmp_path / "student", tmp_path / "out", load("shapes-demo"))
     with pytest.raises(UsageError, match="not followed"):
-        teacher.train(load("shapes-demo"), tmp_path / "out", 0, False)
+        runs.train(load("shapes-demo"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_fsdp_refuses_what_it_cannot_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fsdp_refuses_what_it_cannot_shard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match="muon_lr=0"):
-        distill.run("shapes", tmp_path / "out", load("shapes-demo"), 0, False)
-    with pytest.raises(UsageError, match="only distill"):
-        finetune.run(str(tmp_path / "student"), tmp_path / "out", load("shapes-demo"), 0, False)
+        runs.distill("shapes", tmp_path / "out", load("shapes-demo"))
+    with pytest.raises(UsageError, match="finetune does not shard networks"):
+        runs.finetune(tmp_path / "student", tmp_path / "out", load("shapes-demo"))

@@ -78,7 +78,7 @@ function start() {
   worker.onmessage = listen;
   worker.onerror = (event) => {
     event.preventDefault();
-    const reason = event.message ? ` (${event.message})` : ": it is missing on the server, or the browser is too old";
+    const reason = event.message ? ` (${event.message})` : ": it or a module that it imports is missing on the server, or the browser is too old";
     fail(`flashgen.js did not start${reason}. The page needs Chrome or Edge 91, Firefox 114, Safari 16.4 or newer.`);
   };
 }
@@ -86,7 +86,8 @@ function start() {
 function describe(ready) {
   manifest = ready.manifest;
   at("facts").textContent = ready.facts.join(" · ");
-  at("picture").width = at("picture").height = manifest.sampler.size_px;
+  Object.assign(at("picture"), ready.size);
+  at("frame").style.aspectRatio = ready.size.width / ready.size.height;
   if (!busy) show("status", "Ready.");
 }
 

@@ -1,0 +1,112 @@
+"""Loading the networks and tokenizers of a diffusers-layout artifact."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from flashgen.errors import ArtifactError
+from flashgen.families.base import Family
+from flashgen.models.networks import check_networks, has_nf4, is_large, on_disk, with_nf4
+
+
+@dataclass
+class Pipeline:
+    """Networks and tokenizers of one diffusers-layout folder, by component; None for a component that the pipeline lacks."""
+
+    family: Family
+    folder: Path
+    parts: dict[str, Any]
+
+    def __getitem__(self, component: str) -> Any:
+        return self.parts[component]
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer, a diffusers ModelMixin."""
+        return self.parts["transformer"]
+
+    @transformer.setter
+    def transformer(self, network: nn.Module) -> None:
+        self.parts["transformer"] = network
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder."""
+        return self.parts["vae"]
+
+    def configs(self, component: str) -> Mapping[str, Any]:
+        """Config of a network."""
+        config = self.parts[component].config
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers' and diffusers'
+
+    def networks(self) -> Iterator[nn.Module]:
+        """Every network that is there."""
+        return (part for part in self.parts.values() if isinstance(part, nn.Module))
+
+    def streams_encoders(self) -> bool:
+        """Return True if any text encoder is streamed from disk."""
+        networks = [self.parts[name] for name in self.family.text_encoders]
+        return any(hasattr(module, "_hf_hook") for network in networks if network is not None for module in network.modules())
+
+
+def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, weights: Literal["all", "text", "disk"] = "all") -> Pipeline:
+    """A pipeline in eval mode without gradient, the transformer in `dtype` and the rest in fp32.
+
+    Large text encoders stay on disk and compute in bf16, the type that T5-XXL was trained in (`models.networks.on_disk`). With weights
+    "text" the transformer and the VAE are shapes without weights; with "disk" every network stays on disk, in fp32. Safetensors only;
+    nothing is fetched and no code of the artifact runs. Raises ArtifactError before anything large is read.
+    """
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # one bar per component, gone at once
+    path = Path(path)
+    family, networks = check_networks(path)
+    parts: dict[str, Any] = dict.fromkeys(family.components)
+    try:
+        for name, empty in networks.items():
+            parts[name] = _network(path / name, name, empty, family, dtype, weights)
+        index = json.loads((path / "model_index.json").read_text())
+        for encoder in family.text_encoders.values():
+            if (index.get(encoder.tokenizer) or [None])[0] is not None:
+                parts[encoder.tokenizer] = _tokenizer(path / encoder.tokenizer, index[encoder.tokenizer][1])
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        raise ArtifactError(f"{path} does not load as {family.models} ({error}); check it with: flashgen show {path} --verify") from error
+    pipe = Pipeline(family, path, parts)
+    for network in pipe.networks():
+        network.eval().requires_grad_(False)
+    return pipe
+
+
+def _network(folder: Path, name: str, empty: nn.Module, family: Family, dtype: torch.dtype, weights: str) -> nn.Module:
+    if weights == "disk":
+        return on_disk(folder, empty, torch.float32)
+    if name in family.text_encoders and is_large(folder):
+        return on_disk(folder, empty, torch.bfloat16)
+    if weights == "text" and name in ("transformer", "vae"):
+        return empty
+    wanted = dtype if name == "transformer" else torch.float32
+    if name == "transformer" and has_nf4(folder):  # diffusers would need bitsandbytes and a GPU
+        return with_nf4(folder, empty, wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the libraries rename torch_dtype to dtype; older ones know the old name only
+        kind = family.network_classes()[name]
+        network: nn.Module = kind.from_pretrained(str(folder), torch_dtype=wanted, local_files_only=True, use_safetensors=True)
+    return network
+
+
+def _tokenizer(folder: Path, class_name: str) -> Any:
+    """The tokenizer of the class that model_index.json names, which must be one of transformers'."""
+    kind = getattr(transformers, str(class_name), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
+        raise ValueError(f"model_index.json names {class_name!r}, which is no tokenizer of transformers")
+    tokenizer: Any = kind
+    return tokenizer.from_pretrained(str(folder), local_files_only=True)

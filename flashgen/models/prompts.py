@@ -1,0 +1,32 @@
+"""Encoding prompts with the text encoders of a pipeline. The only place in flashgen where prompts are encoded in torch."""
+
+from __future__ import annotations
+
+import torch
+
+from flashgen.artifact.manifest import Sampler
+from flashgen.device.tokens import warn_cut
+from flashgen.families.conditioning import Conditioning, concatenate
+from flashgen.models.pipeline import Pipeline
+from flashgen.pixels import slices
+
+BATCH = 32  # prompts encoded together: one pass over weights that stay on disk
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Pipeline, prompts: list[str], sampler: Sampler, batch: int = BATCH) -> Conditioning:
+    """Conditioning of `prompts` in fp32, exactly as the family's diffusers pipeline encodes them."""
+    family = pipe.family
+    parts = [family.encode(pipe, family.tokenize(pipe, prompts[rows], sampler), sampler) for rows in slices(len(prompts), batch)]
+    return concatenate(parts)
+
+
+def warn_of_cuts(pipe: Pipeline, prompts: list[str], sampler: Sampler) -> None:
+    """Warn about every prompt that is longer than a tokenizer's limit, as `device.tokens` does."""
+    for name, encoder in pipe.family.text_encoders.items():
+        if pipe[name] is None:
+            continue
+        limit = sampler.tokens[encoder.tokens]
+        for prompt, ids in zip(prompts, pipe[encoder.tokenizer](prompts, verbose=False).input_ids, strict=True):
+            if len(ids) > limit:
+                warn_cut(prompt, encoder.tokenizer, len(ids), limit)

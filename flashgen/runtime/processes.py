@@ -1,0 +1,78 @@
+"""Which of several processes this one is, as `accelerate launch` and `torchrun` tell it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flashgen.errors import FlashgenError, UsageError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes of this launch; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Number of this process; process 0 writes, prints and publishes. RANK alone, as some cluster managers set it, means nothing."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def check_batch(batch: int) -> None:
+    """Raises UsageError when the processes cannot share a batch evenly."""
+    if batch % world_size():
+        raise UsageError(f"a batch of {batch} cannot be shared by {world_size()} processes; give a multiple of {world_size()}")
+
+
+def sharded() -> bool:
+    """Return True if `accelerate launch` asks for FSDP: networks sharded over the processes (`training.shards`)."""
+    return world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def check_launch() -> None:
+    """Raises UsageError for settings of `accelerate launch` that no training here would follow."""
+    if (number := os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()) != "no":
+        raise UsageError(
+            f"--mixed_precision {number} is not followed: the recipe says what a training computes in; launch with --mixed_precision no"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UsageError("DeepSpeed is not followed; launch with --multi_gpu, or with recipes/accelerate/fsdp2.yaml")
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        join().wait_for_everyone()
+
+
+def join() -> PartialState:
+    """The process group that the launcher describes, joined once, on gloo: flashgen trains on the CPU, also beside a GPU."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=True)
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """Result of `function`, which process 0 alone calls, in every process. A FlashgenError is raised in all of them."""
+    if world_size() == 1:
+        return function()
+    from accelerate.utils import broadcast_object_list
+
+    join()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except FlashgenError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result

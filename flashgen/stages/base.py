@@ -1,0 +1,265 @@
+"""Stages and the one runner that opens, checks, plans, locks, resumes, publishes and reports for all of them.
+
+A stage is a dataclass that says what it takes and makes, what its result depends on, what it needs, what it refuses, and how it is made.
+Read one from top to bottom: `takes`, `check`, `settings`, `plan`, `make`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flashgen import families
+from flashgen.artifact import draft as drafts
+from flashgen.artifact.draft import Draft, Origin
+from flashgen.artifact.files import locked
+from flashgen.artifact.manifest import Kind, Parent, Sampler
+from flashgen.artifact.store import Artifact, open_artifact, versions
+from flashgen.errors import UsageError
+from flashgen.recipe.schema import Recipe
+from flashgen.runtime.processes import check_launch, from_first, rank, sharded, wait_for_all
+from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
+from flashgen.stages.planning import Plan
+from flashgen.stages.prompts import UNJUDGED_PICTURES, read_prompts
+
+if TYPE_CHECKING:
+    from flashgen.families.base import Family
+    from flashgen.worlds.base import World
+
+
+Takes = Mapping[str, tuple[Kind, ...]]  # kinds of artifacts by role
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage has written into its draft, for the manifest."""
+
+    sampler: Sampler | None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    validate: bool = True  # draw validation pictures with the written networks, and judge them where there is a judge
+    least: float = 0.0  # score below which nothing is published
+
+
+@dataclass
+class Stage(ABC):
+    """One run of one stage on opened inputs."""
+
+    inputs: dict[str, Artifact]
+    recipe: Recipe
+    seed: int
+
+    name: ClassVar[str]  # in manifests and messages
+    takes: ClassVar[Takes]  # in the order of the command line
+    kind: ClassVar[Kind]  # of the version that it makes
+    needs_recipe: ClassVar[bool] = True
+    shards: ClassVar[bool] = False  # whether it follows an FSDP launch
+
+    @property
+    def source(self) -> Artifact:
+        """The first input."""
+        return next(iter(self.inputs.values()))
+
+    @cached_property
+    def family(self) -> Family:
+        """Model family of the first input."""
+        return families.get(self.source.manifest.family)
+
+    @cached_property
+    def world(self) -> World | None:
+        """World of the first input."""
+        return world_of(self.source)
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the first input is sampled. Raises ArtifactError when its manifest does not say."""
+        return sampler_of(self.source)
+
+    @cached_property
+    def prompts(self) -> list[str] | None:
+        """Prompts of the recipe's `prompts_file`, or None without one."""
+        file = self.recipe.prompts_file
+        return None if file is None else read_prompts(file, "prompts_file=")
+
+    def parents(self) -> list[Parent]:
+        """The inputs as entries of the manifest."""
+        return [artifact.as_parent(role) for role, artifact in self.inputs.items()]
+
+    def open_more(self) -> None:  # noqa: B027  most stages have no more inputs
+        """Open inputs that the recipe or the lineage names and add them to `inputs`, in the order of the manifest's parents."""
+
+    def check(self) -> None:  # noqa: B027  some stages refuse nothing
+        """Raise a FlashgenError for settings that this run could not follow to its end. Nothing large is read."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes the result, beside inputs and seed: the run's key, and `recipe` in the manifest."""
+
+    def plan(self) -> Plan | None:
+        """What the run needs; None where nothing can be said before it starts."""
+        return None
+
+    @abstractmethod
+    def make(self, draft: Draft) -> Result:
+        """Do the work: fill `draft.path`, keep resume state in `draft.work`. Called in every process of a launch."""
+
+    def require_prompts(self) -> None:
+        """Raises UsageError when the stage has nothing to train or calibrate on."""
+        if self.world is None and self.prompts is None:
+            raise UsageError(
+                f"{self.name} needs prompts, and {self.source.path} belongs to no world that brings some; give a file with one prompt per "
+                "line, --set prompts_file=FILE, or name a recipe that does, --recipe NAME|FILE"
+            )
+
+    def prompts_key(self) -> dict[str, Any]:
+        """The part of `settings` that stands for the training prompts."""
+        from flashgen.artifact.files import sha256
+
+        return {} if self.recipe.prompts_file is None else {"prompts_file": sha256(self.recipe.prompts_file)}
+
+    def judge_key(self) -> dict[str, Any]:
+        """The part of `settings` on which a choice by score depends."""
+        return {"per_task": self.recipe.bench.per_task} if self.world is not None else {}
+
+    @property
+    def num_validation_pictures(self) -> int:
+        """Pictures that validate the result: the world's prompts, or the first few of the recipe's own."""
+        per_task = self.recipe.bench.per_task
+        if self.world is not None:
+            return len(self.world.tasks) * per_task
+        return min(UNJUDGED_PICTURES, len(self.prompts or [])) if per_task else 0
+
+    @property
+    def judges(self) -> bool:
+        """Whether pictures can be scored: the inputs have a world, and `bench.per_task` is not 0."""
+        return self.world is not None and self.recipe.bench.per_task > 0
+
+
+def prepare(kind: type[Stage], refs: Mapping[str, str | Path], recipe: Recipe | RecipeChoice, seed: int = 0, **options: Any) -> Stage:
+    """Open the inputs, resolve the recipe and check everything that can be checked before work. `options` are fields of `kind`."""
+    check_launch()
+    if sharded() and not kind.shards:
+        raise UsageError(f"{kind.name} does not shard networks with FSDP; launch with --multi_gpu, which shares out batches")
+    inputs = {role: open_input(ref, kind.takes[role]) for role, ref in refs.items()}
+    source = next(iter(inputs.values()), None)
+    if isinstance(recipe, RecipeChoice):
+        recipe = recipe.resolve(source) if kind.needs_recipe else Recipe(name="none")
+    stage = kind(inputs, recipe, seed, **options)
+    if source is not None:
+        if recipe.family not in (None, source.manifest.family):
+            raise UsageError(
+                f"recipe {recipe.name} is for the model family {recipe.family}, {source.path} is of {source.manifest.family}; name one "
+                f"with --recipe whose `family` is {source.manifest.family}, or that has none"
+            )
+        stage.family  # noqa: B018  an unknown one is an error now
+    stage.open_more()
+    for role, artifact in inputs.items():
+        if artifact.manifest.family != stage.source.manifest.family:
+            raise UsageError(f"{role} {artifact.path} is of the family {artifact.manifest.family}, not {stage.source.manifest.family}")
+    stage.check()
+    return stage
+
+
+def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
+    """Run a prepared stage into `out`; returns the published version, or the latest one if it is up to date (unless `force`)."""
+    world = stage.world
+    origin = Origin(
+        kind=stage.kind,
+        stage=stage.name,
+        family=stage.family.name,
+        world=world.name if world else None,
+        settings=stage.settings(),
+        seed=stage.seed,
+        parents=stage.parents(),
+    )
+    with ExitStack() as lock:
+        done = from_first(lambda: _start(stage, out, origin, force, lock))
+        if done is not None:
+            return open_artifact(done)
+        if rank():
+            return _follow(stage, out, origin)
+        draft = drafts.begin(out, origin)
+        wait_for_all()
+        artifact = _finish(stage, draft, stage.make(draft))
+        from_first(lambda: artifact.path)
+        return artifact
+
+
+def _start(stage: Stage, out: Path, origin: Origin, force: bool, lock: ExitStack) -> Path | None:
+    """Lock `out` and check the plan; the path of the latest version if it is up to date. An `out` that is refused is left as it was."""
+    drafts.check_out(out)
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
+    unlocked = not (out / ".lock").exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.enter_context(locked(out))
+        if not force and (artifact := drafts.up_to_date(out, origin)) is not None:
+            return artifact.path
+        if (plan := stage.plan()) is not None:
+            plan.check(stage.name, out, drafts.work_folder(out, origin))
+    except BaseException:
+        lock.close()
+        if unlocked:
+            (out / ".lock").unlink(missing_ok=True)
+        for folder in created:
+            folder.rmdir()
+        raise
+    return None
+
+
+def _follow(stage: Stage, out: Path, origin: Origin) -> Artifact:
+    """The part of a process other than the first: it works along, and the files that it writes are thrown away."""
+    wait_for_all()
+    staging = out / ".work" / f"staging-{rank()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    stage.make(Draft(out, staging, drafts.work_folder(out, origin), origin))
+    shutil.rmtree(staging)
+    wait_for_all()
+    return open_artifact(from_first(lambda: out))  # process 0 gives the new version's path
+
+
+def _finish(stage: Stage, draft: Draft, result: Result) -> Artifact:
+    wait_for_all()  # every process is done writing
+    metrics = dict(result.metrics)
+    if result.validate:
+        from flashgen.stages.report import validate
+
+        metrics = {**validate(stage, draft, result), **metrics}
+    return draft.publish(sampler=result.sampler, metrics=metrics, extra=result.extra)
+
+
+def run(
+    kind: type[Stage],
+    refs: Mapping[str, str | Path],
+    out: Path,
+    recipe: Recipe | RecipeChoice,
+    seed: int = 0,
+    force: bool = False,
+    **options: Any,
+) -> Artifact:
+    """`prepare` and `execute` in one call."""
+    return execute(prepare(kind, refs, recipe, seed, **options), Path(out), force)
+
+
+def describe(stage: Stage, out: Path) -> dict[str, Any]:
+    """What a prepared run would read, write and need, as JSON data (`--plan`). Starts nothing."""
+    plan = stage.plan()
+    nothing = dict.fromkeys(("memory", "memory_bytes", "machine_bytes", "disk_bytes", "forwards", "seconds"))
+    inputs = [
+        {"role": role, "path": str(a.path), "kind": a.manifest.kind, "digest": a.manifest.digest, "bytes": a.size_bytes()}
+        for role, a in stage.inputs.items()
+    ]
+    return {
+        "inputs": inputs,
+        "out": str(out),
+        "versions": [path.name for path in versions(out)],
+        **(nothing if plan is None else plan.describe()),
+        "recipe": stage.recipe.model_dump(mode="json") if stage.needs_recipe else None,
+    }

@@ -1,0 +1,69 @@
+"""What the stages that train share: checks, and the sizes of what they keep."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from typing import Any
+
+from flashgen.errors import MachineError, UsageError
+from flashgen.families.base import configs_in
+from flashgen.models.footprint import Tensors
+from flashgen.recipe.distillation import LoraTraining, MatchingTraining, TrajectoryTraining
+from flashgen.runtime.processes import check_batch
+from flashgen.stages.base import Stage
+
+REGRESSION_STATE = 16  # bytes of a regression's checkpoint per learned weight: weights, EMA, two moments
+MATCHING_STATE = 28  # of matching: student, fake score, EMA, two moments each
+BEST_STATE = 4  # and the best weights, when it validates
+FORWARD_AND_BACKWARD, WITH_CHECKPOINTING = 3, 4  # cost of a training pass, in forward passes
+
+
+def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int]) -> None:
+    """Raises UsageError for blocks that the transformer does not have and batches that the processes cannot share."""
+    source = stage.source
+    num_blocks = stage.family.num_blocks(configs_in(source.path))
+    if any(not 0 <= block < num_blocks for block in matching.adversarial.blocks):
+        setting = f"{stage.name}.matching.adversarial.blocks={matching.adversarial.blocks}"
+        raise UsageError(f"{setting}: the transformer's blocks are 0 to {num_blocks - 1}")
+    if not matching.min_sigma < matching.max_sigma:
+        raise UsageError(f"{stage.name}.matching.min_sigma={matching.min_sigma} must be below max_sigma={matching.max_sigma}")
+    for batch in batches:
+        check_batch(batch)
+
+
+def check_compiler(without: str) -> None:
+    """Raises MachineError when torch.compile would find no C++ compiler; `without` is the `--set` value that turns compiling off."""
+    if name := missing_compiler():
+        raise MachineError(
+            f"torch.compile needs a C++ compiler and there is no '{name}'; install one (CXX names another), or --set {without}"
+        )
+
+
+def missing_compiler() -> str | None:
+    """Name of the C++ compiler that torch.compile would look for, if it is not installed."""
+    name = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # as torch._inductor looks for one
+    return name if shutil.which(name) is None else None
+
+
+def adapter_count(transformer: Tensors, lora: LoraTraining, targets: str) -> int:
+    """Number of weights that one adapter learns."""
+    pattern = lora.targets or targets
+    return sum(lora.rank * sum(shape) for name, shape in transformer.linears.items() if re.fullmatch(pattern, name))
+
+
+def matching_rounds(matching: MatchingTraining) -> int:
+    """Rounds of a matching training, warm-up included."""
+    return matching.iterations + matching.fake_score_warmup if matching.iterations else 0
+
+
+def guided_forwards(trajectory: TrajectoryTraining) -> int:
+    """Forward passes of one trajectory of the guided teacher."""
+    return trajectory.teacher_steps * (1 if trajectory.guidance == 1 else 2)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A network's config without the notes of the library that wrote it."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -1,0 +1,83 @@
+"""Averages of a network's weights, and the best of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashgen.training.shards import shard_like
+
+
+class Ema:
+    """Exponential moving average of a module's parameters (buffers are shared, not averaged)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {k: p.detach().clone() for k, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """shadow <- d shadow + (1 - d) weights, d = min(decay, (1 + step) / (10 + step)) so that early steps count."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in module.parameters()], 1 - decay)
+
+    def copy_to(self, module: nn.Module) -> None:
+        """Give `module` the averaged weights."""
+        _copy(self.shadow, module)
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Give `module` the averaged weights inside, and its own again afterwards."""
+        weights = {key: p.detach().clone() for key, p in module.named_parameters()}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            _copy(weights, module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by parameter name."""
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`, whose tensors may be full where this average is sharded."""
+        for key, value in state["shadow"].items():
+            self.shadow[key].copy_(shard_like(value, self.shadow[key]))
+
+
+class BestWeights:
+    """The averaged weights with the highest score so far; the earliest ones win a tie."""
+
+    def __init__(self) -> None:
+        self.score, self.step, self.shadow = -math.inf, 0, dict[str, Tensor]()
+        self.last = -math.inf
+
+    def offer(self, score: float, step: int, ema: Ema) -> None:
+        """Keep a copy of the average after `step` steps if its score is the highest."""
+        self.last = score
+        if score > self.score:
+            self.score, self.step = score, step
+            self.shadow = {k: v.clone() for k, v in ema.shadow.items()}
+
+    def copy_to(self, module: nn.Module) -> None:
+        """Give `module` the best weights."""
+        _copy(self.shadow, module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best score, its step and weights, and the last score."""
+        return {"score": self.score, "step": self.step, "shadow": self.shadow, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.score, self.step, self.shadow, self.last = state["score"], state["step"], state["shadow"], state["last"]
+
+
+@torch.no_grad()
+def _copy(weights: dict[str, Tensor], module: nn.Module) -> None:
+    for key, parameter in module.named_parameters():
+        parameter.copy_(shard_like(weights[key], parameter))

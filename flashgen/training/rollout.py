@@ -1,0 +1,51 @@
+"""Rollouts of a student through its own nodes, and guided velocities of a teacher."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flashgen.families.base import velocity
+from flashgen.families.conditioning import Conditioning, concatenate
+from flashgen.flow.convert import move
+from flashgen.flow.ode import guide
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The student's states at its nodes, N+1 tensors [B, C, h, w]; the last one is the finished sample."""
+
+    states: list[Tensor]
+    cond: Conditioning
+
+    def at(self, node: Tensor) -> Tensor:
+        """State [B, C, h, w] of each sample at its own node [B]."""
+        return torch.stack(self.states, 1)[torch.arange(len(node)), node]
+
+
+@torch.no_grad()
+def roll_out(net_at: Callable[[float], nn.Module], noise: Tensor, cond: Conditioning, nodes: list[float]) -> Rollout:
+    """Deterministic Euler steps from `noise` [B, C, h, w]; `net_at(sigma)` is the network of a node (split branches differ by sigma)."""
+    states = [noise]
+    for s, s_next in itertools.pairwise(nodes):
+        sigma, sigma_next = torch.full((len(noise),), s), torch.full((len(noise),), s_next)
+        states.append(move(states[-1], velocity(net_at(s), states[-1], sigma, cond), sigma, sigma_next))
+    return Rollout(states, cond)
+
+
+def teacher_velocities(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning) -> tuple[Tensor, Tensor]:
+    """(conditional, unconditional) velocities at `x` [B, C, h, w], `sigma` [B], as two forward passes in one batch."""
+    v_c, v_u = velocity(net, torch.cat([x, x]), torch.cat([sigma, sigma]), concatenate([cond, empty])).chunk(2)
+    return v_c, v_u
+
+
+def guided_velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning, guidance: float) -> Tensor:
+    """Velocity with classifier-free guidance (`flow.ode.guide`); one forward pass where `guidance` is 1."""
+    if guidance == 1:
+        return velocity(net, x, sigma, cond)
+    v_c, v_u = teacher_velocities(net, x, sigma, cond, empty)
+    return guide(v_u, v_c, guidance)
