@@ -9,6 +9,7 @@ DEMO := artifacts/demo
 SHAPES := artifacts/shapes
 PEERS := .venv-peers
 RECIPE := --recipe shapes-demo
+INT4 := --set quantize.method=gptq --set quantize.group=16 --set quantize.low_rank_tolerance=0.003
 PROMPT := two red circles on a white background
 
 # A student of one minute of training: other loaders and another processor are tested with it, not its quality.
@@ -38,7 +39,7 @@ demo: install
 	$(FLASHGEN) distill shapes $(RECIPE) --out $(DEMO)/student
 	$(FLASHGEN) finetune $(DEMO)/student $(RECIPE) --out $(DEMO)/finetuned
 	$(FLASHGEN) restructure-encoder $(DEMO)/finetuned --mode prune $(RECIPE) --out $(DEMO)/slim
-	$(FLASHGEN) quantize $(DEMO)/slim $(RECIPE) --out $(DEMO)/int4
+	$(FLASHGEN) quantize $(DEMO)/slim $(RECIPE) $(INT4) --out $(DEMO)/int4
 	$(FLASHGEN) export $(DEMO)/int4 $(RECIPE) --out $(DEMO)/device
 	$(FLASHGEN) export $(DEMO)/slim $(RECIPE) --out $(DEMO)/device-fp32
 	$(FLASHGEN) generate $(DEMO)/device "$(PROMPT)" --seed 1 --out $(DEMO)/picture.png
