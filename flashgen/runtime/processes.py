@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashgen.errors import FlashgenError, UsageError
@@ -51,11 +53,14 @@ def wait_for_all() -> None:
         join().wait_for_everyone()
 
 
+@cache
 def join() -> PartialState:
     """The process group that the launcher describes, joined once, on gloo: flashgen trains on the CPU, also beside a GPU."""
     from accelerate import PartialState
 
-    return PartialState(cpu=True)
+    state = PartialState(cpu=True)
+    atexit.register(state.destroy_process_group)  # threads of gloo that are alive at the end abort the process
+    return state
 
 
 def from_first(function: Callable[[], T]) -> T:
