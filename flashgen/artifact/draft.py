@@ -31,7 +31,7 @@ PACKAGES = ("accelerate", "diffusers", "numpy", "onnx", "onnxruntime", "peft", "
 
 @dataclass(frozen=True)
 class Origin:
-    """What a version is made of and by. Its hash is the key by which a run is resumed or found to be up to date."""
+    """Stage, inputs and settings of a version. Their hash is the key by which a run is resumed or found to be up to date."""
 
     kind: Kind
     stage: str

@@ -94,8 +94,8 @@ class Graph(_Strict):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        own = [value for encoder in self.encoders for value in (*encoder.outputs, encoder.mask_value) if value is not None]
-        if len(set(own)) != len(own):
+        values = [value for encoder in self.encoders for value in (*encoder.outputs, encoder.mask_value) if value is not None]
+        if len(set(values)) != len(values):
             raise ValueError("two encoder outputs have one name")
         if {self.transformer.latents, self.transformer.timestep} & set(self.conditioning):
             raise ValueError("conditioning names the transformer's latents or timestep")
@@ -139,15 +139,15 @@ class Graph(_Strict):
 
     def feeds(self, x: Floats, sigma: float, conditioning: Mapping[str, Floats]) -> dict[str, Floats]:
         """All inputs of the transformer for latents `x` [B, C, h, w] at noise level `sigma`."""
-        own = self.transformer
-        timestep = np.full(len(x), own.timestep_scale * sigma + own.timestep_offset, np.float32)
-        return {own.latents: pack(x, own.patch) if own.patch else x, **conditioning, own.timestep: timestep}
+        spec = self.transformer
+        timestep = np.full(len(x), spec.timestep_scale * sigma + spec.timestep_offset, np.float32)
+        return {spec.latents: pack(x, spec.patch) if spec.patch else x, **conditioning, spec.timestep: timestep}
 
     def velocity(self, output: Floats) -> Floats:
         """v [B, C, h, w] of the transformer's `output`."""
-        own = self.transformer
-        v = unpack(output, own.patch, self.latent_shape[1], self.latent_shape[2]) if own.patch else output
-        return v if own.output_scale == 1 else np.float32(own.output_scale) * v
+        spec = self.transformer
+        v = unpack(output, spec.patch, self.latent_shape[1], self.latent_shape[2]) if spec.patch else output
+        return v if spec.output_scale == 1 else np.float32(spec.output_scale) * v
 
 
 def read_graph(artifact: Artifact) -> Graph:

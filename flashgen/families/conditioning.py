@@ -1,4 +1,4 @@
-"""What a transformer is told about a batch of prompts."""
+"""Conditioning of a batch of prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Index = tuple[slice, ...]  # a part of a tensor, behind its batch axis
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a transformer is told about a batch of prompts: named tensors [B, ...] that only their family understands.
+    """Conditioning of a batch of prompts: named tensors [B, ...] that only their family understands.
 
     `shares` says where the output of each text encoder lies: {encoder: {tensor name: index behind the batch axis}}.
     """
@@ -59,8 +59,8 @@ class Conditioning:
 
     def has(self, encoder: str) -> Tensor:
         """bool [B]: true where any number in the share of `encoder` is not zero."""
-        found = [self.tensors[name][(slice(None), *index)].flatten(1).any(1) for name, index in self.shares[encoder].items()]
-        result: Tensor = sum(found[1:], found[0])
+        nonzero = [self.tensors[name][(slice(None), *index)].flatten(1).any(1) for name, index in self.shares[encoder].items()]
+        result: Tensor = sum(nonzero[1:], nonzero[0])
         return result
 
 

@@ -55,10 +55,6 @@ class QuantizeRecipe(Model):
     step_scales: bool = Field(False, description="two scalars a step that bring the quantized student's states back to the student's")
     prompts: int = Field(64, ge=2, description="run through the student for gptq, a budget, a shared basis and step scales")
 
-    def group_of(self, inputs: int) -> int:
-        """Weights that share a scale in a layer with this number of inputs."""
-        return inputs if self.group == "channel" else self.group
-
     @property
     def encoder_group(self) -> int:
         """Weights that share a scale in text encoders, which run once per prompt and gain nothing from integer products."""
