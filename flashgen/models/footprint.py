@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from flashgen import families
@@ -54,7 +55,7 @@ class Footprint:
         assert source.manifest.sampler is not None
         self.family: Family = families.get(source.manifest.family)
         self.sampler: Sampler = source.manifest.sampler
-        self.configs = configs_in(source.path)
+        self.path, self.configs = source.path, configs_in(source.path)
         self.parts: dict[str, Tensors] = {}
         for part in self.family.networks:
             if (source.path / part).is_dir():
@@ -65,6 +66,13 @@ class Footprint:
     def transformer(self) -> Tensors:
         """Tensors of the transformer."""
         return self.parts["transformer"]
+
+    @cached_property
+    def learnable(self) -> int:
+        """Number of the transformer's weights without its buffers, position tables that nothing learns."""
+        from flashgen.models.networks import empty_network
+
+        return self.transformer.count - sum(table.numel() for table in empty_network(self.path, "transformer", self.family).buffers())
 
     @property
     def encoders(self) -> list[str]:

@@ -118,12 +118,13 @@ class Distill(Stage):
         footprint, config = Footprint(self.source), self.config
         transformer, lora, matching, costs = footprint.transformer, config.lora, config.matching, footprint.family.costs
         one, size = footprint.forward(config.size_px), 2 if lora and lora.base == "bfloat16" else 4
-        learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else transformer.count
+        learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
         checkpointing, per_block = bool(lora and lora.checkpointing), costs.kept_with_adapters if lora else costs.kept
         blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
         states, joined, cached, prompts = self._trajectory_sizes()
         train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
-        train |= {"student and fake score": 8.0 * learned, "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
+        tables = 0 if lora else transformer.count - footprint.learnable  # each copy of the network has its own
+        train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
         train |= {"average": 4.0 * learned, "temporaries of a step": 8.0 * learned}  # AdamW's, over all tensors at once
         train |= {"activations": float(max(config.batches, default=0) * one.hidden * blocks_kept * size)}
         train |= {"trajectories": 2.0 * joined * one.latent}

@@ -94,7 +94,7 @@ class Export(Stage):
         activations = {"transformer": 4.0 * self.family.costs.running * one.hidden, "vae": self._vae_activations()}
         for part, tensors in footprint.parts.items():
             linear = sum(map(prod, tensors.linears.values())) if codes[part] else 0
-            rest = tensors.count - linear - (self._tables() if part == "transformer" else 0)
+            rest = (footprint.learnable if part == "transformer" else tensors.count) - linear  # a table is cut to one size
             disk += (codes[part] + 2 * rest) * (0.6 if part == "vae" and not config.vae_encoder else 1)  # the decoder alone
             held = {"program": float(PROGRAM), "codes": codes[part], "graph": 2 * codes[part], "weights": 4.0 * rest}
             memory[part] = held | {"activations": activations.get(part, float(ENCODER_BYTES))}
@@ -105,12 +105,6 @@ class Export(Stage):
     def _code_bytes(self, part: str) -> float:
         codes = self.source.path / "quantized" / f"{part}.safetensors"
         return float(codes.stat().st_size) if codes.exists() else 0.0
-
-    def _tables(self) -> int:
-        """Numbers in buffers of the transformer, position tables that `prepare_export` cuts to one size."""
-        from flashgen.models.networks import empty_network
-
-        return sum(table.numel() for table in empty_network(self.source.path, "transformer", self.family).buffers())
 
     def _vae_activations(self) -> float:
         """Bytes: the decoder is compared on a part of a large picture, the encoder on a whole one."""

@@ -91,7 +91,7 @@ class Finetune(Stage):
     def plan(self) -> Plan:
         footprint, config, matching = Footprint(self.source), self.config, self.config.matching
         transformer, one, costs = footprint.transformer, footprint.forward(), footprint.family.costs
-        learned = adapter_count(transformer, config.lora, footprint.family.lora_targets) if config.lora else transformer.count
+        learned = adapter_count(transformer, config.lora, footprint.family.lora_targets) if config.lora else footprint.learnable
         networks = 3 if config.lora else 2  # student, its copy under the adapters, teacher
         rounds, steps = 2 * matching_rounds(matching), self.sampler.num_steps
         per_round = steps + FORWARD_AND_BACKWARD * matching.fake_score_updates
@@ -103,7 +103,8 @@ class Finetune(Stage):
             forwards += guided_forwards(trajectory) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
-        train |= {"branches and fake scores": 16.0 * learned, "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
+        tables = 0 if config.lora else transformer.count - footprint.learnable
+        train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
         train |= {"average": 4.0 * learned, "trajectories": 2.0 * states * one.latent}
         train |= {"activations": 4.0 * matching.batch * one.hidden * costs.kept * one.blocks}
         text, _ = footprint.embedding(prompts)

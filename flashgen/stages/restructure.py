@@ -73,9 +73,10 @@ class RestructureEncoder(Stage):
         plan = Plan({"link": Parts(program=PROGRAM)}, 1 << 20)
         if self.trains:
             transformer, one = footprint.transformer, footprint.forward()
-            learned = transformer.count if self.mode == "prune" else footprint.parts[self.how.encoder].count // 8
+            learned = footprint.learnable if self.mode == "prune" else footprint.parts[self.how.encoder].count // 8
             train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, student=4.0 * transformer.count)
-            train |= {"successor": 4.0 * learned, "gradients": 4.0 * learned, "optimizers": 8.0 * learned, "average": 4.0 * learned}
+            train |= {"successor": 4.0 * (transformer.count if self.mode == "prune" else learned), "gradients": 4.0 * learned}
+            train |= {"optimizers": 8.0 * learned, "average": 4.0 * learned}
             train |= {"activations": 4.0 * config.batch * one.hidden * footprint.family.costs.kept * one.blocks}
             train |= {"trajectories": 2.0 * config.prompts * (self.sampler.num_steps + 1) * one.latent}
             forwards = config.iterations * config.batch * 8 + config.prompts * self.sampler.num_steps

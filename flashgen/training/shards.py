@@ -71,7 +71,8 @@ def load_gathered(item: Any, state: dict[str, Any]) -> None:
     """`item.load_state_dict(state)` from the full tensors of a checkpoint, sharded as the tensors of `item` are."""
     if isinstance(item, nn.Module):
         current = item.state_dict()
-        state = {key: shard_like(value, current.get(key)) for key, value in state.items()}
+        buffers = {key: value for key, value in item.named_buffers() if key in current}  # a checkpoint has none
+        state = buffers | {key: shard_like(value, current.get(key)) for key, value in state.items()}
     item.load_state_dict(state)
     if isinstance(item, torch.optim.Optimizer):
         for parameter, moments in item.state.items():

@@ -277,9 +277,9 @@ def test_impossible_requests_are_usage_errors_before_any_work(
 
 
 def test_torch_artifact_refuses_sizes_that_its_model_cannot_make(tiny_student: Artifact, tmp_path: Path) -> None:
-    for size in (40, 272, "80x40", "272x64", "64x272"):
+    for size in (40, 528, "80x40", "528x64", "64x528"):
         with pytest.raises(
-            UsageError, match=f"--size {size}: this model draws sides that are multiples of 16 px up to 256; .* --size 64 works"
+            UsageError, match=f"--size {size}: this model draws sides that are multiples of 16 px up to 512; .* --size 64 works"
         ):
             generate(str(tiny_student.path), ["a cat"], tmp_path / "a.png", size_px=size)
     with pytest.raises(UsageError, match="--size: picture sides must be 1 to 32768 px, not 0"):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from flashgen.families.sd3 import SD3
@@ -22,7 +24,7 @@ from flashgen.families.sd3.sampling import teacher_sampler
 from flashgen.families.sd3.specs import SPECS
 from flashgen.flow.grid import shifted_grid
 from flashgen.pixels import Size
-from flashgen.randomness import generator
+from flashgen.randomness import generator, seeded
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.recipe.distillation import LoraTraining, MatchingTraining, TrajectoryTraining
 from flashgen.recipe.schema import CheckpointRecipe
@@ -44,7 +46,18 @@ EVERY_TERM = {
     "node_trajectory": [1, 0, 0.5, 0], "node_matching": [1, 0, 1, 1], "node_augmentation": [1, 0, 0.5, 0],
 }  # fmt: skip
 Build = Callable[[int], nn.Module]
+TINY = replace(SPECS["tiny"], transformer=SPECS["tiny"].transformer | {"pos_embed_max_size": 16})  # as it was in 0.2
 Rows = list[dict[str, float]]
+
+
+@pytest.fixture
+def transformer() -> Build:
+    def build(seed: int) -> nn.Module:
+        with seeded(seed):
+            made: nn.Module = SD3Transformer2DModel(**TINY.transformer).eval().requires_grad_(False)
+        return made
+
+    return build
 
 
 @pytest.fixture
@@ -112,7 +125,7 @@ def test_recovery_gives_the_golden_losses(
 
 
 def test_flow_training_gives_the_golden_losses(recorded: Callable[[ModuleType], Rows], tmp_path: Path) -> None:
-    rows, pipe = recorded(flow), build_pipeline(SPECS["tiny"], 0, WORDS)
+    rows, pipe = recorded(flow), build_pipeline(TINY, 0, WORDS)
     captions = [request.caption() for request in prompt_set(0, 2)]
     latents = torch.randn(len(captions), *SHAPE, generator=torch.Generator().manual_seed(0))
     config, sampler = FlowTraining(steps=10, batch=4, compile=False), teacher_sampler(16, 16, Size(64, 64))

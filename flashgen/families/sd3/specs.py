@@ -104,7 +104,7 @@ SPECS = {
         clip_positions=False,
     ),
     "tiny": Spec(
-        _transformer(2, 2, 16, joint=32, pooled=32, sample=8, table=16, dual=1),
+        _transformer(2, 2, 16, joint=32, pooled=32, sample=8, table=32, dual=1),
         _vae((8, 8, 8, 8), layers=1, groups=4, attention=False, sample=64, scale=1.0, shift=0.0),
         _clip(16, 2, 2, ffn=32, tokens=16, act="quick_gelu"),
         _clip(16, 2, 2, ffn=32, tokens=16, act="gelu"),
