@@ -162,8 +162,9 @@ def gradient_variance(matcher: Matcher, prompts: int = 8, redraws: int = 8) -> d
         rollout = roll_out(matcher.net_at, noise, cond, task.nodes)
         for index in range(len(task.nodes) - 2):
             node, rows = torch.full((count,), index), torch.arange(count)
-            _, comparison = matcher.compare(rollout.states[index], node, cond, g.rand(), g.randn(*task.shape), rows)
-            direction, _ = matcher.matching.direction(comparison, g)
+            fresh = [g.rand(), g.randn(*task.shape), g.rand(), g.randn(*task.shape)]
+            _, comparison = matcher.compare(rollout.states[index], node, cond, fresh, rows)
+            direction, _ = matcher.matching.direction(comparison)
             drawn = direction.reshape(prompts, redraws, -1)
             parts.append((drawn.var(1).mean() / drawn.square().mean()).item())
         variances[name] = float(np.mean(parts))

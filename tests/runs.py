@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flashgen.recipe.schema import Recipe
 from flashgen.stages.base import Stage, describe, prepare, run
 from flashgen.stages.inputs import RecipeChoice, open_input
 
+DEVICE: ContextVar[str] = ContextVar("device", default="cpu")  # of every run; tests/test_accelerator.py changes it
 STAGES = {
     "train": "teacher.Train", "import": "teacher.Import", "random": "teacher.Random", "distill": "distill.Distill",
     "finetune": "finetune.Finetune", "restructure": "restructure.RestructureEncoder", "quantize": "quantize.Quantize",
@@ -31,33 +33,33 @@ def stage(name: str) -> type[Stage]:
 
 
 def distill(teacher: str | Path, out: Path, recipe: Recipe, seed: int = 0, force: bool = False) -> Artifact:
-    return run(stage("distill"), {"teacher": teacher}, out, recipe, seed, force)
+    return run(stage("distill"), {"teacher": teacher}, out, recipe, seed, force, device=DEVICE.get())
 
 
 def finetune(student: str | Path, out: Path, recipe: Recipe, seed: int = 0, force: bool = False) -> Artifact:
-    return run(stage("finetune"), {"student": student}, out, recipe, seed, force)
+    return run(stage("finetune"), {"student": student}, out, recipe, seed, force, device=DEVICE.get())
 
 
 def restructure(student: str | Path, out: Path, recipe: Recipe, seed: int = 0, force: bool = False, mode: str = "prune") -> Artifact:
-    return run(stage("restructure"), {"student": student}, out, recipe, seed, force, mode=mode)
+    return run(stage("restructure"), {"student": student}, out, recipe, seed, force, device=DEVICE.get(), mode=mode)
 
 
 def quantize(student: str | Path, out: Path, recipe: Recipe, seed: int = 0, force: bool = False) -> Artifact:
-    return run(stage("quantize"), {"student": student}, out, recipe, seed, force)
+    return run(stage("quantize"), {"student": student}, out, recipe, seed, force, device=DEVICE.get())
 
 
 def export(student: str | Path, out: Path, recipe: Recipe, seed: int = 0, force: bool = False, **options: Any) -> Artifact:
-    return run(stage("export"), {"student": student}, out, recipe, seed, force, **options)
+    return run(stage("export"), {"student": student}, out, recipe, seed, force, device=DEVICE.get(), **options)
 
 
 def random(
     like: str, out: Path, seed: int = 0, force: bool = False, *, layers: int | None = None, world: str | None = "shapes"
 ) -> Artifact:
-    return run(stage("random"), {}, out, RecipeChoice(), seed, force, like=like, layers=layers, of_world=world)
+    return run(stage("random"), {}, out, RecipeChoice(), seed, force, device=DEVICE.get(), like=like, layers=layers, of_world=world)
 
 
 def train(recipe: Recipe, out: Path, seed: int = 0, force: bool = False) -> Artifact:
-    return run(stage("train"), {}, out, recipe, seed, force)
+    return run(stage("train"), {}, out, recipe, seed, force, device=DEVICE.get())
 
 
 def import_(source: str, out: Path, force: bool = False, *, world: str | None = None) -> Artifact:

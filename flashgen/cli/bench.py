@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from flashgen.cli.options import Options, command
-from flashgen.cli.run import check_device, choice_of, emit
+from flashgen.cli.run import choice_of, emit
 
 
 @command("recipe", "set", "seed", "device")
@@ -20,11 +20,10 @@ def bench(
     engine: Annotated[Literal["onnxruntime", "openvino"], typer.Option("--engine", help="of exported artifacts")] = "onnxruntime",
 ) -> None:
     """Measure latency, memory, size and quality."""
-    check_device(options)
     from flashgen.stages import bench as stage
 
     opened = stage.open_all(artifacts)
     recipe = choice_of(options).resolve(opened[0])
-    report = stage.bench(artifacts, opened, out, recipe, options.seed, per_task, engine)
+    report = stage.bench(artifacts, opened, out, recipe, options.seed, per_task, engine, options.device)
     if options.json or out:
         emit(options, str(out), report)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flashgen.cli.options import Options, command
-from flashgen.cli.run import check_device, emit, record_of
+from flashgen.cli.run import emit, record_of
 from flashgen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def generate(
 ) -> None:
     """Draw pictures."""
     started = time.perf_counter()
-    check_device(options)
     from flashgen.stages import generate as stage
     from flashgen.stages.inputs import open_input
     from flashgen.stages.prompts import read_prompts
@@ -66,8 +65,9 @@ def generate(
             strength,
         )  # fmt: skip
     images = stage.generate(
-        source, request, out, batch=batch, grid_columns=columns if grid else None, preview=preview, engine=engine, memory=memory
-    )
+        source, request, out, batch=batch, grid_columns=columns if grid else None, preview=preview, engine=engine, memory=memory,
+        device=options.device,
+    )  # fmt: skip
     record = {**record_of(source, "generate", started, {}), "images": [str(image) for image in images]}
     emit(options, "\n".join(record["images"]), record)
 

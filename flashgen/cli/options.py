@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -23,7 +23,7 @@ class Options:
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="numbers of the run; default: the world's")] = None
     set: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.SUB=VALUE", help="change one number; repeatable")] = None
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="seed of all randomness")] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", help="where to compute")] = "auto"
+    device: Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]|mps", help="where to compute")] = "auto"
     plan: Annotated[bool, typer.Option("--plan", help="print recipe, inputs, output and estimates; start nothing")] = False
     force: Annotated[bool, typer.Option("--force", help="make a new version even if the latest is up to date")] = False
     json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashgen.errors import FlashgenError, UsageError
+from flashgen.errors import FlashgenError
 from flashgen.progress import say
 from flashgen.runtime.memory import peak_rss_mib
 from flashgen.runtime.processes import rank
@@ -87,22 +87,15 @@ def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[s
 
 def run_stage(options: Options, stage: str, refs: Mapping[str, str], **fields: Any) -> None:
     """Run stage MODULE.CLASS of `flashgen.stages` on the inputs `refs`, or print its plan; print the artifact that it returns."""
-    check_device(options)
     started = time.perf_counter()
     from flashgen.stages.base import describe, execute, prepare
 
     module, _, name = stage.partition(".")
     kind = getattr(importlib.import_module(f"flashgen.stages.{module}"), name)
-    prepared = prepare(kind, refs, choice_of(options), options.seed, **fields)
+    prepared = prepare(kind, refs, choice_of(options), options.seed, device=options.device, **fields)
     if options.plan:
         planned = {"stage": kind.name, "seed": options.seed, **fields, **describe(prepared, options.out)}
         print(json.dumps(planned, indent=None if options.json else 2))
         return
     artifact = execute(prepared, options.out, options.force)
     emit(options, str(artifact.path), record_of(artifact, artifact.manifest.stage, started, artifact.manifest.metrics))
-
-
-def check_device(options: Options) -> None:
-    """Raises UsageError for a device that flashgen cannot use."""
-    if options.device not in ("auto", "cpu"):
-        raise UsageError(f"--device {options.device}: flashgen computes on the CPU only; leave the option out")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from flashgen.pixels import Size
 if TYPE_CHECKING:
     import re
 
+    import torch
     from torch import Tensor, nn
 
     from flashgen.artifact.manifest import Manifest, Sampler
@@ -247,8 +249,20 @@ class Family(ABC):
 
 def predict(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Output of a transformer for its keyword arguments. The only place in flashgen where a transformer is called in torch."""
-    output: Tensor = network(**inputs, return_dict=False)[0]
-    return output
+    import torch
+
+    floats = {name: value for name, value in inputs.items() if value.is_floating_point() and value.ndim > 1}  # noise levels stay exact
+    given = next(iter(floats.values()))
+    stored: torch.dtype = getattr(network, "dtype", given.dtype)
+    computed: torch.dtype | None = getattr(network, "compute_dtype", None)
+    with torch.autocast(given.device.type, computed) if computed else nullcontext():
+        output: Tensor = network(**{**inputs, **{name: value.to(stored) for name, value in floats.items()}}, return_dict=False)[0]
+    return output.to(given.dtype)
+
+
+def compute_in(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Let `predict` run `network` under autocast to `dtype`, while its weights stay what they are; None: without autocast."""
+    network.compute_dtype = dtype  # type: ignore[assignment]
 
 
 def velocity(network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

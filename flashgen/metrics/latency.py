@@ -36,6 +36,7 @@ class Job:
     repeats: int
     batch: int
     engine: str = "onnxruntime"  # of exported artifacts
+    device: str = "auto"  # of all others, which torch draws
 
 
 def measure_apart(job: Job, folder: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
@@ -58,7 +59,7 @@ def measure(job: Job) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     """Measure in this process: (engine, steps, latency_s, peak_rss_mib) and the pictures."""
     source = open_artifact(job.artifact)
     laps = Laps()
-    draw = _device(source, laps, job.engine) if source.manifest.kind == "device" else _torch(source, laps)
+    draw = _device(source, laps, job.engine) if source.manifest.kind == "device" else _torch(source, laps, job.device)
     singles = [job.prompts[i % len(job.prompts)] for i in range(job.warmup + job.repeats)]
     draw(singles, [0] * len(singles), 1)
     assert source.manifest.sampler is not None
@@ -69,6 +70,8 @@ def measure(job: Job) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         "latency_s": summarise(laps, steps, job.warmup, job.repeats),
         "peak_rss_mib": peak_rss_mib(),
     }
+    if source.manifest.kind != "device" and (peak := _peak_device_mib(job.device)) is not None:
+        result["peak_device_mib"] = peak
     return result, draw(job.prompts, job.seeds, job.batch)
 
 
@@ -82,13 +85,29 @@ def _device(source: Artifact, laps: Laps, engine: str) -> Any:
     return lambda prompts, seeds, batch: pipeline.sample(prompts, seeds, batch=batch)
 
 
-def _torch(source: Artifact, laps: Laps) -> Any:
+def _torch(source: Artifact, laps: Laps, device_name: str) -> Any:
+    import torch
+
     from flashgen.models.pipeline import load_pipeline
     from flashgen.models.sample import sample
+    from flashgen.runtime.accelerator import device_of, drawing_dtype
 
+    device = device_of(device_name)
+    if device.type == "cuda":
+        laps.wait = torch.cuda.synchronize
     with laps.lap("load"):
-        pipe = load_pipeline(source.path)
+        pipe = load_pipeline(source.path, drawing_dtype(device), device=device)
     return lambda prompts, seeds, batch: sample(pipe, source.manifest.sampler, prompts, seeds, batch=batch, laps=laps)  # type: ignore[arg-type]
+
+
+def _peak_device_mib(device_name: str) -> int | None:
+    """Peak memory of tensors on a GPU; None on other devices, whose memory nothing counts."""
+    import torch
+
+    from flashgen.runtime.accelerator import device_of
+
+    device = device_of(device_name)
+    return round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else None
 
 
 def summarise(laps: Laps, steps: int, warmup: int, repeats: int) -> dict[str, float]:

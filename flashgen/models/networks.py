@@ -59,8 +59,8 @@ def linears_of(network: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
 
 
-def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`network`, made without weights: each layer reads its weights from `folder` when it runs, and drops them afterwards."""
+def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """`network`, made without weights: each layer reads its weights from `folder` to `device` when it runs, and drops them afterwards."""
     files = tensor_files(folder)
     index: dict[str, dict[str, str]] = {}
     for _, names in parameter_names(network):
@@ -71,8 +71,10 @@ def on_disk(folder: Path, network: nn.Module, dtype: torch.dtype) -> nn.Module:
     for name, buffer in list(network.named_buffers()):
         if buffer.is_meta:  # the transformer's position table
             module, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(module), attribute, tensor(files[name], name).to(dtype))
-    attach_align_device_hook(network, execution_device="cpu", offload=True, weights_map=OffloadedWeightsLoader(index=index))
+            setattr(network.get_submodule(module), attribute, tensor(files[name], name).to(device, dtype))
+        else:
+            buffer.data = buffer.data.to(device)
+    attach_align_device_hook(network, execution_device=device, offload=True, weights_map=OffloadedWeightsLoader(index=index))
     return network
 
 

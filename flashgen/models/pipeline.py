@@ -17,15 +17,22 @@ from torch import nn
 from flashgen.errors import ArtifactError
 from flashgen.families.base import Family
 from flashgen.models.networks import check_networks, has_nf4, is_large, on_disk, with_nf4
+from flashgen.runtime.accelerator import free_bytes
+
+CPU = torch.device("cpu")
 
 
 @dataclass
 class Pipeline:
-    """Networks and tokenizers of one diffusers-layout folder, by component; None for a component that the pipeline lacks."""
+    """Networks and tokenizers of one diffusers-layout folder, by component; None for a component that the pipeline lacks.
+
+    All networks compute on `device`.
+    """
 
     family: Family
     folder: Path
     parts: dict[str, Any]
+    device: torch.device = CPU
 
     def __getitem__(self, component: str) -> Any:
         return self.parts[component]
@@ -59,12 +66,18 @@ class Pipeline:
         return any(hasattr(module, "_hf_hook") for network in networks if network is not None for module in network.modules())
 
 
-def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, weights: Literal["all", "text", "disk"] = "all") -> Pipeline:
-    """A pipeline in eval mode without gradient, the transformer in `dtype` and the rest in fp32.
+def load_pipeline(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    weights: Literal["all", "text", "transformer", "disk"] = "all",
+    device: torch.device = CPU,
+) -> Pipeline:
+    """A pipeline on `device` in eval mode without gradient, the transformer in `dtype` and the rest in fp32.
 
-    Large text encoders stay on disk and compute in bf16, the type that T5-XXL was trained in (`models.networks.on_disk`). With weights
-    "text" the transformer and the VAE are shapes without weights; with "disk" every network stays on disk, in fp32. Safetensors only;
-    nothing is fetched and no code of the artifact runs. Raises ArtifactError before anything large is read.
+    Large text encoders compute in bf16, the type that T5-XXL was trained in; they stay on disk (`models.networks.on_disk`) unless they fit
+    into the free memory of an accelerator. With weights "text" or "transformer" all other networks are shapes without weights; with "disk"
+    every network stays on disk, in fp32. Safetensors only; nothing is fetched and no code of the artifact runs. Raises ArtifactError before
+    anything large is read.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # one bar per component, gone at once
@@ -73,34 +86,44 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, weights:
     parts: dict[str, Any] = dict.fromkeys(family.components)
     try:
         for name, empty in networks.items():
-            parts[name] = _network(path / name, name, empty, family, dtype, weights)
+            parts[name] = _network(path / name, name, empty, family, dtype, weights, device)
         index = json.loads((path / "model_index.json").read_text())
         for encoder in family.text_encoders.values():
             if (index.get(encoder.tokenizer) or [None])[0] is not None:
                 parts[encoder.tokenizer] = _tokenizer(path / encoder.tokenizer, index[encoder.tokenizer][1])
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
         raise ArtifactError(f"{path} does not load as {family.models} ({error}); check it with: flashgen show {path} --verify") from error
-    pipe = Pipeline(family, path, parts)
+    pipe = Pipeline(family, path, parts, device)
     for network in pipe.networks():
         network.eval().requires_grad_(False)
     return pipe
 
 
-def _network(folder: Path, name: str, empty: nn.Module, family: Family, dtype: torch.dtype, weights: str) -> nn.Module:
+def _network(
+    folder: Path, name: str, empty: nn.Module, family: Family, dtype: torch.dtype, weights: str, device: torch.device
+) -> nn.Module:
     if weights == "disk":
-        return on_disk(folder, empty, torch.float32)
-    if name in family.text_encoders and is_large(folder):
-        return on_disk(folder, empty, torch.bfloat16)
-    if weights == "text" and name in ("transformer", "vae"):
+        return on_disk(folder, empty, torch.float32, device)
+    kind = "transformer" if name == "transformer" else "text" if name in family.text_encoders else "vae"
+    if weights not in ("all", kind):
         return empty
-    wanted = dtype if name == "transformer" else torch.float32
+    large = kind == "text" and is_large(folder)
+    if large and not _fits(empty, device, others=weights == "all"):
+        return on_disk(folder, empty, torch.bfloat16, device)
+    wanted = torch.bfloat16 if large else dtype if name == "transformer" else torch.float32
     if name == "transformer" and has_nf4(folder):  # diffusers would need bitsandbytes and a GPU
-        return with_nf4(folder, empty, wanted)
+        return with_nf4(folder, empty, wanted).to(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the libraries rename torch_dtype to dtype; older ones know the old name only
-        kind = family.network_classes()[name]
-        network: nn.Module = kind.from_pretrained(str(folder), torch_dtype=wanted, local_files_only=True, use_safetensors=True)
-    return network
+        network_class = family.network_classes()[name]
+        network: nn.Module = network_class.from_pretrained(str(folder), torch_dtype=wanted, local_files_only=True, use_safetensors=True)
+    return network.to(device)
+
+
+def _fits(encoder: nn.Module, device: torch.device, others: bool) -> bool:
+    """Whether an accelerator holds a text encoder in bf16; beside `others` it may take half of what is free."""
+    free = free_bytes(device)
+    return free is not None and 2 * sum(p.numel() for p in encoder.parameters()) < free * (0.5 if others else 0.8)
 
 
 def _tokenizer(folder: Path, class_name: str) -> Any:

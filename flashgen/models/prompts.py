@@ -15,9 +15,13 @@ BATCH = 32  # prompts encoded together: one pass over weights that stay on disk
 
 @torch.no_grad()
 def encode_prompts(pipe: Pipeline, prompts: list[str], sampler: Sampler, batch: int = BATCH) -> Conditioning:
-    """Conditioning of `prompts` in fp32, exactly as the family's diffusers pipeline encodes them."""
+    """Conditioning of `prompts` in fp32 on the pipeline's device, exactly as the family's diffusers pipeline encodes them."""
     family = pipe.family
-    parts = [family.encode(pipe, family.tokenize(pipe, prompts[rows], sampler), sampler) for rows in slices(len(prompts), batch)]
+    parts = []
+    for rows in slices(len(prompts), batch):
+        inputs = family.tokenize(pipe, prompts[rows], sampler)
+        moved = {encoder: {name: ids.to(pipe.device) for name, ids in given.items()} for encoder, given in inputs.items()}
+        parts.append(family.encode(pipe, moved, sampler))
     return concatenate(parts)
 
 

@@ -67,9 +67,9 @@ def sample_latents(
     laps = laps or Laps()
     sigmas = sampler.sigmas if sigmas is None else sigmas
     weight = sampler.guidance if guidance is None else guidance
-    x = torch.from_numpy(latents(latent_shape(pipe, size_px or sampler.size_px), seeds))
+    x = torch.from_numpy(latents(latent_shape(pipe, size_px or sampler.size_px), seeds)).to(pipe.device)
     if init is not None:
-        x = (1 - sigmas[0]) * pipe.family.to_latents(pipe.vae, torch.from_numpy(from_uint8(init))) + sigmas[0] * x
+        x = (1 - sigmas[0]) * pipe.family.to_latents(pipe.vae, torch.from_numpy(from_uint8(init)).to(pipe.device)) + sigmas[0] * x
     warn_of_cuts(pipe, list(dict.fromkeys([*prompts, *([negative] if weight != 1 else [])])), sampler)
     uncond = encode_prompts(pipe, [negative], sampler) if weight != 1 else None
     found, parts = [], slices(len(prompts), batch)
@@ -93,7 +93,7 @@ def _velocity(
     def step(x: Tensor, sigma: float, _: int) -> Tensor:
         with laps.lap("step"):
             doubled = x if uncond is None else torch.cat([x, x])
-            v = velocity(pipe.transformer, doubled, torch.full((len(doubled),), sigma), both)
+            v = velocity(pipe.transformer, doubled, torch.full((len(doubled),), sigma, device=x.device), both)
         progress.advance()
         return v if uncond is None else guide(v[:rows], v[rows:], weight)
 
@@ -107,4 +107,4 @@ def _watch(pipe: Pipeline, preview: Preview) -> Callable[[int, Tensor], None]:
 @torch.no_grad()
 def decode(pipe: Pipeline, z: Tensor) -> NDArray[np.uint8]:
     """Pictures [B, H, W, 3] of latents [B, C, h, w]."""
-    return to_uint8(pipe.family.from_latents(pipe.vae, z).numpy())
+    return to_uint8(pipe.family.from_latents(pipe.vae, z).cpu().numpy())

@@ -32,13 +32,17 @@ class QuantizedLinear:
     k: int
     channel: bool = False
 
+    def cpu(self) -> QuantizedLinear:
+        """The same codes in the CPU's memory."""
+        return replace(self, codes=self.codes.cpu(), scales=self.scales.cpu(), zeros=None if self.zeros is None else self.zeros.cpu())
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes [..., n] into bytes [..., ceil(n * bits / 8)], the first code in the lowest bits; unused bits are 0."""
     if bits == 3:  # eight codes in three bytes
         padded = pad(codes, (0, -codes.shape[-1] % 8))
         eight = padded.reshape(*padded.shape[:-1], -1, 8).int()
-        word = (eight << (3 * torch.arange(8, dtype=torch.int32))).sum(-1, dtype=torch.int32)
+        word = (eight << (3 * torch.arange(8, dtype=torch.int32, device=eight.device))).sum(-1, dtype=torch.int32)
         packed = torch.stack([(word >> shift) & 255 for shift in (0, 8, 16)], -1).to(torch.uint8).flatten(-2)
         return packed[..., : -(-codes.shape[-1] * 3 // 8)].contiguous()
     each = 8 // bits
@@ -54,8 +58,8 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     if bits == 3:
         padded = pad(packed, (0, -packed.shape[-1] % 3))
         three = padded.reshape(*padded.shape[:-1], -1, 3).int()
-        word = (three << (8 * torch.arange(3, dtype=torch.int32))).sum(-1, dtype=torch.int32)
-        codes: Tensor = ((word[..., None] >> (3 * torch.arange(8, dtype=torch.int32))) & 7).to(torch.uint8)
+        word = (three << (8 * torch.arange(3, dtype=torch.int32, device=three.device))).sum(-1, dtype=torch.int32)
+        codes: Tensor = ((word[..., None] >> (3 * torch.arange(8, dtype=torch.int32, device=word.device))) & 7).to(torch.uint8)
     else:
         codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
     return codes.flatten(-2)[..., :n]

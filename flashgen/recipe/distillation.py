@@ -115,7 +115,6 @@ class LoraTraining(Model):
     rank: int = Field(64, ge=1)
     alpha: int = Field(0, ge=0, description="the update is alpha / rank B A; 0: alpha = rank")
     targets: str | None = Field(None, description="regular expression of the modules that get an adapter; null: the family's")
-    checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     base: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen weights; adapters stay in float32")
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
+_device_type = "cpu"
 
 
 def world_size() -> int:
@@ -24,6 +25,11 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process; process 0 writes, prints and publishes. RANK alone, as some cluster managers set it, means nothing."""
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
 def check_batch(batch: int) -> None:
@@ -53,12 +59,21 @@ def wait_for_all() -> None:
         join().wait_for_everyone()
 
 
+def compute_on(device_type: str) -> None:
+    """Say, before the processes join, what they compute on."""
+    global _device_type
+    _device_type = device_type
+
+
 @cache
 def join() -> PartialState:
-    """The process group that the launcher describes, joined once, on gloo: flashgen trains on the CPU, also beside a GPU."""
+    """The process group that the launcher describes, joined once: NCCL for tensors on GPUs, gloo for those on the CPU."""
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=True)
+    if _device_type == "cuda" and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cuda:nccl,cpu:gloo")  # Accelerate would take NCCL alone
+    state = PartialState(cpu=_device_type == "cpu")
     atexit.register(state.destroy_process_group)  # threads of gloo that are alive at the end abort the process
     return state
 

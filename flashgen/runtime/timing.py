@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class Laps:
-    """`seconds[name]` lists the seconds of every lap called `name`, in order."""
+    """`seconds[name]` lists the seconds of every lap called `name`, in order.
 
-    def __init__(self) -> None:
+    `wait`, if given, waits until a device has done its work; it is called before a lap begins and before it ends.
+    """
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self.wait = wait or (lambda: None)
 
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:
         """Time the body as one lap; a lap that raises is not counted."""
+        self.wait()
         start = time.perf_counter()
         yield
+        self.wait()
         self.seconds[name].append(time.perf_counter() - start)

@@ -23,12 +23,14 @@ from flashgen.artifact.manifest import Kind, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, versions
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
-from flashgen.runtime.processes import check_launch, from_first, rank, sharded, wait_for_all
+from flashgen.runtime.processes import check_launch, compute_on, from_first, rank, sharded, wait_for_all, world_size
 from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
 from flashgen.stages.planning import Plan
 from flashgen.stages.prompts import UNJUDGED_PICTURES, read_prompts
 
 if TYPE_CHECKING:
+    import torch
+
     from flashgen.families.base import Family
     from flashgen.worlds.base import World
 
@@ -54,6 +56,7 @@ class Stage(ABC):
     inputs: dict[str, Artifact]
     recipe: Recipe
     seed: int
+    device_name: str = field(default="auto", kw_only=True)  # of the command line
 
     name: ClassVar[str]  # in manifests and messages
     takes: ClassVar[Takes]  # in the order of the command line
@@ -65,6 +68,13 @@ class Stage(ABC):
     def source(self) -> Artifact:
         """The first input."""
         return next(iter(self.inputs.values()))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        from flashgen.runtime.accelerator import device_of
+
+        return device_of(self.device_name)
 
     @cached_property
     def family(self) -> Family:
@@ -141,16 +151,28 @@ class Stage(ABC):
         return self.world is not None and self.recipe.bench.per_task > 0
 
 
-def prepare(kind: type[Stage], refs: Mapping[str, str | Path], recipe: Recipe | RecipeChoice, seed: int = 0, **options: Any) -> Stage:
+def prepare(
+    kind: type[Stage],
+    refs: Mapping[str, str | Path],
+    recipe: Recipe | RecipeChoice,
+    seed: int = 0,
+    *,
+    device: str = "auto",
+    **options: Any,
+) -> Stage:
     """Open the inputs, resolve the recipe and check everything that can be checked before work. `options` are fields of `kind`."""
     check_launch()
+    if world_size() > 1:
+        from flashgen.runtime.accelerator import device_of
+
+        compute_on(device_of(device).type)
     if sharded() and not kind.shards:
         raise UsageError(f"{kind.name} does not shard networks with FSDP; launch with --multi_gpu, which shares out batches")
     inputs = {role: open_input(ref, kind.takes[role]) for role, ref in refs.items()}
     source = next(iter(inputs.values()), None)
     if isinstance(recipe, RecipeChoice):
         recipe = recipe.resolve(source) if kind.needs_recipe else Recipe(name="none")
-    stage = kind(inputs, recipe, seed, **options)
+    stage = kind(inputs, recipe, seed, device_name=device, **options)
     if source is not None:
         if recipe.family not in (None, source.manifest.family):
             raise UsageError(
@@ -242,10 +264,12 @@ def run(
     recipe: Recipe | RecipeChoice,
     seed: int = 0,
     force: bool = False,
+    *,
+    device: str = "auto",
     **options: Any,
 ) -> Artifact:
     """`prepare` and `execute` in one call."""
-    return execute(prepare(kind, refs, recipe, seed, **options), Path(out), force)
+    return execute(prepare(kind, refs, recipe, seed, device=device, **options), Path(out), force)
 
 
 def describe(stage: Stage, out: Path) -> dict[str, Any]:

@@ -25,7 +25,14 @@ SHEET_COLUMNS = 8
 
 
 def bench(
-    artifacts: list[str], opened: list[Artifact], out: Path | None, recipe: Recipe, seed: int, per_task: int | None, engine: str
+    artifacts: list[str],
+    opened: list[Artifact],
+    out: Path | None,
+    recipe: Recipe,
+    seed: int,
+    per_task: int | None,
+    engine: str,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Measure `opened`, named `artifacts`, in the order given; {"results": [...]} as docs/commands.md describes it.
 
@@ -42,7 +49,7 @@ def bench(
     results, pictures = [], []
     columns = slice(None, None, max(1, len(prompts) // SHEET_COLUMNS))
     for ref, source in track(list(zip(artifacts, opened, strict=True)), "bench", total=len(opened)):
-        job = Job(str(source.path), prompts, seeds, recipe.bench.warmup, recipe.bench.repeats, recipe.bench.batch, engine)
+        job = Job(str(source.path), prompts, seeds, recipe.bench.warmup, recipe.bench.repeats, recipe.bench.batch, engine, device)
         with tempfile.TemporaryDirectory(prefix="flashgen-bench-") as folder:
             measured, images = measure_apart(job, Path(folder))
         scores: Any = "not judged" if world is None else {k: round(v, 4) for k, v in world.judge(images, prompts).scores.items()}

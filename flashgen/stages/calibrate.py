@@ -14,6 +14,7 @@ from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say
 from flashgen.quant.layer import Rounding, layer_bits, quantize_layer, stored_bytes
 from flashgen.recipe.compression import QuantizeRecipe
+from flashgen.runtime.accelerator import exact
 from flashgen.stages.base import Stage
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ def calibrate(stage: Stage, draft: Draft, rounding: Rounding, protect: Sequence[
     from flashgen.models.factored import SharedLowRank
     from flashgen.models.pipeline import load_pipeline
 
-    pipe, config = load_pipeline(stage.source.path), stage.recipe.quantize
+    pipe, config = load_pipeline(stage.source.path, device=stage.device), stage.recipe.quantize
     calibration = _calibration(pipe, stage)
-    num_weights = sum(layer.weight.numel() for layer in calibration.layers.values())
+    num_weights, where = sum(layer.weight.numel() for layer in calibration.layers.values()), exact(stage.device)
     metrics = _factor(calibration, stage.family, config, draft.work) if config.low_rank_tolerance else {}
     factored = {name: module for name, module in pipe.transformer.named_modules() if isinstance(module, SharedLowRank)}
     basis_bytes = next((2 * layer.basis.numel() for layer in factored.values()), 0)
@@ -55,11 +56,14 @@ def calibrate(stage: Stage, draft: Draft, rounding: Rounding, protect: Sequence[
         bits = _allocate(calibration, stage.family, config, rounding, (budget, basis_bytes, num_weights), draft)
 
     def quantize(name: str, layer: nn.Linear, moments: Tensor | None) -> QuantizedLinear:
-        return quantize_layer(layer.weight, bits[name], rounding, moments)
+        moments = None if moments is None else moments.to(where)
+        return quantize_layer(layer.weight.to(where), bits[name], rounding, moments).cpu()
 
     codes = calibration.quantize_in_order(quantize, draft.work if config.method == "gptq" else None)
     metrics["latent_error"] = calibration.latent_error() ** 0.5
     scales = _fit_step_scales(calibration, metrics) if config.step_scales else None
+    for module in factored.values():
+        module.cpu()
     return Calibrated(codes, factored, scales, metrics)
 
 
@@ -75,7 +79,7 @@ def _calibration(pipe: Pipeline, stage: Stage) -> Calibration:
 
     count, sampler = stage.recipe.quantize.prompts, stage.sampler
     prompts = training_prompts(stage.world, stage.prompts, count, stage.seed + CALIBRATION_SEED)
-    noise = torch.randn((count, *latent_shape(pipe, sampler.size_px)), generator=generator(stage.seed, CALIBRATION_STREAM))
+    noise = torch.randn((count, *latent_shape(pipe, sampler.size_px)), generator=generator(stage.seed, CALIBRATION_STREAM)).to(stage.device)
     return Calibration(pipe.transformer, encode_prompts(pipe, prompts, sampler), noise, sampler.sigmas)
 
 
@@ -90,7 +94,7 @@ def _factor(calibration: Calibration, family: Family, config: QuantizeRecipe, wo
     from flashgen.models.factored import factor, modulations, replace_layer, shared_basis
     from flashgen.training.checkpoint import save_state
 
-    student, path = calibration.student, work / "basis.pt"
+    student, path, where = calibration.student, work / "basis.pt", exact(calibration.noise.device)
     if path.exists():
         saved = torch.load(path, weights_only=True)
         if saved["metrics"]["basis_rank"]:
@@ -98,19 +102,21 @@ def _factor(calibration: Calibration, family: Family, config: QuantizeRecipe, wo
         return dict(saved["metrics"])
     layers, (fit, held_out) = modulations(student, family), calibration.halves
     assert layers and config.group != "channel"
-    down, columns, mean = shared_basis([layer.weight for layer in layers.values()], calibration.inputs(next(iter(layers)), fit))
+    original = {name: (layer.weight.to(where).double(), layer.bias.to(where).double()) for name, layer in layers.items()}
+    down, columns, mean = shared_basis([weight for weight, _ in original.values()], calibration.inputs(next(iter(layers)), fit).to(where))
     result: dict[str, Any] = {"metrics": {"basis_rank": 0}}
     tried: list[str] = []
     for rank in range(config.group, len(down) // 2 + 1, config.group):
         basis = down[:, :rank].half().float()
-        ups = {name: (layer.weight.double() @ columns[:, :rank]).float() for name, layer in layers.items()}
-        lost = {name: layer.weight.double() - ups[name].double() @ basis.double().T for name, layer in layers.items()}
-        biases = {name: (layer.bias.double() + lost[name] @ mean).float() for name, layer in layers.items()}
+        ups = {name: (weight @ columns[:, :rank]).float() for name, (weight, _) in original.items()}
+        lost = {name: weight - ups[name].double() @ basis.double().T for name, (weight, _) in original.items()}
+        biases = {name: (bias + lost[name] @ mean).float() for name, (_, bias) in original.items()}
         factor(student, basis, ups, biases)
         error = calibration.latent_error(held_out)
         tried.append(f"{error:.1e} at {rank}")
         if error <= config.low_rank_tolerance:
-            result = {"basis": basis, "ups": ups, "biases": biases, "metrics": {"basis_rank": rank, "basis_damage": error}}
+            parts = {"ups": {k: v.cpu() for k, v in ups.items()}, "biases": {k: v.cpu() for k, v in biases.items()}}
+            result = {"basis": basis.cpu(), **parts, "metrics": {"basis_rank": rank, "basis_damage": error}}
             say(f"adaLN on a shared basis of {rank} of {len(down)}: error {error:.1e} of the final latents of held-out prompts")
             break
         for name, layer in layers.items():

@@ -23,6 +23,7 @@ from flashgen.stages.trainings import (
     MATCHING_STATE,
     REGRESSION_STATE,
     WITH_CHECKPOINTING,
+    Networks,
     adapter_count,
     check_compiler,
     check_matching,
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 
 VALIDATION = {"trajectory": {"validate_every"}, "on_policy": {"validate_every"}}  # changes nothing in the student
 MEMORY_ADVICE = (
-    "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 --set distill.lora.checkpointing=true, "
-    "or lower distill.matching.batch and distill.size_px"
+    "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
+    "--set compute.activation_checkpointing=true, or lower compute.micro_batch and distill.size_px"
 )
 
 
@@ -119,7 +120,7 @@ class Distill(Stage):
         transformer, lora, matching, costs = footprint.transformer, config.lora, config.matching, footprint.family.costs
         one, size = footprint.forward(config.size_px), 2 if lora and lora.base == "bfloat16" else 4
         learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
-        checkpointing, per_block = bool(lora and lora.checkpointing), costs.kept_with_adapters if lora else costs.kept
+        checkpointing, per_block = self.recipe.compute.activation_checkpointing, costs.kept_with_adapters if lora else costs.kept
         blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
         states, joined, cached, prompts = self._trajectory_sizes()
         train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
@@ -179,11 +180,12 @@ class Distill(Stage):
         from flashgen.training.shards import gathered_network, shard
 
         config, source, work = self.config, self.source.path, draft.work
-        text = load_pipeline(source, weights="text")  # alone: no transformer is in memory while prompts are encoded
+        text = load_pipeline(source, weights="text", device=self.device)  # alone: no transformer is in memory while prompts are encoded
         self._pools(text, work)
         del text
-        pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32)
+        pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, device=self.device)
         teacher, student, fake_score = self._networks(pipe)
+        micro_batch = self.recipe.compute.micro_batch
         shape = latent_shape(pipe, self.taught.size_px)
         steps_of = self._trajectory_source(teacher, student)
         nodes = student_grid(config, steps_of.sigmas)
@@ -192,14 +194,18 @@ class Distill(Stage):
         pool = self._pools(pipe, work).get("trajectory")
         replay = cached_steps(self, pool, steps_of, nodes, shape, work) if pool else None
         if sharded():  # only now: the cache needs the full teacher, with which each process goes its own way
-            fake_score = shard(copy.deepcopy(teacher).requires_grad_(True), self.family)
+            fake_score = shard(fake_score if fake_score is not None else copy.deepcopy(teacher).requires_grad_(True), self.family)
             shard(teacher, self.family)
         checkpoint = self.recipe.checkpoint
         if replay and config.trajectory.iterations:
-            regress(student, replay, nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate)
+            regress(
+                student, replay, nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate, micro_batch
+            )
         if replay and pool and config.on_policy.iterations:
             replay = replay.extended(cached_steps(self, pool, steps_of, nodes, shape, work, student))
-            regress(student, replay, nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", config.compile, validate)
+            regress(
+                student, replay, nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", config.compile, validate, micro_batch
+            )
         del steps_of  # one more network where it is a student
         metrics = {}
         if config.matching.iterations:
@@ -225,18 +231,18 @@ class Distill(Stage):
         return pools
 
     def _networks(self, pipe: Pipeline) -> tuple[nn.Module, nn.Module, nn.Module | None]:
-        """(teacher, student, fake score). Without adapters the fake score is made later, as a copy of the teacher."""
+        """(teacher, student, fake score), all as the teacher at first, unless the student starts from another."""
         from flashgen.models.pipeline import load_pipeline
-        from flashgen.training.roles import roles_on
         from flashgen.training.shards import shard
 
-        teacher: nn.Module = pipe.transformer.requires_grad_(False)
-        if self.config.lora:
-            roles = roles_on(teacher, self.config.lora, "student", "fake_score", seed=self.seed, targets=self.family.lora_targets)
+        networks, teacher = Networks.of(self), pipe.transformer
+        if lora := self.config.lora:
+            roles = networks.roles(teacher, lora, "student", "fake_score", seed=self.seed, targets=self.family.lora_targets)
             return roles[0], roles[1], roles[2]
         start = self.inputs.get("start")
-        student = load_pipeline(start.path).transformer if start else copy.deepcopy(teacher)
-        return teacher, shard(student.requires_grad_(True), self.family), None
+        student = load_pipeline(start.path, device=self.device).transformer if start else copy.deepcopy(teacher)
+        fake_score = networks.learning(copy.deepcopy(teacher)) if self.config.matching.iterations else None
+        return networks.frozen(teacher), shard(networks.learning(student), self.family), fake_score
 
     def _trajectory_source(self, teacher: nn.Module, student: nn.Module) -> TrajectorySource:
         """Whose steps the student learns."""
@@ -266,7 +272,9 @@ class Distill(Stage):
 
         teacher, student, fake_score = networks
         pool = self._pools(pipe, draft.work)["matching"]
-        task = Task("matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay)
+        task = Task(
+            "matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay, micro_batch=self.recipe.compute.micro_batch
+        )
         matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 
         def keep_last() -> None:

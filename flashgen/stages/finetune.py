@@ -19,6 +19,7 @@ from flashgen.stages.trainings import (
     BEST_STATE,
     FORWARD_AND_BACKWARD,
     MATCHING_STATE,
+    Networks,
     adapter_count,
     check_compiler,
     check_matching,
@@ -121,7 +122,7 @@ class Finetune(Stage):
         from flashgen.stages.report import judge
 
         config, sampler = self.config, self.sampler
-        pipe = load_pipeline(self.source.path)
+        pipe = load_pipeline(self.source.path, device=self.device)
         before = judge(self, pipe, sampler).passed if self.judges else None
         high, low = self._train_branches(pipe, draft.work)
         ratios = config.merge_high if high is not low else [1.0]
@@ -153,18 +154,18 @@ class Finetune(Stage):
         A branch alone is no student, so validations, and thus the best round of a branch, are of both merged, in the middle of
         `merge_high`. With `finetune.control` both are one network, trained on all nodes for as many updates as the two together.
         """
-        from flashgen.models.pipeline import load_pipeline
         from flashgen.models.sample import latent_shape
         from flashgen.stages.report import Validator
         from flashgen.training.matching import Matcher, Roles, Task, train_matching
         from flashgen.training.prompts import prompt_pool, training_prompts
 
         config, sampler, nodes = self.config, self.sampler, self.sampler.sigmas
-        teacher: nn.Module = load_pipeline(self.inputs["teacher"].path).transformer.requires_grad_(False)
+        networks = Networks.of(self)
         prompts = training_prompts(self.world, self.prompts, config.matching.prompts, self.seed + 2)
         pool, shape = prompt_pool(prompts, pipe, sampler, work, "matching"), latent_shape(pipe, sampler.size_px)
+        teacher = networks.frozen(self._teacher())
         replay = self._replay(pipe, teacher, shape, work) if self.follows_teacher else None
-        high, low, teacher, fake_scores = self._branches(pipe.transformer, teacher)
+        high, low, teacher, fake_scores = self._branches(networks, pipe.transformer, teacher)
         validator, middle = Validator(self, pipe, sampler, work), sorted(config.merge_high)[len(config.merge_high) // 2]
 
         def validate(name: str, _: nn.Module) -> float | None:
@@ -177,11 +178,19 @@ class Finetune(Stage):
             if train_nodes and matching.iterations:  # with two steps the low branch has no node and keeps its weights
                 task = Task(
                     name, pool, nodes, shape, self.seed + 10 + number, self.recipe.distill.encoder_drop, replay, train_nodes,
-                    lambda sigma: high if sigma > config.split else low,
+                    lambda sigma: high if sigma > config.split else low, self.recipe.compute.micro_batch,
                 )  # fmt: skip
-                matcher = Matcher(task, Roles(branch, teacher, fake_scores[number]), matching, self.family)
+                fake_score = fake_scores[number] if config.lora else networks.learning(self._teacher())
+                matcher = Matcher(task, Roles(branch, teacher, fake_score), matching, self.family)
                 train_matching(matcher, work, self.recipe.checkpoint, validate)
         return high, low
+
+    def _teacher(self) -> nn.Module:
+        """The teacher's transformer in float32, read anew."""
+        from flashgen.models.pipeline import load_pipeline
+
+        transformer: nn.Module = load_pipeline(self.inputs["teacher"].path, weights="transformer", device=self.device).transformer
+        return transformer
 
     def _turns(self, high: nn.Module, low: nn.Module) -> list[tuple[str, nn.Module, list[int], MatchingTraining]]:
         """(name, branch, its nodes, settings) of each training, in order."""
@@ -201,16 +210,16 @@ class Finetune(Stage):
         pool = prompt_pool(prompts, pipe, self.sampler, work, "trajectory")
         return cached_steps(self, pool, guided_teacher(teacher, self.sampler.shift, self.recipe), self.sampler.sigmas, shape, work)
 
-    def _branches(self, student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, list[nn.Module | None]]:
+    def _branches(
+        self, networks: Networks, student: nn.Module, teacher: nn.Module
+    ) -> tuple[nn.Module, nn.Module, nn.Module, list[nn.Module]]:
         """(high, low, teacher, fake scores). With adapters, branches are adapters on the student, fake scores adapters on the teacher."""
-        from flashgen.training.roles import roles_on
-
         lora, targets = self.config.lora, self.family.lora_targets
         if lora is None:
-            high, low = (copy.deepcopy(student).requires_grad_(True) for _ in range(2))
-            return high, low, teacher, [None, None]
-        _, high, low = roles_on(copy.deepcopy(student), lora, "high", "low", seed=self.seed, targets=targets)
-        teacher, *fake_scores = roles_on(teacher, lora, "fake_score_high", "fake_score_low", seed=self.seed + 1, targets=targets)
+            high, low = (networks.learning(copy.deepcopy(student)) for _ in range(2))
+            return high, low, teacher, []
+        _, high, low = networks.roles(copy.deepcopy(student), lora, "high", "low", seed=self.seed, targets=targets)
+        teacher, *fake_scores = networks.roles(teacher, lora, "fake_score_high", "fake_score_low", seed=self.seed + 1, targets=targets)
         return high, low, teacher, [*fake_scores]
 
 

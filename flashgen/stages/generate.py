@@ -27,12 +27,13 @@ def generate(
     preview: bool = False,
     engine: str = "auto",
     memory: str | None = None,
+    device: str = "auto",
 ) -> list[Path]:
     """Draw a request and return the PNG files: `out` for one picture; out-1.png, out-2.png, ... beside it for several.
 
     `grid_columns` adds out-grid.png with that many columns (0: about square). `preview` writes out-preview.png at every step: the first
-    picture as it would become. `memory`, as in 2GB, bounds what an exported artifact may use. The text chunks of every file say how to
-    draw it again. Raises UsageError, before any network is loaded, for what the artifact cannot do.
+    picture as it would become. `memory`, as in 2GB, bounds what an exported artifact may use; torch draws all others on `device`. The text
+    chunks of every file say how to draw it again. Raises UsageError, before any network is loaded, for what the artifact cannot do.
     """
     sampler = request.check(source)
     weight, sigmas = request.weight(sampler), request.sigmas(sampler)
@@ -44,6 +45,8 @@ def generate(
     if preview:
         options["preview"] = _preview(beside["preview"])
     if source.manifest.kind == "device":
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--device {device} is for artifacts in diffusers layout; exported ones run on an engine, see --engine")
         images = _on_device(source, request, engine, memory, options)
     else:
         for name, given in {"--engine": engine != "auto", "--memory": memory is not None}.items():
@@ -51,8 +54,17 @@ def generate(
                 raise UsageError(f"{name} is for exported artifacts; {source.path} is drawn by torch, leave {name} out, or export it first")
         from flashgen.models.pipeline import load_pipeline
         from flashgen.models.sample import sample
+        from flashgen.runtime.accelerator import device_of, drawing_dtype
 
-        images = sample(load_pipeline(source.path), sampler, request.prompts, request.seeds, size_px=request.size, **options)
+        where = device_of(device)
+        images = sample(
+            load_pipeline(source.path, drawing_dtype(where), device=where),
+            sampler,
+            request.prompts,
+            request.seeds,
+            size_px=request.size,
+            **options,
+        )
     chunks: dict[str, Any] = {"guidance": weight, "negative": request.negative} if weight != 1 else {}
     if request.init_image:
         chunks |= {"init_image": request.init_image.name, "strength": request.strength}

@@ -19,6 +19,7 @@ from flashgen.models.sample import sample
 from flashgen.png import sheet
 from flashgen.progress import say
 from flashgen.recipe.schema import BenchRecipe
+from flashgen.runtime.accelerator import drawing_dtype
 from flashgen.runtime.processes import rank
 from flashgen.stages.prompts import UNJUDGED_PICTURES
 from flashgen.worlds.base import Judgement
@@ -92,7 +93,7 @@ def validate(stage: Stage, draft: Draft, result: Result) -> dict[str, Any]:
     prompts, sampler = grid_prompts(stage, VALIDATION_SEED), result.sampler
     if not prompts or sampler is None:
         return {"composition": NOT_JUDGED}
-    images = draw(load_pipeline(draft.path), sampler, prompts, stage.recipe.bench)
+    images = draw(load_pipeline(draft.path, drawing_dtype(stage.device), device=stage.device), sampler, prompts, stage.recipe.bench)
     save_grid(images, draft.path / "samples" / "validation.png")
     if not stage.judges or stage.world is None:
         return {"composition": NOT_JUDGED}

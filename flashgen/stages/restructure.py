@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flashgen.artifact.draft import Draft
 from flashgen.errors import UsageError
-from flashgen.families.base import Restructuring
+from flashgen.families.base import Restructuring, compute_in
 from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
+from flashgen.stages.trainings import Networks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,23 +123,35 @@ class RestructureEncoder(Stage):
 
         config, nodes, how, checkpoint = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint
         prompts = training_prompts(self.world, self.prompts, config.prompts, self.seed + 3)
-        prompt_pool(
-            prompts, load_pipeline(self.source.path, weights="text"), self.sampler, work, "recovery"
-        )  # no transformer in memory yet
-        pipe = load_pipeline(self.source.path)
+        text = load_pipeline(self.source.path, weights="text", device=self.device)
+        prompt_pool(prompts, text, self.sampler, work, "recovery")  # no transformer in memory yet
+        del text
+        networks, pipe = Networks.of(self), load_pipeline(self.source.path, device=self.device)
+        options: dict[str, Any] = {"device": self.device, "micro_batch": self.recipe.compute.micro_batch}
         pool = prompt_pool(prompts, pipe, self.sampler, work, "recovery")
         student, shape = pipe.transformer, latent_shape(pipe, self.sampler.size_px)
         replay = own_trajectories(student, pool, nodes, shape, self.seed) if config.iterations else None
         if self.mode == "prune":
-            slim = copy.deepcopy(student)
-            (how.text_embedder(slim) if config.adapter else slim).requires_grad_(True)
+            slim = networks.learning(copy.deepcopy(student))
+            if config.adapter:
+                how.text_embedder(slim.requires_grad_(False)).requires_grad_(True)
             assert replay is not None
             loss = pruned_loss(slim, replay, nodes, how)
-            recover(slim, loss, config, config.iterations, self.seed, work, checkpoint, blocks=self.family.blocks(slim))
+            recover(slim, loss, config, config.iterations, self.seed, work, checkpoint, blocks=self.family.blocks(slim), **options)
             return {"transformer": slim}
-        ids = self.family.tokenize(pipe, prompts, self.sampler)[how.encoder]
-        small = how.compact_encoder(self.source.path, config, self.seed)
-        recover(small, embedding_loss(small, pool, ids, how), config, config.embedding, self.seed, work, checkpoint, "embedding")
+        ids = {name: value.to(self.device) for name, value in self.family.tokenize(pipe, prompts, self.sampler)[how.encoder].items()}
+        small = how.compact_encoder(self.source.path, config, self.seed).to(self.device)
+        compute_in(student, networks.autocast)
+        recover(small, embedding_loss(small, pool, ids, how), config, config.embedding, self.seed, work, checkpoint, "embedding", **options)
         if replay:
-            recover(small, vision_loss(small, student, replay, ids, nodes, how), config, config.iterations, self.seed, work, checkpoint)
+            recover(
+                small,
+                vision_loss(small, student, replay, ids, nodes, how),
+                config,
+                config.iterations,
+                self.seed,
+                work,
+                checkpoint,
+                **options,
+            )
         return {how.encoder: small}

@@ -6,19 +6,66 @@ import os
 import re
 import shutil
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import MachineError, UsageError
-from flashgen.families.base import configs_in
+from flashgen.families.base import compute_in, configs_in
 from flashgen.models.footprint import Tensors
 from flashgen.recipe.distillation import LoraTraining, MatchingTraining, TrajectoryTraining
+from flashgen.recipe.schema import ComputeRecipe
+from flashgen.runtime.accelerator import dtype_of
 from flashgen.runtime.processes import check_batch
 from flashgen.stages.base import Stage
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from flashgen.training.roles import Role
 
 REGRESSION_STATE = 16  # bytes of a regression's checkpoint per learned weight: weights, EMA, two moments
 MATCHING_STATE = 28  # of matching: student, fake score, EMA, two moments each
 BEST_STATE = 4  # and the best weights, when it validates
 FORWARD_AND_BACKWARD, WITH_CHECKPOINTING = 3, 4  # cost of a training pass, in forward passes
+
+
+@dataclass(frozen=True)
+class Networks:
+    """How a training holds its networks: on `device`, computing in `dtype`, as `compute` says."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compute: ComputeRecipe
+
+    @classmethod
+    def of(cls, stage: Stage) -> Networks:
+        """Raises MachineError when the device cannot compute in the recipe's precision."""
+        compute = stage.recipe.compute
+        return cls(stage.device, dtype_of(compute.precision, stage.device), compute)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What `families.base.predict` casts to; None where everything is float32."""
+        return None if self.compute.precision == "float32" else self.dtype
+
+    def frozen(self, network: nn.Module) -> nn.Module:
+        """`network`, in place, without gradient and in `dtype`."""
+        return network.requires_grad_(False).to(self.device, self.dtype)
+
+    def learning(self, network: nn.Module) -> nn.Module:
+        """`network`, in place, with gradient: float32 weights, passes in `dtype`, activations recomputed where the recipe asks for it."""
+        compute_in(network, self.autocast)
+        if self.compute.activation_checkpointing:
+            network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
+        return network.requires_grad_(True).to(self.device)
+
+    def roles(self, network: nn.Module, lora: LoraTraining, *names: str, seed: int, targets: str) -> tuple[Role, ...]:
+        """`training.roles.roles_on`, with adapters inside autocast."""
+        from flashgen.training.roles import roles_on
+
+        compute_in(network, self.autocast)
+        return roles_on(network, lora, *names, seed=seed, targets=targets, checkpointing=self.compute.activation_checkpointing)
 
 
 def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int]) -> None:

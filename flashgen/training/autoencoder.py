@@ -16,7 +16,7 @@ from flashgen.randomness import generator
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.recipe.teacher import AutoencoderTraining
 from flashgen.training.checkpoint import save_state
-from flashgen.training.loop import descend, fit
+from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.schedule import cosine, set_rates
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def train_autoencoder(
     side_px = data.pictures(np.random.default_rng(seed), 1).shape[1]
     full_batch = max(1, config.batch * config.crop_px**2 // side_px**2)  # the same number of pixels per step with crops and without
 
-    def step_fn(step: int) -> dict[str, float]:
+    def step_fn(step: int) -> dict[str, Metric]:
         crops = step < crop_steps
         x = picture_batch(data, seed, step, config.batch if crops else full_batch, config.crop_px if crops else None)
         set_rates([optimizer], cosine(step, config.steps, warmup=config.warmup, floor=config.lr_floor))
@@ -64,7 +64,7 @@ def train_autoencoder(
         error = vae.decode(z).sample - x
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = error.abs().mean() + error.square().mean() + config.kl_weight * kl
-        norm = descend(loss, parameters, [optimizer], clip=config.clip, where=f"autoencoder step {step}")
+        _, norm = descend([loss], parameters, [optimizer], clip=config.clip, where=f"autoencoder step {step}")
         psnr = -10 * math.log10(error.square().mean().item() / 4)
         return {"loss": loss.item(), "psnr": psnr, "kl": kl.item(), "grad_norm": norm}
 

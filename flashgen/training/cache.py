@@ -49,7 +49,7 @@ class TrajectorySource:
             if isinstance(starts, list):
                 x, previous = starts[step], None
             for s, s_next in itertools.pairwise(s for s in self.sigmas if next_node <= s <= node):
-                sigma, sigma_next = torch.full((len(x),), s), torch.full((len(x),), s_next)
+                sigma, sigma_next = (torch.full((len(x),), level, device=x.device) for level in (s, s_next))
                 v = guided_velocity(self.net, x, sigma, cond, empty, self.guidance)
                 x = move(x, second_order(v, s_next - s, previous), sigma, sigma_next)
                 previous = (v, s_next - s) if self.order == 2 else None
@@ -78,7 +78,9 @@ class Replay:
 
     def at(self, rows: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         """(start, end, conditioning) of the steps of `rows` [B] at `node` [B], in fp32."""
-        return self.starts[rows, node].float(), self.ends[rows, node].float(), self.pool[rows % len(self.pool)]
+        at, steps, device = rows.cpu(), node.cpu(), self.pool.device
+        start, end = (states[at, steps].to(device).float() for states in (self.starts, self.ends))
+        return start, end, self.pool[at % len(self.pool)]
 
     def extended(self, other: Replay) -> Replay:
         """These steps, then those of `other`, whose prompts must be the first of this pool."""
@@ -113,11 +115,11 @@ def cache_trajectories(
         if path.exists():
             continue
         cond = pool[slice(first, first + SHARD)]
-        noise = torch.randn((len(cond), *shape), generator=generator(seed, stream, first))
+        noise = torch.randn((len(cond), *shape), generator=generator(seed, stream, first)).to(pool.device)
         visited = roll_out(lambda _: student, noise, cond, nodes[:-1]).states if student else None
         ends = source.ends(visited or noise, cond, pool.empty_for(cond), nodes)
         states = {"states": [noise, *ends]} if visited is None else {"starts": visited, "ends": ends}
-        save_state({key: torch.stack(tensors, 1).half() for key, tensors in states.items()}, path)
+        save_state({key: torch.stack(tensors, 1).half().cpu() for key, tensors in states.items()}, path)
     wait_for_all()
     shards = [torch.load(folder / f"{first:06d}.pt", weights_only=True, mmap=True) for first in first_rows]
     if student is None:

@@ -22,6 +22,7 @@ from flashgen.models.networks import linears_of
 from flashgen.pixels import slices
 from flashgen.progress import track
 from flashgen.quant.pack import QuantizedLinear, dequantize
+from flashgen.runtime.accelerator import exact
 from flashgen.runtime.processes import rank
 from flashgen.training.checkpoint import save_state
 from flashgen.training.rollout import roll_out
@@ -112,15 +113,16 @@ class Calibration:
         x, scales = self.noise, []
         for index, (sigma, sigma_next) in enumerate(pairwise(self.nodes)):
             moved = (sigma_next - sigma) * self._velocity(x, sigma)
-            columns = torch.stack([x[fit].flatten(), moved[fit].flatten()], 1).double()
-            a, b = torch.linalg.lstsq(columns, self.states[index + 1, fit].flatten().double()).solution.tolist()
+            where = exact(x.device)
+            columns = torch.stack([x[fit].flatten(), moved[fit].flatten()], 1).to(where).double()
+            a, b = torch.linalg.lstsq(columns, self.states[index + 1, fit].flatten().to(where).double()).solution.tolist()
             scales.append((a, b))
             x = a * x + b * moved
         return scales, self.latent_error(held_out), self._error(x[held_out], held_out)
 
     def _velocity(self, x: Tensor, sigma: float) -> Tensor:
-        parts = slices(len(x), BATCH)
-        return torch.cat([velocity(self.student, x[part], torch.full((len(x[part]),), sigma), self.cond[part]) for part in parts])
+        sigmas = torch.full((len(x),), sigma, device=x.device)
+        return torch.cat([velocity(self.student, x[part], sigmas[part], self.cond[part]) for part in slices(len(x), BATCH)])
 
     def sensitivity(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -40,10 +41,12 @@ class Heads(nn.Module):
         chosen = torch.rand(len(self.heads), generator=generator) < probability
         seeds = torch.randint(2**62, (len(self.heads),), generator=generator)
         for index in chosen.nonzero().flatten().tolist():
+            fresh = copy.deepcopy(self.heads[index]).cpu()  # numbers of the CPU's generator on every device
             with seeded(int(seeds[index])):
-                for layer in self.heads[index].modules():
+                for layer in fresh.modules():
                     if isinstance(layer, nn.Conv2d | nn.GroupNorm):
                         layer.reset_parameters()
+            self.heads[index].load_state_dict(fresh.state_dict())
             for parameter in self.heads[index].parameters():
                 optimizer.state.pop(parameter, None)
         return int(chosen.sum())

@@ -14,17 +14,23 @@ from flashgen.training.shards import shard_like
 
 
 class Ema:
-    """Exponential moving average of a module's parameters (buffers are shared, not averaged)."""
+    """Exponential moving average of a module's parameters (buffers are shared, not averaged).
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {k: p.detach().clone() for k, p in module.named_parameters()}
+    Averages lie beside the parameters, or with `offload` in the CPU's memory: 4 bytes per weight less on an accelerator.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, offload: bool = False) -> None:
+        self.decay, self.offload = decay, offload
+        self.shadow = {k: self._kept(p).clone() for k, p in module.named_parameters()}
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu() if self.offload else tensor.detach()
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """shadow <- d shadow + (1 - d) weights, d = min(decay, (1 + step) / (10 + step)) so that early steps count."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in module.parameters()], 1 - decay)
+        torch._foreach_lerp_(list(self.shadow.values()), [self._kept(p) for p in module.parameters()], 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         """Give `module` the averaged weights."""
@@ -33,7 +39,7 @@ class Ema:
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
         """Give `module` the averaged weights inside, and its own again afterwards."""
-        weights = {key: p.detach().clone() for key, p in module.named_parameters()}
+        weights = {key: self._kept(p).clone() for key, p in module.named_parameters()}
         self.copy_to(module)
         try:
             yield

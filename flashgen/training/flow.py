@@ -15,7 +15,7 @@ from flashgen.models.prompts import encode_prompts
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.recipe.teacher import FlowTraining
 from flashgen.training.ema import Ema
-from flashgen.training.loop import descend, fit
+from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.ranks import Draws
 from flashgen.training.schedule import hold_then_decay, set_rates
@@ -49,7 +49,7 @@ def train_flow(
     if config.compile:
         transformer.compile()
 
-    def step_fn(step: int) -> dict[str, float]:
+    def step_fn(step: int) -> dict[str, Metric]:
         draws = Draws(config.batch, seed, FLOW_STREAM, step)
         rate = hold_then_decay(step, config.steps, warmup=config.warmup, decay_share=config.decay_share, floor=config.lr_floor)
         set_rates(optimizers, rate)
@@ -64,9 +64,9 @@ def train_flow(
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             v = velocity(transformer, add_noise(x0, eps, sigma), sigma, cond)
         loss = (v.float() - (eps - x0)).square().mean()
-        norm = descend(loss, parameters, optimizers, clip=config.clip, where=f"teacher step {step}")
+        _, norm = descend([loss], parameters, optimizers, clip=config.clip, where=f"teacher step {step}")
         ema.update(transformer, step)
-        return {"loss": loss.item(), "grad_norm": norm}
+        return {"loss": loss, "grad_norm": norm}
 
     fit("teacher", config.steps, step_fn, {"transformer": transformer, "ema": ema, **named("", optimizers)}, work, checkpoint)
     return ema

@@ -10,7 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from flashgen.errors import NumericsError
 from flashgen.progress import say, track
@@ -20,12 +22,13 @@ from flashgen.training.checkpoint import Checkpoint, Stateful, truncate_stats
 from flashgen.training.ranks import average_, summarise, summarise_ranks
 
 DEFAULT = CheckpointRecipe()
+Metric = float | Tensor  # a tensor holds one number and is read when metrics are logged
 
 
 def fit(
     name: str,
     steps: int,
-    step_fn: Callable[[int], dict[str, float]],
+    step_fn: Callable[[int], Mapping[str, Metric]],
     state: Mapping[str, Stateful],
     work: Path,
     checkpoint: CheckpointRecipe = DEFAULT,
@@ -40,18 +43,24 @@ def fit(
     """
     work.mkdir(parents=True, exist_ok=True)
     saved = Checkpoint(work / f"{name}.pt", state, checkpoint)
-    start, window = saved.load()
+    start, loaded = saved.load()
+    window: list[dict[str, Metric]] = [dict(row) for row in loaded]
     log = _Log(work, name, start)
     if world_size() > 1:
         say(f"{name}: each batch shared out over {world_size()} processes")
     for step in track(range(start, steps), name, total=steps, done=start, rows=log.rows):
-        window.append({key: float(value) for key, value in step_fn(step).items()})
-        is_last = step + 1 == steps
-        if (step + 1) % log_every == 0 or is_last:
-            log.add(step + 1, summarise_ranks(summarise(window)))
+        window.append(dict(step_fn(step)))
+        is_last, is_due = step + 1 == steps, saved.due()
+        is_logged = is_last or (step + 1) % log_every == 0
+        if is_logged or is_due:
+            rows = [{key: float(value) for key, value in row.items()} for row in window]  # waits for an accelerator
+            for row in rows:
+                check_finite(f"{name} up to step {step}", row, "the next checkpoint")
+        if is_logged:
+            log.add(step + 1, summarise_ranks(summarise(rows)))
             window.clear()
-        if is_last or saved.due():
-            saved.save(step + 1, window)
+        if is_last or is_due:
+            saved.save(step + 1, [] if is_logged else rows)
     wait_for_all()
 
 
@@ -82,24 +91,33 @@ class _Log:
 
 
 def descend(
-    loss: torch.Tensor, parameters: Iterable[torch.nn.Parameter], optimizers: Iterable[torch.optim.Optimizer], *, clip: float, where: str
-) -> float:
-    """Backward pass, check, clipping to norm `clip`, and one step of each optimizer; returns the norm before clipping.
+    losses: Iterable[Tensor], parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer], *, clip: float, where: str
+) -> tuple[Tensor, Tensor]:
+    """Backward passes, clipping to norm `clip`, and one step of each optimizer; returns (loss, norm before clipping) as numbers [].
 
-    Raises NumericsError before any weight changes when the loss or the norm is not finite.
+    `losses` are those of micro-batches, each already weighted by its share of this process's rows; a backward pass frees one before the
+    next is computed. No gradient is left behind. On the CPU a loss or norm that is not finite raises NumericsError before any weight
+    changes; on an accelerator, which would have to wait for it, `fit` does so before it logs or saves.
     """
     optimizers, parameters = list(optimizers), list(parameters)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    mean = loss.detach().clone()
-    average_([mean, *(p.grad for p in parameters if p.grad is not None)])
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-    if not (math.isfinite(norm) and math.isfinite(mean.item())):
-        raise NumericsError(
-            f"{where}: loss {mean.item():.4g}, gradient norm {norm:.4g}; stopped before the optimizer step. "
-            "Lower the learning rate with --set ...lr="
-        )
+    total: Tensor | None = None
+    for loss in losses:
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = loss.detach().clone() if total is None else total + loss.detach()
+    assert total is not None
+    average_([total, *(p.grad for p in parameters if p.grad is not None)])
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if norm.device.type == "cpu":
+        check_finite(where, {"loss": total.item(), "grad_norm": norm.item()}, "the optimizer step")
     for optimizer in optimizers:
         optimizer.step()
-    return norm
+        optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def check_finite(where: str, metrics: Mapping[str, float], before: str) -> None:
+    """Raises NumericsError if a metric is infinite or not a number; `before` says what has not happened yet."""
+    if broken := {key: value for key, value in metrics.items() if not math.isfinite(value)}:
+        words = ", ".join(f"{key} {value:.4g}" for key, value in broken.items())
+        raise NumericsError(f"{where}: {words}; stopped before {before}. Lower the learning rate with --set ...lr=")

@@ -7,7 +7,7 @@ its own (`augmentation`), what the fake score is fitted on (`fake_score_target`)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,17 @@ from flashgen.objectives.evaluation import evaluation_point, evaluation_sigma
 from flashgen.objectives.fake_score import fake_score_loss, interval_loss
 from flashgen.objectives.matching import matching_loss
 from flashgen.objectives.trajectory import average_velocity
+from flashgen.pixels import slices
 from flashgen.recipe.distillation import MatchingTraining
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.training.cache import Replay
 from flashgen.training.checkpoint import Stateful
 from flashgen.training.ema import BestWeights, Ema
-from flashgen.training.loop import descend, fit
+from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
-from flashgen.training.ranks import Draws
-from flashgen.training.roles import unwrap
+from flashgen.training.ranks import Draws, mean_metrics
+from flashgen.training.roles import offloads, unwrap
 from flashgen.training.rollout import Rollout, roll_out
 from flashgen.training.schedule import hold_then_decay, set_rates
 from flashgen.training.terms import AdversarialTerm, Comparison, MatchingTerm, TrajectoryTerm, weighted_rows
@@ -44,7 +45,7 @@ class Task:
     """What a matching training runs on: prompts, the student's `nodes`, the shape of latents, and which nodes it trains (default all).
 
     `net_at(sigma)` is the network that rolls out at a node (default: the student). `replay` is needed by the adversarial and the
-    trajectory term.
+    trajectory term. At most `micro_batch` samples pass together (0: all of a process), and their gradients add up.
     """
 
     name: str
@@ -56,6 +57,12 @@ class Task:
     replay: Replay | None = None
     train_nodes: list[int] | None = None
     net_at: Callable[[float], nn.Module] | None = None
+    micro_batch: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.pool.device
 
 
 @dataclass
@@ -80,10 +87,11 @@ class Matcher:
     def __init__(self, task: Task, roles: Roles, config: MatchingTraining, family: Family) -> None:
         self.task, self.config, self.student, self.teacher = task, config, roles.student, roles.teacher
         self.fake_score = copy.deepcopy(roles.teacher).requires_grad_(True) if roles.fake_score is None else roles.fake_score
-        self.sigmas = torch.tensor(task.nodes)
-        self.choices = torch.tensor(list(range(len(task.nodes) - 1)) if task.train_nodes is None else task.train_nodes)
+        self.sigmas = torch.tensor(task.nodes, device=task.device)
+        nodes = list(range(len(task.nodes) - 1)) if task.train_nodes is None else task.train_nodes
+        self.choices = torch.tensor(nodes, device=task.device)
         self.net_at = task.net_at or (lambda _: self.student)
-        self.weights = {term: torch.tensor(w) for term, w in config.node_weights(len(task.nodes) - 1).items()}
+        self.weights = {term: torch.tensor(w, device=task.device) for term, w in config.node_weights(len(task.nodes) - 1).items()}
         self.optimizers, self.fake_score_optimizers = (
             muon_and_adamw(network, family.blocks(unwrap(network)), config, lr=lr, muon_lr=muon_lr)
             for network, lr, muon_lr in (
@@ -91,7 +99,7 @@ class Matcher:
                 (self.fake_score, config.fake_score_lr, config.fake_score_muon_lr),
             )
         )
-        self.ema = Ema(self.student, config.ema)
+        self.ema = Ema(self.student, config.ema, offloads(self.student))
         self.matching = MatchingTerm(config, self.weights, self.teacher, self.fake_score, task.pool)
         adversarial, trajectory = (self.weights[term] for term in ("adversarial", "trajectory"))
         self.adversarial: AdversarialTerm | None = None
@@ -116,20 +124,26 @@ class Matcher:
         for optimizer in (*self.optimizers, *self.fake_score_optimizers, *([self.adversarial.optimizer] if self.adversarial else [])):
             optimizer.state.clear()
 
-    def update(self, step: int) -> dict[str, float]:
+    def parts(self, rows: int) -> list[slice]:
+        """Micro-batches of `rows` samples."""
+        return slices(rows, self.task.micro_batch or rows)
+
+    def update(self, step: int) -> dict[str, Tensor]:
         """One round; returns its metrics. The first `fake_score_warmup` rounds fit the fake score alone."""
-        config, draws = self.config, Draws(self.config.batch, self.task.seed, MATCHING_STREAM, step)
-        noise = draws.randn(*self.task.shape)
-        rollout = roll_out(self.net_at, noise, self.task.pool.draw(self.task.encoder_drop, draws), self.task.nodes)
+        config, task = self.config, self.task
+        draws = Draws(config.batch, task.seed, MATCHING_STREAM, step, device=task.device)
+        noise = draws.randn(*task.shape)
+        cond = task.pool.draw(task.encoder_drop, draws)
+        rollout = Rollout.join([roll_out(self.net_at, noise[part], cond[part], task.nodes) for part in self.parts(draws.rows)])
         losses = [self.fit_fake_score(rollout, draws, step) for _ in range(config.fake_score_updates)]
-        metrics = {"fake_score_loss": sum(losses) / len(losses)}
+        metrics = {"fake_score_loss": torch.stack(losses).mean()}
         if step >= config.fake_score_warmup:
             metrics |= self.fit_student(rollout, draws, step)
             if config.ida < 1:
                 align(self.fake_score, self.student, config.ida)
         return metrics
 
-    def fit_fake_score(self, rollout: Rollout, draws: Draws, step: int) -> float:
+    def fit_fake_score(self, rollout: Rollout, draws: Draws, step: int) -> Tensor:
         """One step of the fake score; returns its loss.
 
         On finished samples, on each step's estimate of x0, or on unfinished states with the unbiased interval target; at the noise
@@ -139,53 +153,70 @@ class Matcher:
         node = self.choices[draws.randint(len(self.choices))]
         s, s_next, x, x_next = self.sigmas[node], self.sigmas[node + 1], rollout.at(node), rollout.at(node + 1)
         sigma = evaluation_sigma("interval" if target == "interval" else self.config.point, s, s_next, draws.rand(), self._limits)
-        if target == "interval":
-            v = velocity(self.fake_score, diffuse(x_next, eps, s_next, sigma), sigma, rollout.cond)
-            loss = interval_loss(v, x_next, eps, s_next, sigma)
-        else:
-            if target == "step":  # the student's velocity follows from its step
-                x0 = x0_from_v(x, average_velocity(x, x_next, s, s_next), s)
-            loss = fake_score_loss(velocity(self.fake_score, add_noise(x0, eps, sigma), sigma, rollout.cond), x0, eps)
-        where = f"{self.task.name} fake score step {step}"
-        descend(loss, self.fake_score.parameters(), self.fake_score_optimizers, clip=self.config.clip, where=where)
-        return loss.item()
+        if target == "step":  # the student's velocity follows from its step
+            x0 = x0_from_v(x, average_velocity(x, x_next, s, s_next), s)
+        noisy = diffuse(x_next, eps, s_next, sigma) if target == "interval" else add_noise(x0, eps, sigma)
 
-    def fit_student(self, rollout: Rollout, draws: Draws, step: int) -> dict[str, float]:
+        def losses() -> Iterator[Tensor]:
+            for p in self.parts(len(node)):
+                v, share = velocity(self.fake_score, noisy[p], sigma[p], rollout.cond[p]), len(node[p]) / len(node)
+                if target == "interval":
+                    yield share * interval_loss(v, x_next[p], eps[p], s_next[p], sigma[p])
+                else:
+                    yield share * fake_score_loss(v, x0[p], eps[p])
+
+        where = f"{self.task.name} fake score step {step}"
+        return descend(losses(), self.fake_score.parameters(), self.fake_score_optimizers, clip=self.config.clip, where=where)[0]
+
+    def fit_student(self, rollout: Rollout, draws: Draws, step: int) -> dict[str, Tensor]:
         """One step of the student on a random trained node per sample, then one of the heads; returns metrics.
 
         Samples whose node has no weight are left out of every forward pass, but count in the mean.
         """
         config, name = self.config, self.task.name
         node = self.choices[draws.randint(len(self.choices))]
-        uniform, eps, rows = draws.rand(), draws.randn(*self.task.shape), self._rows(node)
-        x0, comparison = self.compare(rollout.at(node)[rows], node[rows], rollout.cond[rows], uniform[rows], eps[rows], rows)
-        direction, metrics = self.matching.direction(comparison, draws)
-        if self.adversarial:
-            adversarial, sizes = self.adversarial.direction(comparison, direction)
-            direction, metrics = direction + adversarial, metrics | sizes
-        loss = len(rows) / len(uniform) * matching_loss(x0, direction)
-        if self.trajectory:
-            loss = loss + self.trajectory.loss(self.student, draws)
+        uniform, eps, chosen, x = draws.rand(), draws.randn(*self.task.shape), self._rows(node), rollout.at(node)
+        below = (draws.rand(), draws.randn(*self.task.shape)) if config.augmentation == "decoupled" else (uniform, eps)
+        comparisons, parts = list[Comparison](), list[dict[str, Tensor]]()
+
+        def losses() -> Iterator[Tensor]:
+            for part in self.parts(len(chosen)):
+                rows = chosen[part]
+                noise = [tensor[rows] for tensor in (uniform, eps, *below)]
+                x0, comparison = self.compare(x[rows], node[rows], rollout.cond[rows], noise, rows)
+                direction, sizes = self.matching.direction(comparison)
+                if self.adversarial:
+                    adversarial, more = self.adversarial.direction(comparison, direction)
+                    direction, sizes = direction + adversarial, sizes | more
+                comparisons.append(comparison)
+                parts.append({**sizes, "direction": direction.abs().mean()})
+                yield len(rows) / len(uniform) * matching_loss(x0, direction)
+            if self.trajectory:
+                yield from self.trajectory.losses(self.student, draws, self.task.micro_batch)
+
         update = step - config.fake_score_warmup
         rate = hold_then_decay(update, config.iterations, warmup=config.warmup, decay_share=config.decay_share, floor=config.lr_floor)
         set_rates(self.optimizers, rate)
-        norm = descend(loss, self.student.parameters(), self.optimizers, clip=config.clip, where=f"{name} step {step}")
+        _, norm = descend(losses(), self.student.parameters(), self.optimizers, clip=config.clip, where=f"{name} step {step}")
         self.ema.update(self.student, update)
+        metrics = mean_metrics(parts)
         if self.adversarial:
-            metrics |= self.adversarial.fit(comparison, draws, f"{name} heads step {step}")
-        return {**metrics, "direction": direction.abs().mean().item(), "grad_norm": norm, "std": rollout.states[-1].std().item()}
+            metrics |= self.adversarial.fit(comparisons, draws, f"{name} heads step {step}")
+        return {**metrics, "grad_norm": norm, "std": rollout.states[-1].std()}
 
-    def compare(self, x: Tensor, node: Tensor, cond: Conditioning, uniform: Tensor, eps: Tensor, rows: Tensor) -> tuple[Tensor, Comparison]:
+    def compare(self, x: Tensor, node: Tensor, cond: Conditioning, noise: list[Tensor], rows: Tensor) -> tuple[Tensor, Comparison]:
         """(x0, comparison) of the student's steps from `x` [B, C, h, w] at `node` [B]. Gradient: through x0 to the student.
 
-        `uniform` [B] and `eps` [B, C, h, w] are the randomness of the point, `rows` the places of the samples in the batch.
+        `noise` is (uniform [B], eps [B, C, h, w]) of the point, then of decoupled guidance; `rows` are the places of the samples in the
+        batch.
         """
+        uniform, eps, uniform_below, eps_below = noise
         config, sigma, sigma_next = self.config, self.sigmas[node], self.sigmas[node + 1]
         v = velocity(self.student, x, sigma, cond)
         sigma_eval = evaluation_sigma(config.point, sigma, sigma_next, uniform, self._limits)
         x_eval = evaluation_point(config.point, x, v.detach(), sigma, sigma_next, sigma_eval, eps, config.last)
         x0 = x0_from_v(x, v, sigma)
-        return x0, Comparison(x, node, sigma, sigma_next, x0.detach(), x_eval, sigma_eval, eps, cond, rows)
+        return x0, Comparison(x, node, sigma, sigma_next, x0.detach(), x_eval, sigma_eval, eps, uniform_below, eps_below, cond, rows)
 
     @property
     def _limits(self) -> tuple[float, float]:
@@ -219,8 +250,8 @@ def train_matching(
     total = config.fake_score_warmup + config.iterations
     validation = Validation(validate, matcher.task.name, total, config.validate_every)
 
-    def step_fn(step: int) -> dict[str, float]:
-        metrics = matcher.update(step)
+    def step_fn(step: int) -> dict[str, Metric]:
+        metrics: dict[str, Metric] = {**matcher.update(step)}
         if step < config.fake_score_warmup:
             return metrics
         scores = validation.after(step, matcher.ema, matcher.student)

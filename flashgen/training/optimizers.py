@@ -1,15 +1,18 @@
-"""Muon for the matrices of a transformer's blocks, AdamW for everything else."""
+"""Muon for the matrices of a transformer's blocks, AdamW for everything else, without a first moment where beta1 is 0."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashgen.recipe.base import Training
+
+CHUNK = 1 << 26  # numbers that an optimizer updates together
 
 
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -49,6 +52,48 @@ class Muon(torch.optim.Muon):
                     p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
 
 
+class AdamWithoutMomentum(torch.optim.Optimizer):
+    """Adam with beta1 = 0, whose first moment is the gradient and is not stored: 4 bytes per weight instead of 8.
+
+    Parameters are updated a few at a time, so a step needs memory for temporaries of `CHUNK` numbers, not of all weights.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, beta: float, eps: float = 1e-8) -> None:
+        super().__init__(parameters, {"lr": lr, "beta": beta, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may evaluate the loss again
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for chunk in _chunks([p for p in group["params"] if p.grad is not None]):
+                self._update(chunk, [p.grad for p in chunk if p.grad is not None], group)
+
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if "step" not in self.state[p]:
+                self.state[p] |= {"step": 0, "exp_avg_sq": torch.zeros_like(p)}
+            self.state[p]["step"] += 1
+        squares = [self.state[p]["exp_avg_sq"] for p in parameters]
+        torch._foreach_mul_(squares, group["beta"])
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - group["beta"])
+        scales = torch._foreach_sqrt(squares)
+        torch._foreach_div_(scales, [math.sqrt(1 - group["beta"] ** self.state[p]["step"]) for p in parameters])
+        torch._foreach_add_(scales, group["eps"])
+        torch._foreach_addcdiv_(parameters, gradients, scales, -group["lr"])
+
+
+def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive parameters with at most `CHUNK` numbers together; a larger one is alone."""
+    chunk: list[Tensor] = []
+    for p in parameters:
+        if chunk and sum(q.numel() for q in chunk) + p.numel() > CHUNK:
+            yield chunk
+            chunk = []
+        chunk.append(p)
+    if chunk:
+        yield chunk
+
+
 def muon_and_adamw(
     network: nn.Module, blocks: Sequence[nn.Module], config: Training, *, lr: float, muon_lr: float, weight_decay: float = 0.0
 ) -> list[torch.optim.Optimizer]:
@@ -63,10 +108,17 @@ def muon_and_adamw(
     if matrices:
         optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=config.muon_momentum))
     if others:
-        optimizers.append(torch.optim.AdamW(others, lr=lr, betas=config.betas, weight_decay=0.0))
+        optimizers.append(adam(others, lr, config.betas))
     return optimizers
+
+
+def adam(parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """AdamW without weight decay; fused on GPUs, and without a stored first moment where beta1 is 0."""
+    if betas[0] == 0:
+        return AdamWithoutMomentum(parameters, lr, betas[1])
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=parameters[0].device.type == "cuda" or None)
 
 
 def named(prefix: str, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.optim.Optimizer]:
     """Optimizers by kind, for checkpoints: `{prefix}muon`, `{prefix}adamw`."""
-    return {f"{prefix}{type(optimizer).__name__.lower()}": optimizer for optimizer in optimizers}
+    return {f"{prefix}{'muon' if isinstance(optimizer, Muon) else 'adamw'}": optimizer for optimizer in optimizers}

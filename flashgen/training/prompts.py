@@ -22,7 +22,7 @@ from flashgen.models.pipeline import Pipeline
 from flashgen.models.prompts import BATCH, encode_prompts
 from flashgen.progress import track, warn
 from flashgen.runtime.processes import from_first, rank, wait_for_all, world_size
-from flashgen.training.ranks import Draws
+from flashgen.training.ranks import CPU, Draws
 
 if TYPE_CHECKING:
     from flashgen.worlds.base import World
@@ -40,6 +40,7 @@ class PromptPool:
     cond: Conditioning
     empty: Conditioning
     dropped: Tensor | None = None
+    device: torch.device = CPU
 
     @property
     def family(self) -> Family:
@@ -50,8 +51,9 @@ class PromptPool:
         return len(self.cond)
 
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
-        cond = self.cond[rows]
-        return cond if self.dropped is None else _drop(cond, self.dropped[rows])
+        rows = rows if isinstance(rows, slice) else rows.cpu()
+        cond = self.cond[rows].to(self.device)
+        return cond if self.dropped is None else _drop(cond, self.dropped[rows].to(self.device))
 
     def first(self, count: int) -> PromptPool:
         """The first `count` prompts."""
@@ -105,7 +107,8 @@ def prompt_pool(prompts: list[str], pipe: Pipeline, sampler: Sampler, work: Path
     """Conditioning of `prompts` and of the empty prompt; with `work` it is kept in work/prompts-`name` and mapped from there."""
     texts = [*prompts, ""]
     cond = encode_prompts(pipe, texts, sampler) if work is None else _mapped(texts, pipe, sampler, work / f"prompts-{name}")
-    return PromptPool(cond[slice(len(prompts))], cond[slice(len(prompts), None)])
+    empty = cond[slice(len(prompts), None)].to(pipe.device)
+    return PromptPool(cond[slice(len(prompts))].to(CPU), empty, device=pipe.device)
 
 
 def _mapped(texts: list[str], pipe: Pipeline, sampler: Sampler, folder: Path) -> Conditioning:
@@ -126,7 +129,7 @@ def _mapped(texts: list[str], pipe: Pipeline, sampler: Sampler, folder: Path) ->
     for first in track(missing, "embed prompts", total=len(missing)):
         rows = slice(first, first + BATCH)
         for key, value in encode_prompts(pipe, texts[rows], sampler).tensors.items():
-            cond.tensors[key][rows] = value
+            cond.tensors[key][rows] = value.cpu()
         (folder / f"{first:06d}.done").touch()
     wait_for_all()
     return cond

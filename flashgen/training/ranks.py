@@ -6,15 +6,18 @@ step, and metrics before they are logged. So the number of processes changes not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flashgen.pixels import slices
 from flashgen.randomness import generator
 from flashgen.runtime.processes import check_batch, join, rank, world_size
+
+CPU = torch.device("cpu")
 
 
 @torch.no_grad()
@@ -25,6 +28,13 @@ def average_(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             if not isinstance(tensor, DTensor):
                 tensor.copy_(reduce(tensor, "mean"))
+
+
+def mean_metrics(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`summarise` of micro-batches, whose metrics [] stay on their device."""
+    keys = sorted({key for row in rows for key in row})
+    stacked = {key: torch.stack([row[key].detach() for row in rows if key in row]) for key in keys}
+    return {key: values.amin() if key.endswith("_min") else values.mean() for key, values in stacked.items()}
 
 
 def broadcast_flag(flag: bool) -> bool:
@@ -53,19 +63,26 @@ def summarise_ranks(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class Draws:
-    """Random numbers of one training step, a function of `key` (seed, stream, step); B = `batch` / processes."""
+    """Random numbers of one training step on `device`, a function of `key` (seed, stream, step); B = `batch` / processes.
 
-    def __init__(self, batch: int, *key: int) -> None:
+    They come from the CPU's generator, so they are the same on every device.
+    """
+
+    def __init__(self, batch: int, *key: int, device: torch.device = CPU, part: slice = slice(None)) -> None:
         check_batch(batch)
-        self.batch, self.generator = batch, generator(*key)
+        self.batch, self.key, self.generator, self.device, self.part = batch, key, generator(*key), device, part
 
     @property
     def rows(self) -> int:
         """Rows of this process, B."""
-        return self.batch // world_size()
+        return len(range(self.batch // world_size())[self.part])
+
+    def micro_batches(self, size: int) -> list[Draws]:
+        """The same numbers from the start, `size` rows at a time (0: all of them)."""
+        return [Draws(self.batch, *self.key, device=self.device, part=part) for part in slices(self.rows, size or self.rows)]
 
     def _own(self, full: Tensor) -> Tensor:
-        return full[rank() :: world_size()]
+        return full[rank() :: world_size()][self.part].to(self.device)
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal [B, *shape]."""
@@ -80,5 +97,5 @@ class Draws:
         return self._own(torch.randint(high, (self.batch,), generator=self.generator))
 
     def choice(self, weights: Tensor) -> Tensor:
-        """Indices into `weights`, drawn in proportion to them, [B]."""
+        """Indices into `weights`, drawn in proportion to them, [B]; `weights` are on the CPU."""
         return self._own(torch.multinomial(weights, self.batch, replacement=True, generator=self.generator))

@@ -18,10 +18,11 @@ from flashgen.recipe.compression import RestructureRecipe
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.training.cache import Replay
 from flashgen.training.ema import Ema
-from flashgen.training.loop import descend, fit
+from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
-from flashgen.training.ranks import Draws
+from flashgen.training.ranks import CPU, Draws
+from flashgen.training.roles import offloads
 from flashgen.training.rollout import roll_out
 from flashgen.training.schedule import cosine, set_rates
 
@@ -37,8 +38,8 @@ def own_trajectories(student: nn.Module, pool: PromptPool, nodes: list[float], s
     parts, first_rows = [], range(0, len(pool), ROLLOUT_BATCH)
     for first in track(first_rows, "own trajectories", total=len(first_rows)):
         cond = pool[slice(first, first + ROLLOUT_BATCH)]
-        noise = torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, first))
-        parts.append(torch.stack(roll_out(lambda _: student, noise, cond, nodes).states, 1).half())
+        noise = torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, first)).to(pool.device)
+        parts.append(torch.stack(roll_out(lambda _: student, noise, cond, nodes).states, 1).half().cpu())
     return Replay.from_states(torch.cat(parts), pool)
 
 
@@ -62,7 +63,7 @@ def embedding_loss(encoder: nn.Module, pool: PromptPool, ids: Ids, restructuring
     def loss(draws: Draws) -> Tensor:
         rows = draws.randint(len(pool))
         output = _encode(encoder, ids, rows)
-        return mse_loss(output, restructuring.share(pool.cond[rows]).to(output.dtype))
+        return mse_loss(output, restructuring.share(pool[rows]).to(output.dtype))
 
     return loss
 
@@ -74,7 +75,7 @@ def _encode(encoder: nn.Module, ids: Ids, rows: Tensor) -> Tensor:
 
 def _velocity_loss(student: nn.Module, replay: Replay, nodes: list[float], changed: Callable[[Conditioning, Tensor], Conditioning]) -> Loss:
     """Velocity error on one random cached step per sample, with the conditioning `changed(cond, rows)`."""
-    sigmas = torch.tensor(nodes)
+    sigmas = torch.tensor(nodes, device=replay.pool.device)
 
     def loss(draws: Draws) -> Tensor:
         rows, node = draws.randint(len(replay.pool)), draws.randint(len(nodes) - 1)
@@ -95,23 +96,25 @@ def recover(
     checkpoint: CheckpointRecipe,
     name: str = "recovery",
     blocks: Sequence[nn.Module] = (),
+    device: torch.device = CPU,
+    micro_batch: int = 0,
 ) -> None:
     """Minimise `loss` over the parameters of `network` that require gradient (it goes to these only); it ends with its EMA weights.
 
     `blocks` are the modules of `network` whose matrices Muon takes where `restructure.muon_lr` is above 0: a transformer's blocks, none of
-    an encoder.
+    an encoder. `device` is where the networks are; at most `micro_batch` samples pass together (0: all of a process).
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizers = muon_and_adamw(network, blocks, config, lr=config.lr, muon_lr=config.muon_lr)
-    ema = Ema(network, config.ema)
+    ema = Ema(network, config.ema, offloads(network))
 
-    def step_fn(step: int) -> dict[str, float]:
-        draws = Draws(config.batch, seed, RECOVERY_STREAM, step)
+    def step_fn(step: int) -> dict[str, Metric]:
+        draws = Draws(config.batch, seed, RECOVERY_STREAM, step, device=device)
         set_rates(optimizers, cosine(step, iterations, warmup=config.warmup, floor=config.lr_floor))
-        value = loss(draws)
-        norm = descend(value, parameters, optimizers, clip=config.clip, where=f"{name} step {step}")
+        losses = (part.rows / draws.rows * loss(part) for part in draws.micro_batches(micro_batch))
+        value, norm = descend(losses, parameters, optimizers, clip=config.clip, where=f"{name} step {step}")
         ema.update(network, step)
-        return {"loss": value.item(), "grad_norm": norm}
+        return {"loss": value, "grad_norm": norm}
 
     fit(name, iterations, step_fn, {"student": network, "ema": ema, **named("", optimizers)}, work, checkpoint)
     if iterations:

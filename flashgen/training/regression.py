@@ -6,22 +6,24 @@ only seen the source's states does not correct its own errors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flashgen.families.base import velocity
 from flashgen.objectives.trajectory import trajectory_loss
+from flashgen.pixels import slices
 from flashgen.recipe.distillation import Regression, by_step
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.training.cache import Replay
 from flashgen.training.ema import Ema
-from flashgen.training.loop import descend, fit
+from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.ranks import Draws
-from flashgen.training.roles import unwrap
+from flashgen.training.roles import offloads, unwrap
 from flashgen.training.schedule import cosine, set_rates
 from flashgen.training.validation import Validate, Validation
 
@@ -39,29 +41,40 @@ def regress(
     name: Literal["trajectory", "on_policy"] = "trajectory",
     compiled: bool = False,
     validate: Validate | None = None,
+    micro_batch: int = 0,
 ) -> None:
     """Regress the student's velocity at the starts of cached steps onto their average velocity. Gradient: `student` only.
 
     The student ends with its EMA weights, which `validate` gets every `config.validate_every` steps. It sees the conditioning that the
     source saw, since a difference that its own conditioning does not tell would end in a blur. `compiled` uses torch.compile for
-    the shapes of this run alone: shapes that an earlier run has compiled must not decide the order of sums.
+    the shapes of this run alone: shapes that an earlier run has compiled must not decide the order of sums. At most `micro_batch` samples
+    pass together (0: all of a process), and their gradients add up.
     """
-    sigmas, draw_weights = torch.tensor(nodes), torch.tensor(by_step("node_draws", config.node_draws, len(nodes) - 1), dtype=torch.float32)
+    device = replay.pool.device
+    sigmas, draw_weights = (
+        torch.tensor(nodes, device=device),
+        torch.tensor(by_step("node_draws", config.node_draws, len(nodes) - 1), dtype=torch.float32),
+    )
     parameters, blocks = list(student.parameters()), replay.pool.family.blocks(unwrap(student))
     optimizers = muon_and_adamw(student, blocks, config, lr=config.lr, muon_lr=config.muon_lr)
-    ema, validation = Ema(student, config.ema), Validation(validate, name, config.iterations, config.validate_every)
+    ema, validation = Ema(student, config.ema, offloads(student)), Validation(validate, name, config.iterations, config.validate_every)
     learner: Any = torch.compile(student, dynamic=False) if compiled else student
 
-    def step_fn(step: int) -> dict[str, float]:
-        draws = Draws(config.batch, seed, STREAMS[name], step)
+    def step_fn(step: int) -> dict[str, Metric]:
+        draws = Draws(config.batch, seed, STREAMS[name], step, device=device)
         set_rates(optimizers, cosine(step, config.iterations, warmup=config.warmup, floor=config.lr_floor))
         rows, node = draws.randint(len(replay)), draws.choice(draw_weights)
-        x_from, x_to, cond = replay.at(rows, node)
-        v = velocity(learner, x_from, sigmas[node], cond)
-        loss = trajectory_loss(v, x_from, x_to, sigmas[node], sigmas[node + 1], config.huber)
-        norm = descend(loss, parameters, optimizers, clip=config.clip, where=f"{name} step {step}")
+
+        def losses() -> Iterator[Tensor]:
+            for part in slices(len(rows), micro_batch or len(rows)):
+                at = node[part]
+                x_from, x_to, cond = replay.at(rows[part], at)
+                v = velocity(learner, x_from, sigmas[at], cond)
+                yield len(at) / len(rows) * trajectory_loss(v, x_from, x_to, sigmas[at], sigmas[at + 1], config.huber)
+
+        loss, norm = descend(losses(), parameters, optimizers, clip=config.clip, where=f"{name} step {step}")
         ema.update(student, step)
-        return {"loss": loss.item(), "grad_norm": norm} | validation.after(step, ema, student)
+        return {"loss": loss, "grad_norm": norm} | validation.after(step, ema, student)
 
     fit(name, config.iterations, step_fn, {"student": student, "ema": ema, **named("", optimizers)}, work, checkpoint)
     ema.copy_to(student)

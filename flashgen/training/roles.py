@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from flashgen.families.base import predict
@@ -25,7 +26,9 @@ from flashgen.recipe.distillation import LoraTraining
 class Backbone:
     """A frozen transformer with peft adapters, one of which is active; None is the transformer without adapters."""
 
-    def __init__(self, transformer: nn.Module, lora: LoraTraining, roles: list[str], seed: int, targets: str) -> None:
+    def __init__(
+        self, transformer: nn.Module, lora: LoraTraining, roles: list[str], seed: int, targets: str, checkpointing: bool = False
+    ) -> None:
         self.transformer = transformer.requires_grad_(False)
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=targets, init_lora_weights=True)
         with warnings.catch_warnings():
@@ -38,7 +41,7 @@ class Backbone:
             parameter.requires_grad_(".lora_" in name)
             if ".lora_" in name:
                 parameter.data = parameter.data.float()  # small updates are lost in bf16
-        if lora.checkpointing:
+        if checkpointing:
             transformer.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
         self.switch(None)
 
@@ -86,15 +89,9 @@ class Role(nn.Module):
         return self.network.config
 
     def forward(self, return_dict: bool = False, **inputs: Tensor) -> tuple[Tensor]:
-        """Output of the transformer for its keyword arguments, in their dtype; inside, the backbone's dtype is used.
-
-        Floating-point inputs with one axis, noise levels, are not cast: they are never rounded.
-        """
+        """Output of the transformer for its keyword arguments, with this role's adapter."""
         self.backbone.switch(self.adapter)
-        floats = {name: value for name, value in inputs.items() if value.is_floating_point() and value.ndim > 1}
-        dtype = next(iter(floats.values())).dtype
-        cast = {name: value.to(self.network.dtype) for name, value in floats.items()}  # type: ignore[arg-type]
-        return (predict(self.network, inputs | cast).to(dtype),)
+        return (predict(self.network, inputs),)
 
     def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's matrices by their names in the transformer."""
@@ -136,12 +133,21 @@ def unwrap(network: nn.Module) -> nn.Module:
     return network.network if isinstance(network, Role) else network
 
 
-def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, seed: int, targets: str) -> tuple[Role, ...]:
+def offloads(network: nn.Module) -> bool:
+    """Return True if averages of `network` belong into the CPU's memory: those of a dense network on an accelerator that is not sharded."""
+    parameter = next(iter(network.parameters()))
+    return not isinstance(network, Role) and not isinstance(parameter, DTensor) and parameter.device.type != "cpu"
+
+
+def roles_on(
+    transformer: nn.Module, lora: LoraTraining, *names: str, seed: int, targets: str, checkpointing: bool = False
+) -> tuple[Role, ...]:
     """(teacher, one role for each of `names`) on `transformer`. All equal it at first, since every B starts at zero.
 
     `targets` is a regular expression of the modules that get an adapter where `lora.targets` is None (`Family.lora_targets`).
+    `checkpointing` recomputes activations in the backward pass.
     """
-    backbone = Backbone(transformer, lora, list(names), seed, lora.targets or targets)
+    backbone = Backbone(transformer, lora, list(names), seed, lora.targets or targets, checkpointing)
     return (Role(backbone, None), *(Role(backbone, name) for name in names))
 
 

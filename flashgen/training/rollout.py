@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,15 @@ class Rollout:
     states: list[Tensor]
     cond: Conditioning
 
+    @classmethod
+    def join(cls, parts: Sequence[Rollout]) -> Rollout:
+        """The rollouts of micro-batches as one."""
+        states = [torch.cat(states) for states in zip(*(part.states for part in parts), strict=True)]
+        return cls(states, concatenate([part.cond for part in parts]))
+
     def at(self, node: Tensor) -> Tensor:
         """State [B, C, h, w] of each sample at its own node [B]."""
-        return torch.stack(self.states, 1)[torch.arange(len(node)), node]
+        return torch.stack(self.states, 1)[torch.arange(len(node), device=node.device), node]
 
 
 @torch.no_grad()
@@ -32,7 +38,7 @@ def roll_out(net_at: Callable[[float], nn.Module], noise: Tensor, cond: Conditio
     """Deterministic Euler steps from `noise` [B, C, h, w]; `net_at(sigma)` is the network of a node (split branches differ by sigma)."""
     states = [noise]
     for s, s_next in itertools.pairwise(nodes):
-        sigma, sigma_next = torch.full((len(noise),), s), torch.full((len(noise),), s_next)
+        sigma, sigma_next = (torch.full((len(noise),), level, device=noise.device) for level in (s, s_next))
         states.append(move(states[-1], velocity(net_at(s), states[-1], sigma, cond), sigma, sigma_next))
     return Rollout(states, cond)
 

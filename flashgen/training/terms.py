@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,13 +17,15 @@ from flashgen.objectives.adversarial import clamp_ratio, discriminator_loss, gen
 from flashgen.objectives.evaluation import evaluation_point, sigma_below
 from flashgen.objectives.matching import augmentation_term, distance, matching_term, normalise
 from flashgen.objectives.trajectory import trajectory_loss
+from flashgen.pixels import slices
 from flashgen.randomness import seeded
 from flashgen.recipe.distillation import MatchingTraining
 from flashgen.training.cache import Replay
 from flashgen.training.discriminator import Heads, block_features
 from flashgen.training.loop import descend
+from flashgen.training.optimizers import adam
 from flashgen.training.prompts import PromptPool
-from flashgen.training.ranks import Draws
+from flashgen.training.ranks import Draws, mean_metrics
 from flashgen.training.roles import unwrap
 from flashgen.training.rollout import teacher_velocities
 
@@ -33,7 +35,8 @@ class Comparison:
     """Student steps of B samples, and the states at which scores are compared. States [B, C, h, w], the rest [B]; no gradient.
 
     A step leads from `x` at `node`, of noise level `sigma`, to `sigma_next`; `x0` is the student's estimate. Scores are compared at
-    `x_eval` of level `sigma_eval`, for which `eps` is the fresh noise. `rows` are the places of the samples in this process's batch.
+    `x_eval` of level `sigma_eval`, for which `eps` is the fresh noise; decoupled guidance has a point of its own below the node, from
+    `uniform_below` and `eps_below`. `rows` are the places of the samples in this process's batch.
     """
 
     x: Tensor
@@ -44,6 +47,8 @@ class Comparison:
     x_eval: Tensor
     sigma_eval: Tensor
     eps: Tensor
+    uniform_below: Tensor
+    eps_below: Tensor
     cond: Conditioning
     rows: Tensor
 
@@ -55,7 +60,7 @@ class Comparison:
 def weighted_rows(weight: Tensor) -> Tensor:
     """Rows of `weight` [B] that are not zero, or the first one where all are, so that every process calls every network."""
     rows = weight.nonzero().flatten()
-    return rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=weight.device)
 
 
 @contextmanager
@@ -80,7 +85,7 @@ class MatchingTerm:
         self.config, self.weights, self.teacher, self.fake_score, self.pool = config, weights, teacher, fake_score, pool
 
     @torch.no_grad()
-    def direction(self, c: Comparison, draws: Draws) -> tuple[Tensor, dict[str, float]]:
+    def direction(self, c: Comparison) -> tuple[Tensor, dict[str, Tensor]]:
         """Direction at x0 [B, C, h, w], weighted per node and normalised per sample; and sizes of the terms and of the normaliser."""
         config = self.config
         w_match, w_augment = (self.weights[term][c.node].reshape(-1, 1, 1, 1) for term in ("matching", "augmentation"))
@@ -93,13 +98,13 @@ class MatchingTerm:
             x0_teacher = x0_from_v(c.x_eval, velocity(self.teacher, c.x_eval, c.sigma_eval, c.cond), c.sigma_eval)
             scale, match = distance(c.x0, x0_teacher), matching_term(x0_teacher, x0_fake_score)
             total = w_match * normalise(match, scale, floor=config.floor)
-            sigma = sigma_below(c.sigma, draws.rand()[c.rows], (config.min_sigma, config.max_sigma))
-            x = add_noise(c.x0, draws.randn(*c.x0.shape[1:])[c.rows], sigma)  # fresh noise below the node's own level
+            sigma = sigma_below(c.sigma, c.uniform_below, (config.min_sigma, config.max_sigma))
+            x = add_noise(c.x0, c.eps_below, sigma)  # fresh noise below the node's own level
             _, augment, own_scale = self._augmentation(c, x, sigma)
             total = total + w_augment * normalise(augment, own_scale, floor=config.floor)
             scale = torch.minimum(scale, own_scale)
-        sizes = {"matching": match.abs().mean().item(), "augmentation": augment.abs().mean().item()}
-        return total, {"scale_min": scale.min().item(), **sizes}
+        sizes = {"matching": match.abs().mean(), "augmentation": augment.abs().mean()}
+        return total, {"scale_min": scale.min(), **sizes}
 
     def _augmentation(self, c: Comparison, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(teacher's conditional estimate, augmentation term, distance of x0 to the guided estimate) at `x` of level `sigma` [B]."""
@@ -120,17 +125,17 @@ class AdversarialTerm:
         num_blocks = len(family.blocks(unwrap(fake_score)))
         blocks = config.adversarial.blocks or [num_blocks // 2 - 1, num_blocks - 1]
         with seeded(seed):
-            self.heads = Heads(blocks, family.width(unwrap(fake_score)), config.adversarial.channels)
-        self.optimizer = torch.optim.AdamW(self.heads.parameters(), lr=config.adversarial.lr, betas=config.betas, weight_decay=0.0)
+            self.heads = Heads(blocks, family.width(unwrap(fake_score)), config.adversarial.channels).to(replay.pool.device)
+        self.optimizer = adam(list(self.heads.parameters()), config.adversarial.lr, config.betas)
 
-    def direction(self, c: Comparison, other: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def direction(self, c: Comparison, other: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Direction at x0 [B, C, h, w], within `adversarial.band` of the size of `other`; zero at nodes without weight."""
         total, rows = torch.zeros_like(other), self.weights[c.node] > 0
         if not rows.any():
             return total, {}
         weighted = self.weights[c.node[rows]].reshape(-1, 1, 1, 1) * self.gradient(c[rows])
         total[rows], ratio, raw = clamp_ratio(weighted, other[rows], self.config.adversarial.band)
-        return total, {"adversarial_ratio": ratio.mean().item(), "adversarial_raw": raw.mean().item()}
+        return total, {"adversarial_ratio": ratio.mean(), "adversarial_raw": raw.mean()}
 
     def gradient(self, c: Comparison) -> Tensor:
         """Gradient of the generator loss with respect to x0, through the frozen fake score and heads, times the number of elements."""
@@ -143,24 +148,33 @@ class AdversarialTerm:
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient * leaf.numel()
 
-    def fit(self, c: Comparison, draws: Draws, where: str) -> dict[str, float]:
-        """One step of the heads. Fakes are `c.x_eval`; real pictures are noised to the same levels."""
-        is_weighted = self.weights[c.node] > 0
-        c = c[weighted_rows(is_weighted)]
-        rows = draws.randint(len(self.replay.pool))[c.rows]  # trajectories only: on-policy steps end near the student
-        picture = self.replay.ends[rows, -1].float()
-        real = add_noise(picture, draws.randn(*picture.shape[1:])[c.rows], c.sigma_eval)
-        with torch.no_grad():
-            features = [
-                block_features(self.fake_score, self.heads.blocks, x, c.sigma_eval, cond)
-                for x, cond in ((real, self.replay.pool[rows]), (c.x_eval, c.cond))
-            ]
-        logit_real, logit_fake = (self.heads(feature) for feature in features)
-        loss = discriminator_loss(logit_real, logit_fake)
-        share = int(is_weighted.sum()) / draws.rows
-        descend(share * loss, self.heads.parameters(), [self.optimizer], clip=self.config.clip, where=where)
+    def fit(self, comparisons: Sequence[Comparison], draws: Draws, where: str) -> dict[str, Tensor]:
+        """One step of the heads on the micro-batches of a round. Fakes are `x_eval`; real pictures are noised to the same levels."""
+        pictures, noise = draws.randint(len(self.replay.pool)), draws.randn(*comparisons[0].x0.shape[1:])
+        metrics: list[dict[str, Tensor]] = []
+
+        def losses() -> Iterator[Tensor]:
+            for comparison in comparisons:
+                is_weighted = self.weights[comparison.node] > 0
+                c = comparison[weighted_rows(is_weighted)]
+                rows = pictures[c.rows]  # of trajectories only: on-policy steps end near the student
+                _, picture, cond = self.replay.at(rows, torch.full_like(rows, len(self.weights) - 1))
+                real = add_noise(picture, noise[c.rows], c.sigma_eval)
+                logit_real, logit_fake = (self._logits(x, c.sigma_eval, cond) for x, cond in ((real, cond), (c.x_eval, c.cond)))
+                loss = discriminator_loss(logit_real, logit_fake)
+                metrics.append({"heads_loss": loss.detach(), "logit_real": logit_real.mean(), "logit_fake": logit_fake.mean()})
+                yield is_weighted.sum() / draws.rows * loss
+
+        descend(losses(), self.heads.parameters(), [self.optimizer], clip=self.config.clip, where=where)
         self.heads.refresh(self.config.adversarial.refresh, self.optimizer, draws.generator)
-        return {"heads_loss": loss.item(), "logit_real": logit_real.mean().item(), "logit_fake": logit_fake.mean().item()}
+        return mean_metrics(metrics)
+
+    def _logits(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Logits [B, heads] at `x`. Gradient: the heads."""
+        with torch.no_grad():
+            features = block_features(self.fake_score, self.heads.blocks, x, sigma, cond)
+        logits: Tensor = self.heads(features)
+        return logits
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
@@ -171,11 +185,13 @@ class TrajectoryTerm:
     """Trajectory guidance from the cache on the nodes that it weighs (CrossDistill's routing); `weights` are those of `choices`."""
 
     def __init__(self, weights: Tensor, choices: Tensor, sigmas: Tensor, replay: Replay) -> None:
-        self.weights, self.choices, self.sigmas, self.replay = weights, choices, sigmas, replay
+        self.weights, self.choices, self.sigmas, self.replay = weights.cpu(), choices, sigmas, replay
 
-    def loss(self, student: nn.Module, draws: Draws) -> Tensor:
-        """Mean of the weights times the loss at nodes drawn in proportion to them. Gradient: `student`."""
-        node = self.choices[draws.choice(self.weights)]
-        x_from, x_to, cond = self.replay.at(draws.randint(len(self.replay)), node)
-        sigma, sigma_next = self.sigmas[node], self.sigmas[node + 1]
-        return self.weights.mean() * trajectory_loss(velocity(student, x_from, sigma, cond), x_from, x_to, sigma, sigma_next)
+    def losses(self, student: nn.Module, draws: Draws, micro_batch: int) -> Iterator[Tensor]:
+        """By micro-batches, the mean of the weights times the loss at nodes drawn in proportion to them. Gradient: `student`."""
+        node, rows = self.choices[draws.choice(self.weights)], draws.randint(len(self.replay))
+        for part in slices(len(rows), micro_batch or len(rows)):
+            x_from, x_to, cond = self.replay.at(rows[part], node[part])
+            sigma, sigma_next = self.sigmas[node[part]], self.sigmas[node[part] + 1]
+            loss = trajectory_loss(velocity(student, x_from, sigma, cond), x_from, x_to, sigma, sigma_next)
+            yield len(x_from) / len(rows) * self.weights.mean() * loss

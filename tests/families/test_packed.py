@@ -165,7 +165,7 @@ def test_distill_and_finetune_write_students_of_the_family(teacher: Path, studen
 @pytest.mark.parametrize(
     "settings",
     [
-        ["distill.lora={rank: 4, checkpointing: true, base: bfloat16}"],
+        ["distill.lora={rank: 4, base: bfloat16}", "compute.activation_checkpointing=true", "compute.precision=bfloat16"],
         [HEADS, "distill.size_px=96x64", "distill.on_policy.iterations=1", "distill.on_policy.prompts=4"],
         [HEADS, "distill.lora={rank: 4}", "distill.matching.validate_every=1"],
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from flashgen.artifact.store import versions
 from flashgen.errors import MachineError, NumericsError, UsageError
@@ -34,7 +35,7 @@ def saved_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_resumed_distill_equals_an_uninterrupted_one_file_by_file(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*arguments: object, where: str, **options: object) -> float:
+    def interrupted(*arguments: object, where: str, **options: object) -> tuple[Tensor, Tensor]:
         if where == "matching fake score step 1":
             raise KeyboardInterrupt
         return loop.descend(*arguments, where=where, **options)  # type: ignore[arg-type]

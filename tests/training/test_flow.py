@@ -60,7 +60,7 @@ def test_flow_training_moves_the_transformer_only_and_resumes_bit_for_bit(
     assert same(frozen(pipe, *ENCODERS, "vae"), still)
     assert not same(expected[: len(list(start.parameters()))], [p.detach() for p in start.parameters()])
 
-    def interrupted(*arguments: object, where: str, **options: object) -> float:
+    def interrupted(*arguments: object, where: str, **options: object) -> tuple[Tensor, Tensor]:
         if where == "teacher step 2":
             raise KeyboardInterrupt
         return loop.descend(*arguments, where=where, **options)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from flashgen.randomness import generator
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.training.checkpoint import Stateful
 from flashgen.training.ema import Ema
-from flashgen.training.loop import descend, fit
+from flashgen.training.loop import Metric, descend, fit
 from tests import runs
 
 EVERY_STEP = CheckpointRecipe.model_construct(every_s=0.0, share=math.inf)
@@ -39,15 +39,15 @@ class Regression:
         self.ema = Ema(self.model, 0.9)
         self.fail_at, self.seen = fail_at, list[int]()
 
-    def step(self, step: int) -> dict[str, float]:
+    def step(self, step: int) -> dict[str, Metric]:
         if step == self.fail_at:
             raise KeyboardInterrupt
         self.seen.append(step)
         x = torch.randn(4, 3, generator=generator(2, step))
         loss = (self.model(x) - x[:, :2]).square().mean()
-        norm = descend(loss, self.model.parameters(), [self.optimizer], clip=1.0, where=f"step {step}")
+        _, norm = descend([loss], self.model.parameters(), [self.optimizer], clip=1.0, where=f"step {step}")
         self.ema.update(self.model, step)
-        return {"loss": loss.item(), "grad_norm": norm}
+        return {"loss": loss, "grad_norm": norm}
 
     def fit(self, work: Path, checkpoint: CheckpointRecipe = EVERY_STEP) -> None:
         state: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
@@ -132,7 +132,7 @@ def test_descend_raises_before_a_weight_changes_when_something_is_not_finite(bro
     weight = nn.Parameter(torch.tensor([1.0, 0.0]))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     for _ in range(2):  # Adam has moments, so that even a zero gradient would move the weight
-        descend(weight.square().sum(), [weight], [optimizer], clip=1.0, where="start")
+        descend([weight.square().sum()], [weight], [optimizer], clip=1.0, where="start")
     before, moments = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
     losses = {
         "nan loss": weight.sum() * float("nan"),
@@ -142,7 +142,7 @@ def test_descend_raises_before_a_weight_changes_when_something_is_not_finite(bro
     }
     assert torch.isfinite(losses["inf gradient"]) and torch.isfinite(losses["nan gradient"])
     with pytest.raises(NumericsError, match=r"teacher step 7.*before the optimizer step.*--set"):
-        descend(losses[broken], [weight], [optimizer], clip=1.0, where="teacher step 7")
+        descend([losses[broken]], [weight], [optimizer], clip=1.0, where="teacher step 7")
     assert torch.equal(weight, before) and torch.equal(optimizer.state[weight]["exp_avg"], moments)
     assert NumericsError.exit_code == 4
 
@@ -151,9 +151,9 @@ def test_descend_clips_the_norm_forgets_old_gradients_and_reports_the_norm_befor
     weight = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     for expected in ([2.4, 3.2], [1.8, 2.4]):
-        norm = descend(10 * weight.square().sum() / 2, [weight], [optimizer], clip=1.0, where="")
+        _, norm = descend([10 * weight.square().sum() / 2], [weight], [optimizer], clip=1.0, where="")
         assert torch.allclose(weight.detach(), torch.tensor(expected))
-        assert norm == pytest.approx(10 * (torch.tensor(expected) * 1.0).norm().item() + 10)
+        assert norm.item() == pytest.approx(10 * (torch.tensor(expected) * 1.0).norm().item() + 10)
 
 
 RUN = """

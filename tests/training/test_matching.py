@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,16 +71,16 @@ class Watch:
             self.fake_score = copy.deepcopy(source)
             return self.fake_score
 
-        def descend(loss: Tensor, *arguments: object, where: str, **options: object) -> float:
+        def descend(losses: Iterable[Tensor], *arguments: object, where: str, **options: object) -> tuple[Tensor, Tensor]:
             moving, still = (self.fake_score, self.student) if "fake score" in where else (self.student, self.fake_score)
             before = weights(moving), weights(still)
             for parameter in still.parameters():
                 parameter.grad = None
-            norm = loop.descend(loss, *arguments, where=where, **options)  # type: ignore[arg-type]
+            found = loop.descend(losses, *arguments, where=where, **options)  # type: ignore[arg-type]
             assert not same(weights(moving), before[0]) and same(weights(still), before[1])
             assert all(p.grad is None for p in [*still.parameters(), *teacher.parameters()])
             self.steps.append("fake_score" if moving is self.fake_score else "student")
-            return norm
+            return found
 
         monkeypatch.setattr(matching, "copy", SimpleNamespace(deepcopy=copy_teacher))
         monkeypatch.setattr(matching, "descend", descend)
@@ -150,7 +150,7 @@ def test_train_matching_resumes_bit_for_bit_and_ends_in_the_average(
     assert same(expected, list(saved["ema"]["shadow"].values()))
     assert not same(expected, [saved["student"][name] for name in saved["ema"]["shadow"]])
 
-    def interrupted(*arguments: object, where: str, **options: object) -> float:
+    def interrupted(*arguments: object, where: str, **options: object) -> tuple[Tensor, Tensor]:
         if where == "matching fake score step 2":
             raise KeyboardInterrupt
         return loop.descend(*arguments, where=where, **options)  # type: ignore[arg-type]
@@ -308,17 +308,17 @@ def test_heads_learn_and_push_only_on_their_turn(
     networks = {"student": student, "fake_score": matcher.fake_score, "heads": adversarial(matcher).heads}
     turns: list[str] = []
 
-    def watched(loss: Tensor, *arguments: object, where: str, **options: object) -> float:
+    def watched(losses: Iterable[Tensor], *arguments: object, where: str, **options: object) -> tuple[Tensor, Tensor]:
         own = "fake_score" if "fake score" in where else "heads" if "heads" in where else "student"
         before = {name: weights(net) for name, net in networks.items()}
         for net in networks.values():
             net.zero_grad(set_to_none=True)
-        norm = loop.descend(loss, *arguments, where=where, **options)  # type: ignore[arg-type]
+        found = loop.descend(losses, *arguments, where=where, **options)  # type: ignore[arg-type]
         for name, net in networks.items():
             assert same(weights(net), before[name]) == (name != own)
             assert (name == own) or all(p.grad is None for p in net.parameters())
         turns.append(own)
-        return norm
+        return found
 
     monkeypatch.setattr(matching, "descend", watched)
     monkeypatch.setattr(terms, "descend", watched)
@@ -347,7 +347,8 @@ def comparison(**changes: Tensor | Conditioning) -> Comparison:
     nothing, node = torch.full((4, *SHAPE), torch.nan), torch.arange(4)
     sigma, sigma_next = (torch.tensor(levels)[node] for levels in (NODES[:-1], NODES[1:]))
     fields = {"x": nothing, "node": node, "sigma": sigma, "sigma_next": sigma_next, "x0": nothing, "x_eval": nothing}
-    return Comparison(**{**fields, "sigma_eval": sigma, "eps": nothing, "rows": node, **changes})  # type: ignore[arg-type]
+    fields |= {"sigma_eval": sigma, "eps": nothing, "uniform_below": nothing[:, 0, 0, 0], "eps_below": nothing, "rows": node}
+    return Comparison(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("augmentation", ["tied", "decoupled"])
@@ -357,8 +358,9 @@ def test_the_direction_is_the_formula_of_the_paper(augmentation: str, transforme
     rows = Draws(4, 0, 1)
     x0, x, cond = rows.randn(*SHAPE), rows.randn(*SHAPE), pool.cond[torch.arange(4)]
     sigma_eval, empty = torch.tensor([0.9, 0.75, 0.5, 0.2]), pool.empty_for(cond)
-    c = comparison(x0=x0, x_eval=x, sigma_eval=sigma_eval, cond=cond)
-    direction, sizes = m.matching.direction(c, Draws(4, 0, 2))
+    g = Draws(4, 0, 2)
+    c = comparison(x0=x0, x_eval=x, sigma_eval=sigma_eval, cond=cond, uniform_below=g.rand(), eps_below=g.randn(*SHAPE))
+    direction, sizes = m.matching.direction(c)
 
     def clean(net: nn.Module, x: Tensor, s: Tensor, cond: Conditioning) -> Tensor:
         with torch.no_grad():

@@ -25,8 +25,8 @@ SHAPE = (16, 4, 4)
 LORA = LoraTraining(rank=4)
 
 
-def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str) -> tuple[Role, ...]:
-    return roles_with_targets(transformer, lora, *names, seed=0, targets=SD3.lora_targets)
+def roles_on(transformer: nn.Module, lora: LoraTraining, *names: str, checkpointing: bool = False) -> tuple[Role, ...]:
+    return roles_with_targets(transformer, lora, *names, seed=0, targets=SD3.lora_targets, checkpointing=checkpointing)
 
 
 def output(net: nn.Module, pool: PromptPool) -> Tensor:
@@ -116,8 +116,7 @@ def test_aligned_adapters_are_aligned_networks_while_they_share_an_a(transformer
 
 
 def test_a_base_in_bf16_has_adapters_in_fp32_and_gives_fp32(transformer: Build, pool: PromptPool) -> None:
-    lora = LORA.model_copy(update={"checkpointing": True})
-    teacher, student = roles_on(transformer(0).to(torch.bfloat16), lora, "student")
+    teacher, student = roles_on(transformer(0).to(torch.bfloat16), LORA, "student", checkpointing=True)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     shake(student, 1)
     v = output(student, pool)
@@ -137,8 +136,8 @@ def test_gradients_never_mix_even_when_another_role_works_before_the_backward(
     """With checkpoints the student's blocks run again in the backward pass, while the fake score's adapter is at work."""
     expected: dict[str, Tensor] = {}
     for switched in (False, True):
-        lora = LORA.model_copy(update={"checkpointing": checkpointing and switched})
-        teacher, student, fake_score = roles_on(transformer(0), lora, "student", "fake_score")
+        recompute = checkpointing and switched
+        teacher, student, fake_score = roles_on(transformer(0), LORA, "student", "fake_score", checkpointing=recompute)
         shake(student, 1)
         shake(fake_score, 2)
         loss = output(student, pool).square().mean()

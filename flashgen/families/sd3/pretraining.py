@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from flashgen.artifact.manifest import Sampler
 from flashgen.models.pipeline import Pipeline
 from flashgen.recipe.teacher import EncoderTraining
-from flashgen.training.loop import descend, fit
+from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.schedule import cosine, set_rates
 from flashgen.worlds.base import TeacherData
 
@@ -43,7 +43,7 @@ def train_encoders(
     parameters = [p for n, p in module.named_parameters() if "position_embedding" not in n]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=0.0)
 
-    def step_fn(step: int) -> dict[str, float]:
+    def step_fn(step: int) -> dict[str, Metric]:
         requests = data.draw(np.random.default_rng([seed, ENCODER_STREAM, step]), config.batch)
         captions = [data.caption(request) for request in requests]
         ids = pipe.family.tokenize(pipe, captions, sampler)
@@ -58,7 +58,7 @@ def train_encoders(
             binary_cross_entropy_with_logits(heads[name](encoders[name](**ids[name]).text_embeds), want) for name, want in wanted.items()
         ]
         loss = grammar + sum(words)
-        norm = descend(loss, parameters, [optimizer], clip=config.clip, where=f"encoder step {step}")
+        _, norm = descend([loss], parameters, [optimizer], clip=config.clip, where=f"encoder step {step}")
         return {"loss": loss.item(), "grammar": grammar.item(), "words": sum(w.item() for w in words), "grad_norm": norm}
 
     fit("encoders", config.steps, step_fn, {"module": module, "optimizer": optimizer}, work)
