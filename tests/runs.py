@@ -84,6 +84,7 @@ def generate(
     preview: bool = False,
     engine: str = "auto",
     memory: str | None = None,
+    device: str = "cpu",
     **request: Any,
 ) -> list[Path]:
     """`flashgen generate`: prompt i from seed + i, or every prompt from each of `seeds`; `request` are further fields of Request."""
@@ -94,7 +95,9 @@ def generate(
     size = option_size(None if size_px is None else str(size_px))
     asked = Request([prompt for prompt, _ in pairs], [number for _, number in pairs], size=size, **request)
     columns = len(seeds or []) if contact_sheet else None
-    return draw(open_input(artifact), asked, out, batch=batch, grid_columns=columns, preview=preview, engine=engine, memory=memory)
+    return draw(
+        open_input(artifact), asked, out, batch=batch, grid_columns=columns, preview=preview, engine=engine, memory=memory, device=device
+    )
 
 
 def bench(

@@ -30,10 +30,13 @@ def to_half(tensor: Tensor, name: str) -> Tensor:
 
 
 def save_network(network: Any, folder: Path) -> None:
-    """A diffusers or transformers network in fp16 (converted in place). Raises NumericsError for weights that fp16 cannot hold."""
+    """A diffusers or transformers network in fp16 (converted in place, and moved to the CPU).
+
+    Raises NumericsError for weights that fp16 cannot hold.
+    """
     for name, parameter in network.named_parameters():
         to_half(parameter.data, f"{folder.name}: {name}")
-    network.to(torch.float16).save_pretrained(folder, safe_serialization=True, max_shard_size="2GB")
+    network.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True, max_shard_size="2GB")
 
 
 def save_pipeline(folder: Path, pipe: Pipeline) -> None:

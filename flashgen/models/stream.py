@@ -133,4 +133,4 @@ def write(path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         file.write(len(head).to_bytes(8, "little") + head)
         for (name, tensor), (expected, (dtype, shape)) in zip(tensors, shapes.items(), strict=True):
             assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, tuple(shape)), name
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+            file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")

@@ -64,9 +64,9 @@ def train_autoencoder(
         error = vae.decode(z).sample - x
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = error.abs().mean() + error.square().mean() + config.kl_weight * kl
-        _, norm = descend([loss], parameters, [optimizer], clip=config.clip, where=f"autoencoder step {step}")
+        value, norm = descend([loss], parameters, [optimizer], clip=config.clip, where=f"autoencoder step {step}")
         psnr = -10 * math.log10(error.square().mean().item() / 4)
-        return {"loss": loss.item(), "psnr": psnr, "kl": kl.item(), "grad_norm": norm}
+        return {"loss": value, "psnr": psnr, "kl": kl.item(), "grad_norm": norm}
 
     fit("autoencoder", config.steps, step_fn, {"vae": vae, "optimizer": optimizer}, work, checkpoint)
 

@@ -115,7 +115,7 @@ class Calibration:
             moved = (sigma_next - sigma) * self._velocity(x, sigma)
             where = exact(x.device)
             columns = torch.stack([x[fit].flatten(), moved[fit].flatten()], 1).to(where).double()
-            a, b = torch.linalg.lstsq(columns, self.states[index + 1, fit].flatten().to(where).double()).solution.tolist()
+            a, b = torch.linalg.lstsq(columns, self.states[index + 1, fit].flatten().to(where).double()).solution.cpu().tolist()
             scales.append((a, b))
             x = a * x + b * moved
         return scales, self.latent_error(held_out), self._error(x[held_out], held_out)

@@ -64,9 +64,9 @@ def train_flow(
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             v = velocity(transformer, add_noise(x0, eps, sigma), sigma, cond)
         loss = (v.float() - (eps - x0)).square().mean()
-        _, norm = descend([loss], parameters, optimizers, clip=config.clip, where=f"teacher step {step}")
+        value, norm = descend([loss], parameters, optimizers, clip=config.clip, where=f"teacher step {step}")
         ema.update(transformer, step)
-        return {"loss": loss, "grad_norm": norm}
+        return {"loss": value, "grad_norm": norm}
 
     fit("teacher", config.steps, step_fn, {"transformer": transformer, "ema": ema, **named("", optimizers)}, work, checkpoint)
     return ema

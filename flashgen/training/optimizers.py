@@ -71,13 +71,13 @@ class AdamWithoutMomentum(torch.optim.Optimizer):
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
             if "step" not in self.state[p]:
-                self.state[p] |= {"step": 0, "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p] |= {"step": torch.zeros(()), "exp_avg_sq": torch.zeros_like(p)}
             self.state[p]["step"] += 1
         squares = [self.state[p]["exp_avg_sq"] for p in parameters]
         torch._foreach_mul_(squares, group["beta"])
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - group["beta"])
         scales = torch._foreach_sqrt(squares)
-        torch._foreach_div_(scales, [math.sqrt(1 - group["beta"] ** self.state[p]["step"]) for p in parameters])
+        torch._foreach_div_(scales, [math.sqrt(1 - group["beta"] ** int(self.state[p]["step"])) for p in parameters])
         torch._foreach_add_(scales, group["eps"])
         torch._foreach_addcdiv_(parameters, gradients, scales, -group["lr"])
 

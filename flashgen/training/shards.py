@@ -23,9 +23,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 @cache
-def _mesh() -> DeviceMesh:
+def _mesh(device_type: str) -> DeviceMesh:
     join()
-    return init_device_mesh("cpu", (world_size(),))
+    return init_device_mesh(device_type, (world_size(),))
 
 
 def shard(network: Network, family: Family) -> Network:
@@ -33,7 +33,7 @@ def shard(network: Network, family: Family) -> Network:
     if sharded():
         parts: list[nn.Module] = [*family.blocks(network), network]
         for part in parts:  # the root is sharded again after a forward pass: weights are read between passes
-            fully_shard(part, mesh=_mesh(), reshard_after_forward=True)
+            fully_shard(part, mesh=_mesh(next(network.parameters()).device.type), reshard_after_forward=True)
         local = sum(p.to_local().numel() for p in network.parameters() if isinstance(p, DTensor))
         say(f"FSDP2: the first process keeps {local} of {sum(p.numel() for p in network.parameters())} weights")
     return network
@@ -41,13 +41,16 @@ def shard(network: Network, family: Family) -> Network:
 
 @torch.no_grad()
 def gather(state: Any, *, keep: bool = True) -> Any:
-    """`state`, a tensor or nested dicts, with sharded tensors gathered (None instead unless `keep`). All processes must call it."""
+    """`state`, a tensor or nested dicts, on the CPU, with sharded tensors gathered (None instead unless `keep`).
+
+    One tensor at a time, so that an accelerator never holds them all. All processes must call it.
+    """
     if isinstance(state, dict):
         return {key: gather(value, keep=keep) for key, value in state.items()}
     if isinstance(state, DTensor):
         full = state.full_tensor()
-        return full if keep else None
-    return state
+        return full.cpu() if keep else None
+    return state.cpu() if isinstance(state, Tensor) else state
 
 
 def gathered_network(network: nn.Module, family: Family) -> nn.Module:

@@ -58,8 +58,8 @@ def train_encoders(
             binary_cross_entropy_with_logits(heads[name](encoders[name](**ids[name]).text_embeds), want) for name, want in wanted.items()
         ]
         loss = grammar + sum(words)
-        _, norm = descend([loss], parameters, [optimizer], clip=config.clip, where=f"encoder step {step}")
-        return {"loss": loss.item(), "grammar": grammar.item(), "words": sum(w.item() for w in words), "grad_norm": norm}
+        value, norm = descend([loss], parameters, [optimizer], clip=config.clip, where=f"encoder step {step}")
+        return {"loss": value, "grammar": grammar.item(), "words": sum(w.item() for w in words), "grad_norm": norm}
 
     fit("encoders", config.steps, step_fn, {"module": module, "optimizer": optimizer}, work)
     for encoder in encoders.values():
