@@ -21,7 +21,6 @@ from benchmarks.scores import Bar, report
 from flashgen import worlds
 from flashgen.artifact.store import open_artifact
 from flashgen.device.sampler import DevicePipeline
-from flashgen.flow.grid import unshift
 from flashgen.models.pipeline import load_pipeline
 from flashgen.models.sample import latent_shape, sample
 from flashgen.noise import latents
@@ -52,13 +51,14 @@ def in_diffusers(path: Path, prompts: list[str], **parts: Any) -> float:
     sampler, loaded = sampler_of(source), load_pipeline(source.path)
     ours, shape = sample(loaded, sampler, prompts, list(range(len(prompts)))), latent_shape(loaded, sampler.size_px)
     pipe = StableDiffusion3Pipeline.from_pretrained(source.path, torch_dtype=torch.float32, **parts)
+    pipe.scheduler.set_shift(1.0)
     pipe.set_progress_bar_config(disable=True)
     worst = 99.0
     for seed, prompt in enumerate(prompts):
         theirs = pipe(
             prompt,
             latents=torch.from_numpy(latents(shape, [seed])),
-            sigmas=[unshift(s, sampler.shift) for s in sampler.sigmas[:-1]],
+            sigmas=sampler.sigmas[:-1],
             guidance_scale=sampler.guidance,
             max_sequence_length=sampler.tokens["t5"],
             height=sampler.size_px.height,

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from optimum.onnxruntime import ORTDiffusionPipeline
 
-from flashgen.flow.grid import unshift
 from flashgen.noise import latents
 
 
@@ -24,12 +23,13 @@ def main(folder: Path, out: Path, prompts: list[str]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     sampler, shape, factor = manifest["sampler"], manifest["extra"]["latent_shape"], manifest["extra"]["graph"]["vae"]["factor"]
     pipe = ORTDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.scheduler.set_shift(1.0)
     pipe.set_progress_bar_config(disable=True)
     pictures = [
         pipe(
             prompt,
             latents=torch.from_numpy(latents(tuple(shape), [seed])),
-            sigmas=[unshift(s, sampler["shift"]) for s in sampler["sigmas"][:-1]],
+            sigmas=sampler["sigmas"][:-1],
             guidance_scale=sampler["guidance"],
             max_sequence_length=sampler["tokens"]["t5"],
             height=shape[1] * factor,

@@ -33,8 +33,8 @@ class Artifact:
         return Parent(role=role, path=str(self.path.absolute()), digest=self.manifest.digest)
 
     def size_bytes(self) -> int:
-        """Bytes of all files, without those in `last/` (a second set of weights, for comparison only)."""
-        return sum(file.size for file in self.manifest.files if not file.path.startswith("last/"))
+        """Bytes of all files, without those in `last/` (other weights, for comparison) and `lora/` (the same weights once more)."""
+        return sum(file.size for file in self.manifest.files if not file.path.startswith(("last/", "lora/")))
 
 
 def resolve(ref: str | Path) -> Path:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flashgen.artifact.manifest import Manifest, Sampler
+    from flashgen.families.cards import Published, Usage
     from flashgen.families.graphs import Component
     from flashgen.models.pipeline import Pipeline
     from flashgen.recipe.compression import RestructureRecipe
@@ -123,6 +124,7 @@ class Family(ABC):
     restructuring: ClassVar[Restructuring | None] = None
     protect: ClassVar[tuple[str, ...]] = ()  # name prefixes of layers that quantization keeps at 8 bits
     lora_targets: ClassVar[str]  # regular expression of the modules that get an adapter
+    lora_prefix: ClassVar[str] = "transformer"  # of the tensors' names in a LoRA file
     modulation: ClassVar[re.Pattern[str] | None] = None  # adaLN Linears, whose input is one vector per picture, the same for all blocks
     costs: ClassVar[Costs]
     architectures: ClassVar[tuple[str, ...]] = ()  # names that `teacher random --like` takes
@@ -184,7 +186,22 @@ class Family(ABC):
         """The same for a device artifact that was exported before descriptions were stored."""
         raise ArtifactError(f"{folder}: the manifest does not describe its components; export the student again with: flashgen export")
 
+    def usage(self, sampler: Sampler, prompt: str, base: str) -> Usage | None:
+        """How other programs draw `prompt`; `base` is a folder or hub id of the pipeline under a LoRA. None: no other program does."""
+        return None
+
+    def published(self, configs: Configs) -> Published | None:
+        """The published weights whose transformer has this config, or None."""
+        return None
+
     # ---- torch
+
+    def set_scheduler(self, folder: Path, sampler: Sampler) -> bool:
+        """Set the scheduler in `folder` so that diffusers' `num_inference_steps` alone walks `sampler.sigmas`.
+
+        False where no setting does; the folder is then left as it was.
+        """
+        return False
 
     @abstractmethod
     def network_classes(self) -> dict[str, Any]:

@@ -10,11 +10,6 @@ def shift(u: float, k: float) -> float:
     return k * u / (1 + (k - 1) * u)
 
 
-def unshift(sigma: float, k: float) -> float:
-    """Inverse of `shift`. A diffusers scheduler shifts every list of sigmas that it is given, so it gets unshifted ones."""
-    return sigma / (k - (k - 1) * sigma)
-
-
 def shifted_grid(n: int, k: float) -> list[float]:
     """`n` evaluations at shift(1), shift((n-1)/n), ..., shift(1/n), then 0; n = 4, k = 3: 1, .9, .75, .5, 0 (our choice).
 

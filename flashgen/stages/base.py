@@ -254,6 +254,10 @@ def _finish(stage: Stage, draft: Draft, result: Result) -> Artifact:
         from flashgen.stages.report import validate
 
         metrics = {**validate(stage, draft, result), **metrics}
+    if stage.kind != "teacher":
+        from flashgen.stages.card import write_card
+
+        write_card(stage, draft, result.sampler, metrics)
     return draft.publish(sampler=result.sampler, metrics=metrics, extra=result.extra)
 
 

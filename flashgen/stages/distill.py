@@ -138,7 +138,7 @@ class Distill(Stage):
         text, text_adds = footprint.embedding(prompts)
         transformers = 2 if matching.validate_every and matching.iterations and self.judges else 1  # the best validation's and the last
         disk = prompts * footprint.conditioning_bytes() + 2 * transformers * transformer.count + 2 * states * one.latent
-        disk += learned * self._checkpoint_bytes()
+        disk += learned * (self._checkpoint_bytes() + (2 if lora else 0))  # the LoRA file
         number = "bf16" if size == 2 else "fp32"
         work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
         plan = Plan({"embed": text, "train": train}, disk, forwards, work, {"train": MEMORY_ADVICE})
@@ -175,6 +175,7 @@ class Distill(Stage):
         from flashgen.models.sample import latent_shape
         from flashgen.models.save import save_changed, save_tensors
         from flashgen.stages.report import Validator
+        from flashgen.training.lora import save_lora
         from flashgen.training.regression import regress
         from flashgen.training.roles import Role
         from flashgen.training.shards import gathered_network, shard
@@ -212,6 +213,7 @@ class Distill(Stage):
             metrics = self._match(draft, pipe, (teacher, student, fake_score), nodes, shape, replay, validate)
         if isinstance(student, Role):
             save_tensors(draft.path / "transformer", source / "transformer", student.merged)
+            save_lora(draft.path / "lora", student, self.family.lora_prefix, nodes, self.source.manifest.digest)
             save_changed(draft, source, self.family, {}, kept=("transformer",))
         else:
             save_changed(draft, source, self.family, {"transformer": gathered_network(student, self.family)})

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from flashgen.flow.grid import shift, shifted_grid, unshift
+from flashgen.flow.grid import shifted_grid
 from flashgen.flow.ode import euler, guide, second_order
 
 
@@ -19,11 +19,6 @@ def test_shifted_grid_contains_the_students_nodes_when_its_steps_are_a_multiple(
     fine = shifted_grid(28, 3.0)
     assert len(fine) == 29 and fine[-1] == 0
     assert [fine[i] for i in range(0, 29, 7)] == pytest.approx(shifted_grid(4, 3.0))
-
-
-def test_unshift_undoes_shift() -> None:
-    for sigma in np.linspace(0, 1, 11):
-        assert shift(unshift(sigma, 3.0), 3.0) == pytest.approx(sigma, abs=1e-15)
 
 
 def test_euler_is_exact_on_straight_paths_and_passes_each_node() -> None:

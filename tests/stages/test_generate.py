@@ -13,7 +13,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, MachineError, UsageError
 from flashgen.families.base import velocity
-from flashgen.flow.grid import shifted_grid, unshift
+from flashgen.flow.grid import shifted_grid
 from flashgen.models.pipeline import load_pipeline
 from flashgen.models.prompts import encode_prompts
 from flashgen.models.sample import latent_shape, sample, sample_latents
@@ -47,11 +47,12 @@ def in_diffusers(artifact: Artifact, seeds: list[int], size: Size = SQUARE, **op
     assert sampler is not None
     absent = {} if sampler.has_all_encoders else {"text_encoder_3": None, "tokenizer_3": None}
     pipe = StableDiffusion3Pipeline.from_pretrained(str(artifact.path), **absent).to(torch.float32)
+    pipe.scheduler.set_shift(1.0)
     pipe.set_progress_bar_config(disable=True)
     out = pipe(
         PROMPTS,
         latents=torch.from_numpy(latents((16, size.height // 8, size.width // 8), seeds)),
-        sigmas=[unshift(s, sampler.shift) for s in sampler.sigmas[:-1]],
+        sigmas=sampler.sigmas[:-1],
         guidance_scale=sampler.guidance,
         max_sequence_length=sampler.tokens["t5"],
         height=size.height,

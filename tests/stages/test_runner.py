@@ -87,7 +87,7 @@ def test_a_run_resumes_after_any_error_and_leaves_the_versions_alone(error: Base
     assert versions(out) == [before.path] and open_artifact(out, verify=True) == before
     Copy.error = None
     after = copied(student, out, seed=1)  # the lock is free, and the unfinished version is gone
-    assert after.path.name == "v0002" and [f.path for f in after.manifest.files] == [WEIGHTS]
+    assert after.path.name == "v0002" and [f.path for f in after.manifest.files] == ["README.md", WEIGHTS]
     assert Copy.made == [[], [], ["checkpoint"]]
 
 
@@ -366,5 +366,5 @@ def test_two_processes_publish_one_version_that_both_return(student: Artifact, t
         names.append(done.stdout.splitlines())
     made = open_artifact(tmp_path / "out", verify=True)
     assert names == [[f"v0001 {made.manifest.digest}"] * 2] * 2
-    assert [f.path for f in made.manifest.files] == [WEIGHTS] and not (tmp_path / "out" / ".work").exists()
+    assert [f.path for f in made.manifest.files] == ["README.md", WEIGHTS] and not (tmp_path / "out" / ".work").exists()
     assert done.stderr.count("is up to date") == 1

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flashgen.artifact.manifest import Manifest, Sampler
+    from flashgen.families.cards import Published, Usage
     from flashgen.families.graphs import Component
     from flashgen.models.pipeline import Pipeline
     from flashgen.recipe.schema import CheckpointRecipe
@@ -115,7 +116,22 @@ class SD3(Family):
 
         return describe_old(self, folder, manifest)
 
+    def usage(self, sampler: Sampler, prompt: str, base: str) -> Usage:
+        from flashgen.families.sd3.usage import usage
+
+        return usage(sampler, prompt, base)
+
+    def published(self, configs: Configs) -> Published | None:
+        from flashgen.families.sd3.usage import published
+
+        return published(configs("transformer"))
+
     # ---- torch
+
+    def set_scheduler(self, folder: Path, sampler: Sampler) -> bool:
+        from flashgen.families.sd3.scheduler import set_scheduler
+
+        return set_scheduler(folder, sampler.sigmas)
 
     def network_classes(self) -> dict[str, Any]:
         from diffusers import AutoencoderKL, SD3Transformer2DModel
