@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flashgen.artifact.draft import Draft
@@ -18,6 +17,7 @@ from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
+from flashgen.stages.trajectories import stage_pool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,12 +81,14 @@ class RestructureEncoder(Stage):
             train |= {"trajectories": 2.0 * config.prompts * (self.sampler.num_steps + 1) * one.latent}
             forwards = config.iterations * config.batch * 8 + config.prompts * self.sampler.num_steps
             text, adds = footprint.embedding(config.prompts)
-            disk = config.prompts * footprint.conditioning_bytes() + 2 * learned + 2 * 16 * learned  # a checkpoint replaces another
+            shared = config.prompts * footprint.conditioning_bytes()
+            disk = shared + 2 * learned + 2 * 16 * learned  # a checkpoint replaces another
             advice = {"train": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"}
             adds += (
                 config.embedding * config.batch * 3 * learned * self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]
             )
-            plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds, "bf16": adds}, advice)
+            work = {"fp32": forwards * one.multiply_adds, "bf16": adds}
+            plan = Plan({"embed": text, "train": train}, disk, forwards, work, advice, shared)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
 
@@ -94,7 +96,7 @@ class RestructureEncoder(Stage):
         from flashgen.models.save import save_changed
 
         encoder, sampler = self.how.encoder, self.sampler
-        changed = self._trained(draft.work) if self.trains else {}
+        changed = self._trained(draft) if self.trains else {}
         dropped = () if self.mode == "compact" else (encoder, self.family.text_encoders[encoder].tokenizer)
         save_changed(draft, self.source.path, self.family, changed, dropped=dropped)
         after = sampler.model_copy(update={"encoder": self.mode, "tokens": self.how.tokens_after(sampler.tokens, self.mode)})
@@ -113,20 +115,18 @@ class RestructureEncoder(Stage):
             return 0.0
         return self.config.floor * before if isinstance(before, float) else 0.0
 
-    def _trained(self, work: Path) -> dict[str, nn.Module]:
+    def _trained(self, draft: Draft) -> dict[str, nn.Module]:
         """The network that takes over, by the component that it replaces."""
         from flashgen.models.pipeline import load_pipeline
         from flashgen.models.sample import latent_shape
-        from flashgen.training.prompts import prompt_pool, training_prompts
+        from flashgen.training.prompts import training_prompts
         from flashgen.training.recovery import embedding_loss, own_trajectories, pruned_loss, recover, vision_loss
 
-        config, nodes, how, checkpoint = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint
-        prompts = training_prompts(self.world, self.prompts, config.prompts, self.seed + 3)
-        prompt_pool(
-            prompts, load_pipeline(self.source.path, weights="text"), self.sampler, work, "recovery"
-        )  # no transformer in memory yet
+        config, nodes, how, checkpoint, work = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint, draft.work
+        text = load_pipeline(self.source.path, weights="text")  # no transformer in memory yet
+        pool = stage_pool(self, config.prompts, self.seed + 3, text, self.sampler, draft.cache)
+        del text
         pipe = load_pipeline(self.source.path)
-        pool = prompt_pool(prompts, pipe, self.sampler, work, "recovery")
         student, shape = pipe.transformer, latent_shape(pipe, self.sampler.size_px)
         replay = own_trajectories(student, pool, nodes, shape, self.seed) if config.iterations else None
         if self.mode == "prune":
@@ -136,6 +136,7 @@ class RestructureEncoder(Stage):
             loss = pruned_loss(slim, replay, nodes, how)
             recover(slim, loss, config, config.iterations, self.seed, work, checkpoint, blocks=self.family.blocks(slim))
             return {"transformer": slim}
+        prompts = training_prompts(self.world, self.prompts, config.prompts, self.seed + 3)
         ids = self.family.tokenize(pipe, prompts, self.sampler)[how.encoder]
         small = how.compact_encoder(self.source.path, config, self.seed)
         recover(small, embedding_loss(small, pool, ids, how), config, config.embedding, self.seed, work, checkpoint, "embedding")

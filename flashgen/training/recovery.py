@@ -62,7 +62,7 @@ def embedding_loss(encoder: nn.Module, pool: PromptPool, ids: Ids, restructuring
     def loss(draws: Draws) -> Tensor:
         rows = draws.randint(len(pool))
         output = _encode(encoder, ids, rows)
-        return mse_loss(output, restructuring.share(pool.cond[rows]).to(output.dtype))
+        return mse_loss(output, restructuring.share(pool[rows]).to(output.dtype))
 
     return loss
 

@@ -148,7 +148,7 @@ class AdversarialTerm:
         is_weighted = self.weights[c.node] > 0
         c = c[weighted_rows(is_weighted)]
         rows = draws.randint(len(self.replay.pool))[c.rows]  # trajectories only: on-policy steps end near the student
-        picture = self.replay.ends[rows, -1].float()
+        picture = self.replay.pictures(rows)
         real = add_noise(picture, draws.randn(*picture.shape[1:])[c.rows], c.sigma_eval)
         with torch.no_grad():
             features = [

@@ -6,18 +6,23 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import versions
 from flashgen.errors import MachineError, NumericsError, UsageError
+from flashgen.families.conditioning import Conditioning
 from flashgen.flow.grid import shifted_grid
-from flashgen.models.pipeline import load_pipeline
+from flashgen.models.pipeline import Pipeline, load_pipeline
+from flashgen.models.prompts import encode_prompts
 from flashgen.stages import distill, trajectories
-from flashgen.training import loop, matching, regression
+from flashgen.training import cache as caching
+from flashgen.training import loop, matching, prompts, regression
 from flashgen.training.cache import Replay
 from flashgen.training.checkpoint import Checkpoint
 from flashgen.training.rollout import roll_out
@@ -51,6 +56,52 @@ def test_a_resumed_distill_equals_an_uninterrupted_one_file_by_file(
     rows = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in (a.path / "stats.jsonl").read_text().splitlines()]
             for a in (resumed, chain.student)]  # fmt: skip
     assert rows[0] == rows[1]
+
+
+def test_another_learning_rate_embeds_no_prompt_and_computes_no_trajectory_again(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded, passes = list[int](), list[str]()
+    encode, ends = encode_prompts, caching.TrajectorySource.ends
+
+    def counted(pipe: Pipeline, texts: list[str], sampler: Sampler) -> Conditioning:
+        encoded.append(len(texts))
+        return encode(pipe, texts, sampler)
+
+    def watched(self: caching.TrajectorySource, *arguments: Any) -> list[torch.Tensor]:
+        passes.append("ends")
+        return ends(self, *arguments)
+
+    monkeypatch.setattr(prompts, "encode_prompts", counted)
+    monkeypatch.setattr(caching.TrajectorySource, "ends", watched)
+    made = runs.distill(str(chain.teacher.path), tmp_path / "out", micro())
+    assert sum(encoded) <= 1 + 33 and passes == ["ends"]
+    encoded.clear()
+    passes.clear()
+    capsys.readouterr()
+    for setting in ("distill.matching.lr=1e-5", "distill.trajectory.lr=1e-5", "distill.matching.batch=2"):
+        other = runs.distill(str(chain.teacher.path), tmp_path / "out", micro(setting))
+        assert encoded == [] and passes == [] and digests(other)[TRANSFORMER] != digests(made)[TRANSFORMER]
+    said = capsys.readouterr().err
+    assert "embeddings are reused from" in said and "parts are reused from" in said
+    again = runs.distill(str(chain.teacher.path), tmp_path / "out", micro(), 0, True)
+    assert digests(again) == digests(made) and passes == []
+    for number, setting in enumerate(
+        ("distill.trajectory.guidance=2.5", "distill.encoder_drop=0.5", "distill.trajectory.teacher_steps=8"), 1
+    ):
+        runs.distill(str(chain.teacher.path), tmp_path / "out", micro(setting))
+        assert encoded == [] and len(passes) == number, setting
+
+
+def test_stages_share_a_cache_that_the_environment_names(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path / "cache"))
+    student = runs.distill(str(chain.teacher.path), tmp_path / "student", micro())
+    assert digests(student) == digests(chain.student) and not (tmp_path / "student" / ".work").exists()
+    (states,) = (tmp_path / "cache").glob("trajectories-*/states.bin")
+    monkeypatch.setattr(caching.TrajectorySource, "ends", lambda *_: pytest.fail("these trajectories are known"))
+    runs.finetune(str(student.path), tmp_path / "finetuned", micro("finetune.matching.node_trajectory=[0.1]"))
+    assert [*(tmp_path / "cache").glob("trajectories-*/states.bin")] == [states]
+    assert len([*(tmp_path / "cache").glob("prompts-*")]) == 1
 
 
 def test_another_seed_makes_another_student(chain: Chain, tmp_path: Path) -> None:
