@@ -119,7 +119,6 @@ class RestructureEncoder(Stage):
         """The network that takes over, by the component that it replaces."""
         from flashgen.models.pipeline import load_pipeline
         from flashgen.models.sample import latent_shape
-        from flashgen.training.prompts import training_prompts
         from flashgen.training.recovery import embedding_loss, own_trajectories, pruned_loss, recover, vision_loss
 
         config, nodes, how, checkpoint, work = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint, draft.work
@@ -136,7 +135,7 @@ class RestructureEncoder(Stage):
             loss = pruned_loss(slim, replay, nodes, how)
             recover(slim, loss, config, config.iterations, self.seed, work, checkpoint, blocks=self.family.blocks(slim))
             return {"transformer": slim}
-        prompts = training_prompts(self.world, self.prompts, config.prompts, self.seed + 3)
+        prompts = self.training_prompts(config.prompts, self.seed + 3)
         ids = self.family.tokenize(pipe, prompts, self.sampler)[how.encoder]
         small = how.compact_encoder(self.source.path, config, self.seed)
         recover(small, embedding_loss(small, pool, ids, how), config, config.embedding, self.seed, work, checkpoint, "embedding")

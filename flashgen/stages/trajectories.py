@@ -46,12 +46,11 @@ def guided_teacher(teacher: nn.Module, shift: float, recipe: Recipe) -> Trajecto
 
 def stage_pool(stage: Stage, count: int, seed: int, pipe: Pipeline, sampler: Sampler, cache: Path) -> PromptPool:
     """`count` training prompts of the stage, encoded by `pipe`, which is of its first input; embeddings are kept in `cache`."""
-    from flashgen.training.prompts import prompt_pool, training_prompts
+    from flashgen.training.prompts import prompt_pool
 
     family, how = stage.family, [stage.family.name, sampler.encoder, sampler.tokens]
     encoders = [*family.text_encoders, *(encoder.tokenizer for encoder in family.text_encoders.values())]
-    prompts = training_prompts(stage.world, stage.prompts, count, seed)
-    return prompt_pool(prompts, pipe, sampler, cache / _name("prompts", stage.source, encoders, how))
+    return prompt_pool(stage.training_prompts(count, seed), pipe, sampler, cache / _name("prompts", stage.source, encoders, how))
 
 
 def cached_steps(

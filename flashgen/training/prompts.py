@@ -121,12 +121,17 @@ def _warn_no_effect(models: str) -> None:
     warn(f"encoder_drop has no effect: {models} have no text encoder that can be dropped; --set distill.encoder_drop=0")
 
 
-def training_prompts(world: World | None, own: Sequence[str] | None, count: int, seed: int) -> list[str]:
+def training_prompts(
+    world: World | None, own: Sequence[str] | None, count: int, seed: int, weights: Sequence[float] | None = None
+) -> list[str]:
     """`count` training prompts: of `own` in random order, each equally often, or else random ones of `world`; a function of `seed`.
 
-    Raises UsageError without either.
+    With `weights` each prompt of `own` is drawn in proportion to its weight, with replacement. Raises UsageError without any prompts.
     """
     rng = np.random.default_rng([seed, PROMPT_STREAM])
+    if own is not None and weights is not None:
+        share = np.asarray(weights, dtype=np.float64)
+        return [own[i] for i in rng.choice(len(own), count, p=share / share.sum())]
     if own is not None:
         order = np.concatenate([rng.permutation(len(own)) for _ in range(-(-count // len(own)))])
         return [own[i] for i in order[:count]]
