@@ -17,7 +17,7 @@ from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
-from flashgen.stages.trajectories import stage_pool
+from flashgen.stages.trajectories import own_steps, stage_pool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,10 +78,10 @@ class RestructureEncoder(Stage):
             train |= {"successor": 4.0 * (transformer.count if self.mode == "prune" else learned), "gradients": 4.0 * learned}
             train |= {"optimizers": 8.0 * learned, "average": 4.0 * learned}
             train |= {"activations": 4.0 * config.batch * one.hidden * footprint.family.costs.kept * one.blocks}
-            train |= {"trajectories": 2.0 * config.prompts * (self.sampler.num_steps + 1) * one.latent}
             forwards = config.iterations * config.batch * 8 + config.prompts * self.sampler.num_steps
             text, adds = footprint.embedding(config.prompts)
-            shared = config.prompts * footprint.conditioning_bytes()
+            states = config.prompts * (self.sampler.num_steps + 1) if config.iterations else 0
+            shared = config.prompts * footprint.conditioning_bytes() + 2 * states * one.latent
             disk = shared + 2 * learned + 2 * 16 * learned  # a checkpoint replaces another
             advice = {"train": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"}
             adds += (
@@ -119,7 +119,7 @@ class RestructureEncoder(Stage):
         """The network that takes over, by the component that it replaces."""
         from flashgen.models.pipeline import load_pipeline
         from flashgen.models.sample import latent_shape
-        from flashgen.training.recovery import embedding_loss, own_trajectories, pruned_loss, recover, vision_loss
+        from flashgen.training.recovery import embedding_loss, pruned_loss, recover, vision_loss
 
         config, nodes, how, checkpoint, work = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint, draft.work
         text = load_pipeline(self.source.path, weights="text")  # no transformer in memory yet
@@ -127,7 +127,7 @@ class RestructureEncoder(Stage):
         del text
         pipe = load_pipeline(self.source.path)
         student, shape = pipe.transformer, latent_shape(pipe, self.sampler.size_px)
-        replay = own_trajectories(student, pool, nodes, shape, self.seed) if config.iterations else None
+        replay = own_steps(self, student, pool, shape, draft.cache) if config.iterations else None
         if self.mode == "prune":
             slim = copy.deepcopy(student)
             (how.text_embedder(slim) if config.adapter else slim).requires_grad_(True)

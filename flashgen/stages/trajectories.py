@@ -74,6 +74,15 @@ def on_policy_steps(
     return _steps(stage, pool, steps_of, nodes, shape, work / "on_policy", student)
 
 
+def own_steps(stage: Stage, student: nn.Module, pool: PromptPool, shape: tuple[int, ...], cache: Path) -> Replay:
+    """Steps of `student`, the network of the stage's first input, along its own rollouts; kept in `cache`."""
+    from flashgen.training.recovery import own_trajectories
+
+    nodes = stage.sampler.sigmas
+    folder = cache / _name("trajectories", stage.source, ["transformer"], [nodes, shape, stage.seed, pool.key])
+    return own_trajectories(student, pool, nodes, shape, stage.seed, folder)
+
+
 def _steps(
     stage: Stage,
     pool: PromptPool,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -129,26 +129,47 @@ def cache_trajectories(
     """
     check_nested(nodes, source.sigmas)
     stream, steps = (ON_POLICY_STREAM if student else CACHE_STREAM), len(nodes) - 1
-    files = {"starts.bin": steps, "ends.bin": steps} if student else {"states.bin": steps + 1}
-    first_rows = range(0, len(pool), SHARD)
-    missing = from_first(lambda: _missing_parts(folder, list(files), first_rows))
-    if len(missing) < len(first_rows):
-        say(f"{folder.name}: {len(first_rows) - len(missing)} of {len(first_rows)} parts are reused from {folder}")
-    mapped = [map_tensor(folder / name, torch.float16, (len(pool), count, *shape)) for name, count in files.items()]
-    tensors, mappings = [tensor for tensor, _ in mapped], [memory for _, memory in mapped]
-    of_this_rank = missing[rank() :: world_size()]
-    for first in track(of_this_rank, "on_policy" if student else "trajectories", total=len(of_this_rank)):
-        cond = pool[slice(first, first + SHARD)]
+
+    def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
         noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, stream, first)))
         visited = roll_out(lambda _: student, noise, cond, nodes[:-1]).states if student else None
         ends = source.ends(visited or noise, cond, pool.empty_for(cond), nodes)
-        for into, states in zip(tensors, [visited, ends] if visited else [[noise, *ends]], strict=True):
-            into[first : first + SHARD] = torch.stack(states, 1).half()
+        return [visited, ends] if visited else [[noise, *ends]]
+
+    if student is None:
+        (states,), mappings = write_states(folder, {"states.bin": steps + 1}, pool, shape, SHARD, compute, "trajectories")
+        return Replay.from_states(states, pool, *mappings)
+    (starts, ends), mappings = write_states(folder, {"starts.bin": steps, "ends.bin": steps}, pool, shape, SHARD, compute, "on_policy")
+    return Replay(starts, ends, pool, mappings)
+
+
+def write_states(
+    folder: Path,
+    files: Mapping[str, int],
+    pool: PromptPool,
+    shape: tuple[int, ...],
+    rows: int,
+    compute: Callable[[int, Conditioning], list[list[Tensor]]],
+    label: str,
+) -> tuple[list[Tensor], tuple[mmap.mmap, ...]]:
+    """(mapped fp16 states [N, count, *shape] per file, their mappings); `files` gives the name and the count of each.
+
+    `compute(first row, conditioning)` returns a list of states [B, *shape] per file for at most `rows` prompts. Parts that `folder` has are
+    not computed again; the processes share out the others.
+    """
+    first_rows = range(0, len(pool), rows)
+    missing = from_first(lambda: _missing_parts(folder, list(files), first_rows))
+    if len(missing) < len(first_rows):
+        say(f"{label}: {len(first_rows) - len(missing)} of {len(first_rows)} parts are reused from {folder}")
+    mapped = [map_tensor(folder / name, torch.float16, (len(pool), count, *shape)) for name, count in files.items()]
+    tensors, mappings = [tensor for tensor, _ in mapped], tuple(memory for _, memory in mapped)
+    of_this_rank = missing[rank() :: world_size()]
+    for first in track(of_this_rank, label, total=len(of_this_rank)):
+        for into, states in zip(tensors, compute(first, pool[slice(first, first + rows)]), strict=True):
+            into[first : first + rows] = torch.stack(states, 1).half()
         mark_written(folder / f"{first:06d}.done", "", *mappings)
     wait_for_all()
-    if student is None:
-        return Replay.from_states(tensors[0], pool, *mappings)
-    return Replay(tensors[0], tensors[1], pool, tuple(mappings))
+    return tensors, mappings
 
 
 def _missing_parts(folder: Path, files: list[str], first_rows: Sequence[int]) -> list[int]:
