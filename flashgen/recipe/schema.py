@@ -35,6 +35,9 @@ class PromptsRecipe(Model):
     weight: str | None = Field(None, description="column of weights in proportion to which prompts are drawn; null: equally often")
     split: str = Field("train", min_length=1, description="part of a data set of the Hugging Face Hub")
     limit: int = Field(0, ge=0, description="only so many rows are read, the first ones; 0: all")
+    cache_gib: float | None = Field(
+        None, ge=0, description="a pool whose embeddings would take more GiB of disk is encoded as it is drawn; null: none is"
+    )
     held_out: int = Field(0, ge=0, description="different prompts that are never trained on and drawn for validation instead")
 
 

@@ -30,7 +30,7 @@ from flashgen.stages.trainings import (
     matching_rounds,
     plain_config,
 )
-from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, stage_pool, student_grid
+from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, prompt_needs, stage_pool, student_grid
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,9 +133,11 @@ class Distill(Stage):
         )
         regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
         forwards = cached + forwards * matching.batch + regressed * learning
-        text, text_adds = footprint.embedding(prompts)
+        text, text_adds = footprint.embedding(sum(prompts))
         transformers = 2 if matching.validate_every and matching.iterations and self.judges else 1  # the best validation's and the last
-        shared = prompts * footprint.conditioning_bytes() + 2 * states * one.latent
+        stored, encoders = prompt_needs(self, footprint, *prompts)
+        train |= encoders
+        shared = stored + 2 * states * one.latent
         disk = shared + 2 * on_policy * one.latent + 2 * transformers * transformer.count
         disk += learned * self._checkpoint_bytes()
         number = "bf16" if size == 2 else "fp32"
@@ -151,12 +153,12 @@ class Distill(Stage):
         sizes += [MATCHING_STATE + best] if config.matching.iterations else []
         return sum(sizes) + max(sizes, default=0)
 
-    def _trajectory_sizes(self) -> tuple[int, int, int, int]:
-        """(states of trajectories, on-policy states, forward passes, prompts) of what is cached; matching's prompts are counted too."""
+    def _trajectory_sizes(self) -> tuple[int, int, int, tuple[int, int]]:
+        """(states of trajectories, on-policy states, forward passes, (prompts of matching, of trajectories)) of what is cached."""
         config, trajectory, on_policy = self.config, self.config.trajectory, self.config.on_policy
         prompts = config.matching.prompts if config.matching.iterations else 0
         if not config.needs_trajectories:
-            return 0, 0, 0, prompts
+            return 0, 0, 0, (prompts, 0)
         followed = self.inputs["start"].manifest.sampler if self.follows_start else None
         per_trajectory = followed.num_steps if followed else guided_forwards(trajectory)
         states, on_policy_states = (config.steps + 1) * trajectory.prompts, 0
@@ -164,7 +166,7 @@ class Distill(Stage):
         if on_policy.iterations:
             forwards += (per_trajectory + config.steps) * on_policy.prompts
             on_policy_states = 2 * config.steps * on_policy.prompts  # both ends of each step
-        return states, on_policy_states, forwards, prompts + trajectory.prompts
+        return states, on_policy_states, forwards, (prompts, trajectory.prompts)
 
     def make(self, draft: Draft) -> Result:
         import torch

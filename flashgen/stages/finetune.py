@@ -25,7 +25,7 @@ from flashgen.stages.trainings import (
     guided_forwards,
     matching_rounds,
 )
-from flashgen.stages.trajectories import cached_steps, guided_teacher, stage_pool
+from flashgen.stages.trajectories import cached_steps, guided_teacher, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,19 +96,21 @@ class Finetune(Stage):
         rounds, steps = 2 * matching_rounds(matching), self.sampler.num_steps
         per_round = steps + FORWARD_AND_BACKWARD * matching.fake_score_updates
         forwards = (rounds * per_round + 2 * matching.iterations * 2 * FORWARD_AND_BACKWARD) * matching.batch
-        prompts, states = matching.prompts, 0
+        prompts, states = [matching.prompts], 0
         if self.follows_teacher:
             trajectory = self.recipe.distill.trajectory
-            prompts += trajectory.prompts
+            prompts.append(trajectory.prompts)
             forwards += guided_forwards(trajectory) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
         tables = 0 if config.lora else transformer.count - footprint.learnable
         train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
         train |= {"average": 4.0 * learned, "activations": 4.0 * matching.batch * one.hidden * costs.kept * one.blocks}
-        text, _ = footprint.embedding(prompts)
+        text, _ = footprint.embedding(sum(prompts))
         checkpoint = MATCHING_STATE + (BEST_STATE if matching.validate_every else 0)  # per branch, and one that replaces another
-        shared = prompts * footprint.conditioning_bytes() + 2 * states * one.latent
+        stored, encoders = prompt_needs(self, footprint, *prompts)
+        train |= encoders
+        shared = stored + 2 * states * one.latent
         disk = shared + 2 * transformer.count + 3 * checkpoint * learned
         advice = {"train": "use --set finetune.lora.rank=64, or run it where more memory is free"}
         plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice, shared)

@@ -17,7 +17,7 @@ from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
-from flashgen.stages.trajectories import own_steps, stage_pool
+from flashgen.stages.trajectories import own_steps, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +81,9 @@ class RestructureEncoder(Stage):
             forwards = config.iterations * config.batch * 8 + config.prompts * self.sampler.num_steps
             text, adds = footprint.embedding(config.prompts)
             states = config.prompts * (self.sampler.num_steps + 1) if config.iterations else 0
-            shared = config.prompts * footprint.conditioning_bytes() + 2 * states * one.latent
+            stored, encoders = prompt_needs(self, footprint, config.prompts)
+            train |= encoders
+            shared = stored + 2 * states * one.latent
             disk = shared + 2 * learned + 2 * 16 * learned  # a checkpoint replaces another
             advice = {"train": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"}
             adds += (

@@ -16,6 +16,7 @@ from flashgen import __version__
 from flashgen.artifact.manifest import Sampler, hash_json
 from flashgen.artifact.store import Artifact
 from flashgen.flow.grid import shifted_grid
+from flashgen.models.footprint import Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.base import Stage
@@ -45,12 +46,33 @@ def guided_teacher(teacher: nn.Module, shift: float, recipe: Recipe) -> Trajecto
 
 
 def stage_pool(stage: Stage, count: int, seed: int, pipe: Pipeline, sampler: Sampler, cache: Path) -> PromptPool:
-    """`count` training prompts of the stage, encoded by `pipe`, which is of its first input; embeddings are kept in `cache`."""
-    from flashgen.training.prompts import prompt_pool
+    """`count` training prompts of the stage, encoded by `pipe`, which is of its first input; embeddings are kept in `cache`.
+
+    Where they would take more than `prompts.cache_gib`, `pipe` encodes prompts as they are drawn.
+    """
+    from flashgen.training.prompts import drawn_pool, prompt_pool
 
     family, how = stage.family, [stage.family.name, sampler.encoder, sampler.tokens]
     encoders = [*family.text_encoders, *(encoder.tokenizer for encoder in family.text_encoders.values())]
-    return prompt_pool(stage.training_prompts(count, seed), pipe, sampler, cache / _name("prompts", stage.source, encoders, how))
+    name, prompts = _name("prompts", stage.source, encoders, how), stage.training_prompts(count, seed)
+    if not stored_prompts(stage, Footprint(stage.source), count):
+        return drawn_pool(prompts, pipe, sampler, name)
+    return prompt_pool(prompts, pipe, sampler, cache / name)
+
+
+def stored_prompts(stage: Stage, footprint: Footprint, *counts: int) -> int:
+    """Number of prompts, of pools of `counts` prompts, whose embeddings are stored: those of pools within `prompts.cache_gib`."""
+    limit = stage.recipe.prompts.cache_gib
+    return sum(count for count in counts if limit is None or count * footprint.conditioning_bytes() <= limit * 2**30)
+
+
+def prompt_needs(stage: Stage, footprint: Footprint, *counts: int) -> tuple[float, Parts]:
+    """(bytes of disk, memory while the stage trains) of pools of `counts` prompts."""
+    from flashgen.models.prompts import BATCH
+
+    stored = stored_prompts(stage, footprint, *counts)
+    drawn = {name: size for name, size in footprint.embedding(BATCH)[0].items() if name in footprint.encoders}
+    return stored * footprint.conditioning_bytes(), Parts() if stored == sum(counts) else drawn
 
 
 def cached_steps(

@@ -37,12 +37,27 @@ PROMPT_STREAM = 0x7EA1  # other prompts than those on which anything is judged
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Prompts, and the pipeline whose text encoders encode them when they are asked for."""
+
+    prompts: list[str]
+    pipe: Pipeline
+    sampler: Sampler
+
+    def __getitem__(self, rows: Tensor | slice) -> Conditioning:
+        """Conditioning of the prompts at `rows`."""
+        chosen = self.prompts[rows] if isinstance(rows, slice) else [self.prompts[row] for row in rows.tolist()]
+        return encode_prompts(self.pipe, chosen, self.sampler)
+
+
+@dataclass(frozen=True)
 class PromptPool:
     """Prompts as conditioning: `cond` is a table of distinct prompts, `empty` that of the empty prompt (one row).
 
     `index` [N] is the row of each prompt in the table; None: N rows in their order. `dropped`, bool [N] or None, says whose droppable text
     encoder is dropped. The tensors of `cond` may be mapped from files, by `mappings`: `pool[rows]` reads those rows alone. They lie on the
-    CPU; what the pool returns is on `device`. `key` names the contents; "" where nothing was stored.
+    CPU; what the pool returns is on `device`. `key` names the contents; "" where nobody named them. With `texts` there is no table of
+    prompts: `cond` is the empty prompt alone, and `index` points into `texts`, which are encoded as they are drawn.
     """
 
     cond: Conditioning
@@ -52,6 +67,7 @@ class PromptPool:
     device: torch.device = CPU
     mappings: tuple[mmap.mmap, ...] = ()
     key: str = ""
+    texts: Texts | None = None
 
     @property
     def family(self) -> Family:
@@ -67,7 +83,8 @@ class PromptPool:
     def _gathered(self, rows: Tensor | slice, also_dropped: Tensor | None = None) -> Conditioning:
         """The prompts at `rows` on `device`, those without the droppable text encoder that `dropped` or `also_dropped` (bool [B]) names."""
         rows = rows.cpu() if isinstance(rows, Tensor) else rows
-        cond = self.cond[rows if self.index is None else self.index[rows]]
+        table = self.cond if self.texts is None else self.texts
+        cond = table[rows if self.index is None else self.index[rows]]
         if self.dropped is not None:
             cond = _drop(cond, self.dropped[rows])
         if also_dropped is not None:
@@ -156,6 +173,15 @@ def prompt_pool(prompts: list[str], pipe: Pipeline, sampler: Sampler, store: Pat
     index = torch.tensor([rows[_digest(text)] for text in texts])
     pool = PromptPool(table, table[index[-1:]], index=index[:-1], mappings=mappings, key=hash_json([store.name, prompts]))
     return pool.on(device)
+
+
+def drawn_pool(prompts: list[str], pipe: Pipeline, sampler: Sampler, name: str, device: torch.device = CPU) -> PromptPool:
+    """Like `prompt_pool`, without embeddings on the disk or in memory: `pipe` encodes prompts as they are drawn.
+
+    `name` says which text encoders and which sampler these are, as the name of a store does.
+    """
+    empty, index = encode_prompts(pipe, [""], sampler), torch.arange(len(prompts))
+    return PromptPool(empty, empty, index=index, key=hash_json([name, prompts]), texts=Texts(prompts, pipe, sampler)).on(device)
 
 
 def _stored(texts: list[str], pipe: Pipeline, sampler: Sampler, store: Path) -> tuple[Conditioning, dict[str, int], tuple[mmap.mmap, ...]]:

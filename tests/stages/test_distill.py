@@ -104,6 +104,23 @@ def test_stages_share_a_cache_that_the_environment_names(chain: Chain, tmp_path:
     assert len([*(tmp_path / "cache").glob("prompts-*")]) == 1
 
 
+def test_embeddings_beyond_the_budget_are_not_stored(chain: Chain, tmp_path: Path) -> None:
+    few = micro("distill.matching.prompts=8", "prompts.cache_gib=0.00004")  # of 4,224 bytes each: eight fit, sixteen do not
+    made = runs.distill(str(chain.teacher.path), tmp_path / "out", few)
+    stored = runs.distill(str(chain.teacher.path), tmp_path / "stored", micro("distill.matching.prompts=8"))
+    a, b = (load_file(artifact.path / TRANSFORMER) for artifact in (made, stored))
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+    (marks,) = ([*(tmp_path / name / ".work/cache").glob("prompts-*/*.json")] for name in ("out",))
+    embedded = {digest for mark in marks if mark.stem.isdigit() for digest in json.loads(mark.read_text())}
+    assert 1 < len(embedded) <= 9
+    plans = [
+        runs.plan("distill", {"teacher": str(chain.teacher.path)}, tmp_path / "x", recipe)
+        for recipe in (few, micro("distill.matching.prompts=8"))
+    ]
+    assert plans[1]["disk_bytes"] - plans[0]["disk_bytes"] == 16 * 4224
+    assert plans[0]["memory"]["train"].keys() - plans[1]["memory"]["train"].keys() == {"text_encoder", "text_encoder_2", "text_encoder_3"}
+
+
 def test_another_seed_makes_another_student(chain: Chain, tmp_path: Path) -> None:
     other = runs.distill(str(chain.teacher.path), tmp_path / "out", micro("distill.matching.iterations=0"), 1, False)
     same = runs.distill(str(chain.teacher.path), tmp_path / "again", micro("distill.matching.iterations=0"), 1, False)

@@ -225,3 +225,19 @@ def test_pruning_without_training_loads_nothing(tiny_student: Artifact, tmp_path
     own = {f.path: f.sha256 for f in tiny_student.manifest.files}
     linked = [f for f in made.manifest.files if f.path in own and f.path != "model_index.json"]
     assert linked and all(f.sha256 == own[f.path] and (made.path / f.path).samefile(tiny_student.path / f.path) for f in linked)
+
+
+def test_what_lies_in_the_cache_needs_no_disk_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(planning, "check_disk", lambda out, needed: asked.append(needed))
+    plan, work = Plan({"train": {"program": 1.0}}, disk=1 << 20, cached=1 << 18), tmp_path / ".work" / "key"
+    for folder, size in (
+        (work, 1 << 14),
+        (tmp_path / ".work" / "cache" / "prompts-0", 1 << 16),
+        (tmp_path / ".work" / "cache" / "x", 1 << 19),
+    ):
+        plan.check("copy", tmp_path, work)
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"x" * size)
+    plan.check("copy", tmp_path, work)
+    assert asked == [1 << 20, (1 << 20) - (1 << 14), (1 << 20) - (1 << 14) - (1 << 16), (1 << 20) - (1 << 14) - (1 << 18)]

@@ -23,7 +23,7 @@ from flashgen.models.prompts import encode_prompts
 from flashgen.pixels import Size
 from flashgen.randomness import generator
 from flashgen.training import prompts
-from flashgen.training.prompts import PromptPool, prompt_pool, training_prompts
+from flashgen.training.prompts import PromptPool, drawn_pool, prompt_pool, training_prompts
 from flashgen.training.ranks import Draws
 from flashgen.worlds import get
 
@@ -91,6 +91,27 @@ def test_a_prompt_is_embedded_once_for_all_pools(
     assert same(first[torch.tensor([2, 1])], second[torch.tensor([2, 1])]) and not same(first[slice(1)], second[slice(1)])
     assert (len(first), len(second), len({first.key, second.key})) == (3, 3, 2) and same(first.empty, second.empty)
     assert same(second.first(2)[slice(None)], second[slice(2)]) and len(second.first(2)) == 2
+
+
+def test_a_pool_that_is_not_stored_encodes_what_is_drawn(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, drawn = prompt_pool(TEXTS, pipe, SAMPLER, tmp_path / "store"), drawn_pool(TEXTS, pipe, SAMPLER, "store")
+    assert len(drawn) == 7 and drawn.key == stored.key and drawn.family is stored.family
+    for a, b in (
+        (drawn[torch.tensor([5, 0])], stored[torch.tensor([5, 0])]),
+        (drawn.first(3)[slice(None)], stored[slice(3)]),
+        (drawn.dropping(0.5, generator(2)).draw(0.3, Draws(16, 1)), stored.dropping(0.5, generator(2)).draw(0.3, Draws(16, 1))),
+        (drawn.empty, stored.empty),
+    ):
+        assert all(torch.allclose(a.tensors[name], b.tensors[name], atol=1e-5) for name in b.tensors)
+    texts: list[str] = []
+
+    def counted(pipe: Pipeline, asked: list[str], sampler: Sampler) -> Conditioning:
+        texts.extend(asked)
+        return encode_prompts(pipe, asked, sampler)
+
+    monkeypatch.setattr(prompts, "encode_prompts", counted)
+    drawn[torch.tensor([3, 1])]
+    assert texts == [TEXTS[3], TEXTS[1]]
 
 
 def test_indices_may_be_on_any_device_and_conditioning_is_on_the_pools(pool: PromptPool) -> None:
