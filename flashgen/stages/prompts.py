@@ -36,7 +36,10 @@ class OwnPrompts:
 
 def read_prompts(path: Path, option: str = "--prompt-file ") -> list[str]:
     """The prompts of a text file, one per line; empty lines are skipped. Raises UsageError when there is none."""
-    return [prompt for prompt, _ in _prompts(_lines(path, option), f"{option}{path}", PromptsRecipe(), weighted=False)]
+    prompts = [line.strip() for line in _text(path, option) if line.strip()]
+    if not prompts:
+        raise UsageError(f"{option}{path} has no prompts; write one per line")
+    return prompts
 
 
 def own_prompts(recipe: Recipe) -> OwnPrompts | None:
@@ -48,7 +51,7 @@ def own_prompts(recipe: Recipe) -> OwnPrompts | None:
     if recipe.prompts_file is None:
         return None
     how, name = recipe.prompts, f"prompts_file={recipe.prompts_file}"
-    pairs = _prompts(_rows(recipe.prompts_file, how), name, how, weighted=how.weight is not None)
+    pairs = _prompts(_rows(recipe.prompts_file, how), name, how)
     distinct = sorted({prompt for prompt, _ in pairs}, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     if how.held_out >= len(distinct):
         raise UsageError(
@@ -56,21 +59,22 @@ def own_prompts(recipe: Recipe) -> OwnPrompts | None:
             f"--set prompts.held_out={len(distinct) // 10}"
         )
     held_out = distinct[: how.held_out]
-    pairs = [pair for pair in pairs if pair[0] not in set(held_out)] if held_out else pairs
+    apart = set(held_out)
+    pairs = [pair for pair in pairs if pair[0] not in apart]
     weights = [weight for _, weight in pairs] if how.weight is not None else None
     if weights is not None and not sum(weights):
         raise UsageError(f"{name}: the weights in column {how.weight!r} are all 0, so nothing can be drawn; --set prompts.weight=null")
     return OwnPrompts([prompt for prompt, _ in pairs], weights, held_out)
 
 
-def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe, weighted: bool) -> list[tuple[str, float]]:
+def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe) -> list[tuple[str, float]]:
     """(prompt, weight) of the first `limit` rows with a prompt; rows come with their place, for messages."""
     pairs = []
     for place, row in islice(rows, how.limit or None):
         for column, field in ((how.column, "column"), (how.weight, "weight")):
-            if column is not None and (field == "column" or weighted) and column not in row:
+            if column is not None and column not in row:
                 raise UsageError(f"{name}{place} has no column {column!r}; --set prompts.{field}=NAME, one of: {', '.join(map(str, row))}")
-        prompt, weight = row[how.column], row[how.weight] if weighted and how.weight is not None else 1.0
+        prompt, weight = row[how.column], 1.0 if how.weight is None else row[how.weight]
         if not isinstance(prompt, str | None):
             raise UsageError(f"{name}{place}: column {how.column!r} holds {type(prompt).__name__}, not text; name another, prompts.column=")
         if prompt is not None and prompt.strip():
@@ -102,7 +106,7 @@ def _rows(source: Path, how: PromptsRecipe) -> Iterator[tuple[str, Row]]:
         case ".parquet":
             return _parquet(source, how)
         case _:
-            return _lines(source, "prompts_file=", how.column)
+            return (("", {how.column: line}) for line in _text(source) if line.strip())
 
 
 def _text(path: Path, option: str = "prompts_file=") -> Iterator[str]:
@@ -111,12 +115,6 @@ def _text(path: Path, option: str = "prompts_file=") -> Iterator[str]:
             yield from file
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option}{path} cannot be read as text ({error}); name a file in UTF-8") from error
-
-
-def _lines(path: Path, option: str, column: str = PromptsRecipe().column) -> Iterator[tuple[str, Row]]:
-    for line in _text(path, option):
-        if line.strip():
-            yield "", {column: line}
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
