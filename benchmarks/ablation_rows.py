@@ -22,12 +22,12 @@ from flashgen.stages.base import prepare
 from flashgen.stages.distill import Distill
 from flashgen.stages.finetune import merge
 from flashgen.stages.report import judge
-from flashgen.stages.trajectories import cached_steps, guided_teacher
+from flashgen.stages.trajectories import cached_steps, guided_teacher, stage_pool
 from flashgen.training import matching
 from flashgen.training.cache import Replay
 from flashgen.training.checkpoint import save_state
 from flashgen.training.matching import Matcher
-from flashgen.training.prompts import prompt_pool, training_prompts
+from flashgen.training.prompts import prompt_pool
 from flashgen.training.regression import regress
 
 # What each row changes in `distill.matching` of the recipe. `Bench` trains the other rows in ways of its own.
@@ -82,7 +82,7 @@ class Bench:
         self.stage = prepare(Distill, {"teacher": task.teacher}, load(task.recipe), task.seed)
         self.recipe, self.taught = self.stage.recipe, self.stage.sampler
         self.steps, self.seed, self.budget = task.steps, task.seed, task.budget
-        taught, world, own_prompts = self.taught, self.stage.world, self.stage.prompts
+        taught = self.taught
         self.nodes = shifted_grid(self.steps, taught.shift)
         self.pipe = load_pipeline(self.stage.source.path)
         self.teacher: nn.Module = self.pipe.transformer
@@ -91,11 +91,12 @@ class Bench:
         self.ruler = Ruler(self.pipe, taught, task.work, PER_TASK, FEW)
         self.work = task.work / f"steps{self.steps}-seed{self.seed}"
         distill, cache_folder = self.recipe.distill, task.work / f"seed{self.seed}-{task.finest}"
-        self.pool = prompt_pool(training_prompts(world, own_prompts, distill.matching.prompts, self.seed + 1), self.pipe, taught)
-        prompts = training_prompts(world, own_prompts, distill.trajectory.prompts, self.seed)
-        pool, finest = prompt_pool(prompts, self.pipe, taught, cache_folder, "trajectory"), shifted_grid(task.finest, taught.shift)
+        self.pool = prompt_pool(self.stage.training_prompts(distill.matching.prompts, self.seed + 1), self.pipe, taught)
+        pool = stage_pool(self.stage, distill.trajectory.prompts, self.seed, self.pipe, taught, cache_folder)
+        finest, source = shifted_grid(task.finest, taught.shift), self.stage.source
         steps_of = guided_teacher(self.teacher, taught.shift, self.recipe)
-        fine, at = cached_steps(self.stage, pool, steps_of, finest, self.shape, cache_folder), [finest.index(node) for node in self.nodes]
+        fine = cached_steps(self.stage, pool, steps_of, finest, self.shape, cache_folder, source)
+        at = [finest.index(node) for node in self.nodes]
         self.replay = Replay(fine.starts[:, at[:-1]], fine.ends[:, [index - 1 for index in at[1:]]], fine.pool)
 
     @property

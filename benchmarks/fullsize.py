@@ -77,7 +77,7 @@ def embed(artifact: str, out: str) -> None:
     from flashgen.training.prompts import prompt_pool, training_prompts
 
     source, prompts = open_artifact(artifact), training_prompts(worlds.get("shapes"), None, 64, 1)
-    prompt_pool(prompts, load_pipeline(source.path, weights="text"), sampler_of(source), Path(out), "matching")
+    prompt_pool(prompts, load_pipeline(source.path, weights="text"), sampler_of(source), Path(out))
 
 
 def needs(artifact: str) -> None:

@@ -153,7 +153,7 @@ def gradient_variance(matcher: Matcher, prompts: int = 8, redraws: int = 8) -> d
     left out for all. Both are relative to the mean square of the direction, so that scales cancel.
     """
     task, count, variances = matcher.task, prompts * redraws, {}
-    cond = task.pool.cond[torch.arange(prompts).repeat_interleave(redraws)]
+    cond = task.pool[torch.arange(prompts).repeat_interleave(redraws)]
     for name, fixed in (("variance", False), ("variance_given_z", True)):
         g, parts = Draws(count, task.seed, 99), []
         noise = g.randn(*task.shape)

@@ -3,6 +3,7 @@
 out/.lock                  held by the process that writes
 out/.work/<key>/           resume state of the run with those inputs, settings and seed
 out/.work/staging/         the version being written; worthless after a crash
+out/.work/cache/<name>/    what runs share: embeddings of prompts, trajectories; FLASHGEN_CACHE names another folder for them
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class Draft:
     path: Path
     work: Path
     origin: Origin
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what runs share (`cache_folder`)."""
+        return cache_folder(self.out)
 
     def link_tree(self, source: Path, name: str) -> None:
         """Hard-link every file below `source`, a folder of a published version, to the same place below `name`."""
@@ -134,6 +140,15 @@ def work_folder(out: Path, origin: Origin) -> Path:
     return out / ".work" / origin.key()[:16]
 
 
+def cache_folder(out: Path) -> Path:
+    """Where runs that write to `out` keep what depends on less than all of their settings; FLASHGEN_CACHE, or .work/cache in `out`.
+
+    Each folder in it is named after what its contents depend on, outlives the run, and may be deleted when no run is writing.
+    """
+    shared = os.environ.get("FLASHGEN_CACHE")
+    return Path(shared) if shared else out / ".work" / "cache"
+
+
 def begin(out: Path, origin: Origin) -> Draft:
     """Start a version in `out`, or resume one: an empty staging folder, and the resume state of an earlier run if there is any."""
     staging, work = out / ".work" / "staging", work_folder(out, origin)
@@ -142,7 +157,7 @@ def begin(out: Path, origin: Origin) -> Draft:
     staging.mkdir(parents=True)
     if work.exists():
         say(f"{origin.stage}: resuming from {work}")
-    elif others := {path.parent for path in work.parent.glob("[0-9a-f]*/*")}:
+    elif others := {path.parent for path in work.parent.glob(f"{'[0-9a-f]' * 16}/*")}:
         size = sum(map(disk_bytes, others)) / 2**20
         say(f"{work.parent} keeps {len(others)} unfinished runs with other settings, {size:.0f} MiB; remove what you will not resume")
     work.mkdir(exist_ok=True)

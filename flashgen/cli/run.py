@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from flashgen.cli.options import Options
     from flashgen.stages.inputs import RecipeChoice
 
-EXTRAS = {"gguf": "gguf", "openvino": "openvino", "bitsandbytes": "nf4"}  # extra by module; all others are in `train`
+EXTRAS = {
+    "gguf": "gguf",
+    "openvino": "openvino",
+    "bitsandbytes": "nf4",
+    "pyarrow": "data",
+    "datasets": "data",
+}  # extra by module; all others are in `train`
 
 
 @contextmanager

@@ -39,12 +39,28 @@ class BenchRecipe(Model):
     batch: int = Field(30, ge=1, description="pictures drawn together for a quality score")
 
 
+class PromptsRecipe(Model):
+    """How `prompts_file` is read, and which of its prompts are only drawn."""
+
+    column: str = Field("prompt", min_length=1, description="column of the prompts; a text file has one, whatever its name")
+    weight: str | None = Field(None, description="column of weights in proportion to which prompts are drawn; null: equally often")
+    split: str = Field("train", min_length=1, description="part of a data set of the Hugging Face Hub")
+    limit: int = Field(0, ge=0, description="only so many rows are read, the first ones; 0: all")
+    cache_gib: float | None = Field(
+        None, ge=0, description="a pool whose embeddings would take more GiB of disk is encoded as it is drawn; null: none is"
+    )
+    held_out: int = Field(0, ge=0, description="different prompts that are never trained on and drawn for validation instead")
+
+
 class Recipe(Model):
     """Sections by stage. A number that a stage uses is a field here."""
 
     name: str = Field(min_length=1)
     family: str | None = Field(None, description="model family that the recipe is for; null: any")
-    prompts_file: Path | None = Field(None, description="prompts to train and calibrate on, one per line; null: the world's")
+    prompts_file: Path | None = Field(
+        None, description="prompts to train and calibrate on: .txt, .jsonl, .csv, .tsv, .parquet or hf:OWNER/NAME; null: the world's"
+    )
+    prompts: PromptsRecipe = PromptsRecipe()
     compute: ComputeRecipe = ComputeRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     teacher: TeacherRecipe = TeacherRecipe()

@@ -10,7 +10,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,14 +19,14 @@ from flashgen import families
 from flashgen.artifact import draft as drafts
 from flashgen.artifact.draft import Draft, Origin
 from flashgen.artifact.files import locked
-from flashgen.artifact.manifest import Kind, Parent, Sampler
+from flashgen.artifact.manifest import Kind, Parent, Sampler, hash_json
 from flashgen.artifact.store import Artifact, open_artifact, versions
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
 from flashgen.runtime.processes import check_launch, compute_on, from_first, rank, sharded, wait_for_all, world_size
 from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
 from flashgen.stages.planning import Plan
-from flashgen.stages.prompts import UNJUDGED_PICTURES, read_prompts
+from flashgen.stages.prompts import HUB, UNJUDGED_PICTURES, OwnPrompts, own_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -92,10 +92,17 @@ class Stage(ABC):
         return sampler_of(self.source)
 
     @cached_property
-    def prompts(self) -> list[str] | None:
+    def prompts(self) -> OwnPrompts | None:
         """Prompts of the recipe's `prompts_file`, or None without one."""
-        file = self.recipe.prompts_file
-        return None if file is None else read_prompts(file, "prompts_file=")
+        return own_prompts(self.recipe)
+
+    def training_prompts(self, count: int, seed: int) -> list[str]:
+        """`count` prompts to train or calibrate on, of the recipe or of the world; a function of `seed`."""
+        from flashgen.training.prompts import training_prompts
+
+        if (own := self.prompts) is None:
+            return training_prompts(self.world, None, count, seed)
+        return training_prompts(self.world, own.training, count, seed, own.weights)
 
     def parents(self) -> list[Parent]:
         """The inputs as entries of the manifest."""
@@ -131,7 +138,11 @@ class Stage(ABC):
         """The part of `settings` that stands for the training prompts."""
         from flashgen.artifact.files import sha256
 
-        return {} if self.recipe.prompts_file is None else {"prompts_file": sha256(self.recipe.prompts_file)}
+        file, how = self.recipe.prompts_file, self.recipe.prompts.model_dump(exclude_defaults=True)
+        if file is None or self.prompts is None:
+            return {}
+        contents = hash_json(asdict(self.prompts)) if str(file).startswith(HUB) else sha256(file)
+        return {"prompts_file": contents} | ({"prompts_read": how} if how else {})
 
     def judge_key(self) -> dict[str, Any]:
         """The part of `settings` on which a choice by score depends."""
@@ -143,7 +154,7 @@ class Stage(ABC):
         per_task = self.recipe.bench.per_task
         if self.world is not None:
             return len(self.world.tasks) * per_task
-        return min(UNJUDGED_PICTURES, len(self.prompts or [])) if per_task else 0
+        return min(UNJUDGED_PICTURES, len(self.prompts.validation if self.prompts else [])) if per_task else 0
 
     @property
     def judges(self) -> bool:

@@ -16,7 +16,7 @@ from flashgen.metrics.report import contact_sheet, print_table, short_names
 from flashgen.progress import say, track
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.inputs import open_input, sampler_of, world_of
-from flashgen.stages.prompts import read_prompts
+from flashgen.stages.prompts import own_prompts
 
 if TYPE_CHECKING:
     from flashgen.worlds.base import World
@@ -80,8 +80,8 @@ def prompts_for(opened: list[Artifact], recipe: Recipe, seed: int, per_task: int
         raise UsageError(f"--per-task {per_task} is out of range; use 1 or more")
     if world is not None:
         return world, world.prompts(seed, per_task)
-    if recipe.prompts_file is not None:
-        return None, read_prompts(recipe.prompts_file, "prompts_file=")
+    if (own := own_prompts(recipe)) is not None:
+        return None, own.validation
     outside = next(source.path for source in opened if world_of(source) is None)
     raise UsageError(
         f"{outside} belongs to no world that brings prompts and a judge; give a file with one prompt per line, --set prompts_file=FILE, or "

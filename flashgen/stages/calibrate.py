@@ -75,10 +75,9 @@ def _calibration(pipe: Pipeline, stage: Stage) -> Calibration:
     from flashgen.models.sample import latent_shape
     from flashgen.randomness import generator
     from flashgen.training.calibration import Calibration
-    from flashgen.training.prompts import training_prompts
 
     count, sampler = stage.recipe.quantize.prompts, stage.sampler
-    prompts = training_prompts(stage.world, stage.prompts, count, stage.seed + CALIBRATION_SEED)
+    prompts = stage.training_prompts(count, stage.seed + CALIBRATION_SEED)
     noise = torch.randn((count, *latent_shape(pipe, sampler.size_px)), generator=generator(stage.seed, CALIBRATION_STREAM)).to(stage.device)
     return Calibration(pipe.transformer, encode_prompts(pipe, prompts, sampler), noise, sampler.sigmas)
 
@@ -169,7 +168,7 @@ def _allocate(
 
 def _known_errors(draft: Draft) -> Mapping[str, Mapping[str, float]]:
     """Errors that another version in the same folder measured on the same student, prompts and groups: a new budget needs no new table."""
-    keys, origin = ("group", "symmetric", "low_rank_tolerance", "prompts", "prompts_file"), draft.origin
+    keys, origin = ("group", "symmetric", "low_rank_tolerance", "prompts", "prompts_file", "prompts_read"), draft.origin
     digests = [parent.digest for parent in origin.parents]
     for version in reversed(versions(draft.out)):
         table = version / "quantized" / "allocation.json"

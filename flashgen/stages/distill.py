@@ -31,7 +31,7 @@ from flashgen.stages.trainings import (
     matching_rounds,
     plain_config,
 )
-from flashgen.stages.trajectories import cached_steps, guided_teacher, student_grid
+from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, prompt_needs, stage_pool, student_grid
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,26 +122,28 @@ class Distill(Stage):
         learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
         checkpointing, per_block = self.recipe.compute.activation_checkpointing, costs.kept_with_adapters if lora else costs.kept
         blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
-        states, joined, cached, prompts = self._trajectory_sizes()
+        states, on_policy, cached, prompts = self._trajectory_sizes()
         train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
         tables = 0 if lora else transformer.count - footprint.learnable  # each copy of the network has its own
         train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
         train |= {"average": 4.0 * learned, "temporaries of a step": 8.0 * learned}  # AdamW's, over all tensors at once
         train |= {"activations": float(max(config.batches, default=0) * one.hidden * blocks_kept * size)}
-        train |= {"trajectories": 2.0 * joined * one.latent}
         learning = WITH_CHECKPOINTING if checkpointing else FORWARD_AND_BACKWARD
         forwards = matching_rounds(matching) * (config.steps + learning * matching.fake_score_updates) + matching.iterations * (
             learning + 3
         )
         regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
         forwards = cached + forwards * matching.batch + regressed * learning
-        text, text_adds = footprint.embedding(prompts)
+        text, text_adds = footprint.embedding(sum(prompts))
         transformers = 2 if matching.validate_every and matching.iterations and self.judges else 1  # the best validation's and the last
-        disk = prompts * footprint.conditioning_bytes() + 2 * transformers * transformer.count + 2 * states * one.latent
+        stored, encoders = prompt_needs(self, footprint, *prompts)
+        train |= encoders
+        shared = stored + 2 * states * one.latent
+        disk = shared + 2 * on_policy * one.latent + 2 * transformers * transformer.count
         disk += learned * (self._checkpoint_bytes() + (2 if lora else 0))  # the LoRA file
         number = "bf16" if size == 2 else "fp32"
         work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
-        plan = Plan({"embed": text, "train": train}, disk, forwards, work, {"train": MEMORY_ADVICE})
+        plan = Plan({"embed": text, "train": train}, disk, forwards, work, {"train": MEMORY_ADVICE}, shared)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
 
@@ -152,21 +154,20 @@ class Distill(Stage):
         sizes += [MATCHING_STATE + best] if config.matching.iterations else []
         return sum(sizes) + max(sizes, default=0)
 
-    def _trajectory_sizes(self) -> tuple[int, int, int, int]:
-        """(states on disk, states in memory, forward passes, prompts) of the cached trajectories; matching's prompts are counted too."""
+    def _trajectory_sizes(self) -> tuple[int, int, int, tuple[int, int]]:
+        """(states of trajectories, on-policy states, forward passes, (prompts of matching, of trajectories)) of what is cached."""
         config, trajectory, on_policy = self.config, self.config.trajectory, self.config.on_policy
         prompts = config.matching.prompts if config.matching.iterations else 0
         if not config.needs_trajectories:
-            return 0, 0, 0, prompts
+            return 0, 0, 0, (prompts, 0)
         followed = self.inputs["start"].manifest.sampler if self.follows_start else None
         per_trajectory = followed.num_steps if followed else guided_forwards(trajectory)
-        states = joined = (config.steps + 1) * trajectory.prompts
+        states, on_policy_states = (config.steps + 1) * trajectory.prompts, 0
         forwards = per_trajectory * trajectory.prompts
         if on_policy.iterations:
             forwards += (per_trajectory + config.steps) * on_policy.prompts
-            states += 2 * config.steps * on_policy.prompts  # both ends of each step
-            joined = states + 2 * config.steps * (trajectory.prompts + on_policy.prompts)  # the parts are in memory meanwhile
-        return states, joined, forwards, prompts + trajectory.prompts
+            on_policy_states = 2 * config.steps * on_policy.prompts  # both ends of each step
+        return states, on_policy_states, forwards, (prompts, trajectory.prompts)
 
     def make(self, draft: Draft) -> Result:
         import torch
@@ -182,7 +183,7 @@ class Distill(Stage):
 
         config, source, work = self.config, self.source.path, draft.work
         text = load_pipeline(source, weights="text", device=self.device)  # alone: no transformer is in memory while prompts are encoded
-        self._pools(text, work)
+        pools = self._pools(text, draft.cache)
         del text
         pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, device=self.device)
         teacher, student, fake_score = self._networks(pipe)
@@ -192,8 +193,8 @@ class Distill(Stage):
         nodes = student_grid(config, steps_of.sigmas)
         sampler = Sampler(**{**self.taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
         validate = Validator(self, pipe, sampler, work)
-        pool = self._pools(pipe, work).get("trajectory")
-        replay = cached_steps(self, pool, steps_of, nodes, shape, work) if pool else None
+        pool, followed = pools.get("trajectory"), self.inputs["start"] if self.follows_start else self.source
+        replay = cached_steps(self, pool, steps_of, nodes, shape, draft.cache, followed) if pool else None
         if sharded():  # only now: the cache needs the full teacher, with which each process goes its own way
             fake_score = shard(fake_score if fake_score is not None else copy.deepcopy(teacher).requires_grad_(True), self.family)
             shard(teacher, self.family)
@@ -203,14 +204,14 @@ class Distill(Stage):
                 student, replay, nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate, micro_batch
             )
         if replay and pool and config.on_policy.iterations:
-            replay = replay.extended(cached_steps(self, pool, steps_of, nodes, shape, work, student))
+            replay = replay.extended(on_policy_steps(self, pool, steps_of, nodes, shape, work, student))
             regress(
                 student, replay, nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", config.compile, validate, micro_batch
             )
         del steps_of  # one more network where it is a student
         metrics = {}
         if config.matching.iterations:
-            metrics = self._match(draft, pipe, (teacher, student, fake_score), nodes, shape, replay, validate)
+            metrics = self._match(draft, pools["matching"], (teacher, student, fake_score), nodes, shape, replay, validate)
         if isinstance(student, Role):
             save_tensors(draft.path / "transformer", source / "transformer", student.merged)
             save_lora(draft.path / "lora", student, self.family.lora_prefix, nodes, self.source.manifest.digest)
@@ -219,18 +220,12 @@ class Distill(Stage):
             save_changed(draft, source, self.family, {"transformer": gathered_network(student, self.family)})
         return Result(sampler, {"validated": metrics} if metrics else {})
 
-    def _pools(self, pipe: Pipeline, work: Path) -> dict[str, PromptPool]:
-        """Encoded prompts of the trainings that the recipe asks for, by name; computed once and then mapped from `work`."""
-        from flashgen.training.prompts import prompt_pool, training_prompts
-
-        config, pools = self.config, {}
+    def _pools(self, pipe: Pipeline, cache: Path) -> dict[str, PromptPool]:
+        """Encoded prompts of the trainings that the recipe asks for, by name; each prompt is encoded once and mapped from `cache`."""
+        config = self.config
         counts = {"matching": (config.matching.prompts if config.matching.iterations else 0, self.seed + 1)}
         counts["trajectory"] = (config.trajectory.prompts if config.needs_trajectories else 0, self.seed)
-        for name, (count, seed) in counts.items():
-            if count:
-                prompts = training_prompts(self.world, self.prompts, count, seed)
-                pools[name] = prompt_pool(prompts, pipe, self.taught, work, name)
-        return pools
+        return {name: stage_pool(self, count, seed, pipe, self.taught, cache) for name, (count, seed) in counts.items() if count}
 
     def _networks(self, pipe: Pipeline) -> tuple[nn.Module, nn.Module, nn.Module | None]:
         """(teacher, student, fake score), all as the teacher at first, unless the student starts from another."""
@@ -259,7 +254,7 @@ class Distill(Stage):
     def _match(
         self,
         draft: Draft,
-        pipe: Pipeline,
+        pool: PromptPool,
         networks: tuple[nn.Module, nn.Module, nn.Module | None],
         nodes: list[float],
         shape: tuple[int, ...],
@@ -273,7 +268,6 @@ class Distill(Stage):
         from flashgen.training.shards import gathered_network
 
         teacher, student, fake_score = networks
-        pool = self._pools(pipe, draft.work)["matching"]
         task = Task(
             "matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay, micro_batch=self.recipe.compute.micro_batch
         )

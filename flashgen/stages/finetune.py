@@ -26,7 +26,7 @@ from flashgen.stages.trainings import (
     guided_forwards,
     matching_rounds,
 )
-from flashgen.stages.trajectories import cached_steps, guided_teacher
+from flashgen.stages.trajectories import cached_steps, guided_teacher, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,22 +97,24 @@ class Finetune(Stage):
         rounds, steps = 2 * matching_rounds(matching), self.sampler.num_steps
         per_round = steps + FORWARD_AND_BACKWARD * matching.fake_score_updates
         forwards = (rounds * per_round + 2 * matching.iterations * 2 * FORWARD_AND_BACKWARD) * matching.batch
-        prompts, states = matching.prompts, 0
+        prompts, states = [matching.prompts], 0
         if self.follows_teacher:
             trajectory = self.recipe.distill.trajectory
-            prompts += trajectory.prompts
+            prompts.append(trajectory.prompts)
             forwards += guided_forwards(trajectory) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
         tables = 0 if config.lora else transformer.count - footprint.learnable
         train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
-        train |= {"average": 4.0 * learned, "trajectories": 2.0 * states * one.latent}
-        train |= {"activations": 4.0 * matching.batch * one.hidden * costs.kept * one.blocks}
-        text, _ = footprint.embedding(prompts)
+        train |= {"average": 4.0 * learned, "activations": 4.0 * matching.batch * one.hidden * costs.kept * one.blocks}
+        text, _ = footprint.embedding(sum(prompts))
         checkpoint = MATCHING_STATE + (BEST_STATE if matching.validate_every else 0)  # per branch, and one that replaces another
-        disk = prompts * footprint.conditioning_bytes() + 2 * transformer.count + 3 * checkpoint * learned + 2 * states * one.latent
+        stored, encoders = prompt_needs(self, footprint, *prompts)
+        train |= encoders
+        shared = stored + 2 * states * one.latent
+        disk = shared + 2 * transformer.count + 3 * checkpoint * learned
         advice = {"train": "use --set finetune.lora.rank=64, or run it where more memory is free"}
-        plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice)
+        plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice, shared)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
 
@@ -124,7 +126,7 @@ class Finetune(Stage):
         config, sampler = self.config, self.sampler
         pipe = load_pipeline(self.source.path, device=self.device)
         before = judge(self, pipe, sampler).passed if self.judges else None
-        high, low = self._train_branches(pipe, draft.work)
+        high, low = self._train_branches(pipe, draft)
         ratios = config.merge_high if high is not low else [1.0]
         if before is None:
             merge(pipe.transformer, high, low, ratios[0])
@@ -148,7 +150,7 @@ class Finetune(Stage):
         choice = {"input": score, **{f"merge {ratio:g}": value for ratio, value in scores.items()}}
         return Result(sampler, {"choice": choice, "merge_high": best})
 
-    def _train_branches(self, pipe: Pipeline, work: Path) -> tuple[nn.Module, nn.Module]:
+    def _train_branches(self, pipe: Pipeline, draft: Draft) -> tuple[nn.Module, nn.Module]:
         """(high, low): copies of the student, each trained on its own nodes with rollouts through both.
 
         A branch alone is no student, so validations, and thus the best round of a branch, are of both merged, in the middle of
@@ -157,14 +159,12 @@ class Finetune(Stage):
         from flashgen.models.sample import latent_shape
         from flashgen.stages.report import Validator
         from flashgen.training.matching import Matcher, Roles, Task, train_matching
-        from flashgen.training.prompts import prompt_pool, training_prompts
 
-        config, sampler, nodes = self.config, self.sampler, self.sampler.sigmas
+        config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
         networks = Networks.of(self)
-        prompts = training_prompts(self.world, self.prompts, config.matching.prompts, self.seed + 2)
-        pool, shape = prompt_pool(prompts, pipe, sampler, work, "matching"), latent_shape(pipe, sampler.size_px)
-        teacher = networks.frozen(self._teacher())
-        replay = self._replay(pipe, teacher, shape, work) if self.follows_teacher else None
+        pool = stage_pool(self, config.matching.prompts, self.seed + 2, pipe, sampler, draft.cache)
+        shape, teacher = latent_shape(pipe, sampler.size_px), networks.frozen(self._teacher())
+        replay = self._replay(pipe, teacher, shape, draft.cache) if self.follows_teacher else None
         high, low, teacher, fake_scores = self._branches(networks, pipe.transformer, teacher)
         validator, middle = Validator(self, pipe, sampler, work), sorted(config.merge_high)[len(config.merge_high) // 2]
 
@@ -202,13 +202,11 @@ class Finetune(Stage):
             return [("control", high, above + below, longer)]
         return [("high", high, above, config.matching), ("low", low, below, config.matching)]
 
-    def _replay(self, pipe: Pipeline, teacher: nn.Module, shape: tuple[int, ...], work: Path) -> Replay:
+    def _replay(self, pipe: Pipeline, teacher: nn.Module, shape: tuple[int, ...], cache: Path) -> Replay:
         """The teacher's cached trajectories over the student's nodes."""
-        from flashgen.training.prompts import prompt_pool, training_prompts
-
-        prompts = training_prompts(self.world, self.prompts, self.recipe.distill.trajectory.prompts, self.seed)
-        pool = prompt_pool(prompts, pipe, self.sampler, work, "trajectory")
-        return cached_steps(self, pool, guided_teacher(teacher, self.sampler.shift, self.recipe), self.sampler.sigmas, shape, work)
+        pool = stage_pool(self, self.recipe.distill.trajectory.prompts, self.seed, pipe, self.sampler, cache)
+        steps_of = guided_teacher(teacher, self.sampler.shift, self.recipe)
+        return cached_steps(self, pool, steps_of, self.sampler.sigmas, shape, cache, self.inputs["teacher"])
 
     def _branches(
         self, networks: Networks, student: nn.Module, teacher: nn.Module

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashgen.artifact.draft import cache_folder
 from flashgen.artifact.files import check_disk, disk_bytes
 from flashgen.errors import MachineError
 from flashgen.models.footprint import Footprint, Parts
@@ -30,6 +31,7 @@ class Plan:
     forwards: int = 0
     work: Mapping[str, float] = field(default_factory=dict)
     advice: dict[str, str] = field(default_factory=dict)  # by phase: settings that lower its memory
+    cached: float = 0  # bytes of `disk` that other runs can use: embeddings and trajectories
 
     @property
     def peak(self) -> float:
@@ -49,9 +51,9 @@ class Plan:
     def check(self, stage: str, out: Path, work: Path) -> None:
         """Raises MachineError, before any work, when memory or disk are too small; the message says which setting lowers the need.
 
-        Files that an earlier run has left in `work` need no disk again.
+        Files that an earlier run has left in `work` or in the cache of `out` need no disk again.
         """
-        check_disk(out, int(self.disk) - disk_bytes(work))
+        check_disk(out, int(self.disk - min(self.cached, disk_bytes(cache_folder(out)))) - disk_bytes(work))
         free = total_bytes()
         if free is None or self.peak <= free:
             return

@@ -34,11 +34,11 @@ NOT_JUDGED = "not judged"
 
 
 def grid_prompts(stage: Stage, seed: int) -> list[str]:
-    """Prompts of one sample grid: the world's for `seed`, or the first few of the recipe's own; none with `bench.per_task` 0."""
+    """Prompts of one sample grid: the world's for `seed`, or the first few of the recipe's held-out ones; none with `bench.per_task` 0."""
     count = stage.num_validation_pictures
     if stage.world is not None:
         return stage.world.prompts(seed, stage.recipe.bench.per_task) if count else []
-    return (stage.prompts or [])[:count]
+    return stage.prompts.validation[:count] if stage.prompts else []
 
 
 def judge(stage: Stage, pipe: Pipeline, sampler: Sampler, picture: Path | None = None) -> Judgement:
@@ -59,7 +59,7 @@ def draw(pipe: Pipeline, sampler: Sampler, prompts: list[str], bench: BenchRecip
 class Validator:
     """Draws a grid with a network in the middle of its training, in place of the pipeline's own transformer, and judges it.
 
-    Grids go to `work/samples/NAME.png`. Without a judge they show the first few of the recipe's prompts, or of the world's.
+    Grids go to `work/samples/NAME.png`. Without a judge they show the first few of the recipe's validation prompts, or of the world's.
     """
 
     def __init__(self, stage: Stage, pipe: Pipeline, sampler: Sampler, work: Path) -> None:
@@ -73,7 +73,8 @@ class Validator:
             if self.stage.judges:
                 return float(judge(self.stage, self.pipe, self.sampler, picture).passed.mean())
             world = self.stage.world
-            prompts = self.stage.prompts or (world.prompts(CHOICE_SEED, 2) if world else [])
+            own = self.stage.prompts
+            prompts = own.validation if own else world.prompts(CHOICE_SEED, 2) if world else []
             save_grid(draw(self.pipe, self.sampler, prompts[:UNJUDGED_PICTURES], self.stage.recipe.bench), picture)
             return None
         finally:

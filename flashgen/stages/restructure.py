@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flashgen.artifact.draft import Draft
@@ -19,6 +18,7 @@ from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
 from flashgen.stages.trainings import Networks
+from flashgen.stages.trajectories import own_steps, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,15 +79,19 @@ class RestructureEncoder(Stage):
             train |= {"successor": 4.0 * (transformer.count if self.mode == "prune" else learned), "gradients": 4.0 * learned}
             train |= {"optimizers": 8.0 * learned, "average": 4.0 * learned}
             train |= {"activations": 4.0 * config.batch * one.hidden * footprint.family.costs.kept * one.blocks}
-            train |= {"trajectories": 2.0 * config.prompts * (self.sampler.num_steps + 1) * one.latent}
             forwards = config.iterations * config.batch * 8 + config.prompts * self.sampler.num_steps
             text, adds = footprint.embedding(config.prompts)
-            disk = config.prompts * footprint.conditioning_bytes() + 2 * learned + 2 * 16 * learned  # a checkpoint replaces another
+            states = config.prompts * (self.sampler.num_steps + 1) if config.iterations else 0
+            stored, encoders = prompt_needs(self, footprint, config.prompts)
+            train |= encoders
+            shared = stored + 2 * states * one.latent
+            disk = shared + 2 * learned + 2 * 16 * learned  # a checkpoint replaces another
             advice = {"train": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"}
             adds += (
                 config.embedding * config.batch * 3 * learned * self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]
             )
-            plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds, "bf16": adds}, advice)
+            work = {"fp32": forwards * one.multiply_adds, "bf16": adds}
+            plan = Plan({"embed": text, "train": train}, disk, forwards, work, advice, shared)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
 
@@ -95,7 +99,7 @@ class RestructureEncoder(Stage):
         from flashgen.models.save import save_changed
 
         encoder, sampler = self.how.encoder, self.sampler
-        changed = self._trained(draft.work) if self.trains else {}
+        changed = self._trained(draft) if self.trains else {}
         dropped = () if self.mode == "compact" else (encoder, self.family.text_encoders[encoder].tokenizer)
         save_changed(draft, self.source.path, self.family, changed, dropped=dropped)
         after = sampler.model_copy(update={"encoder": self.mode, "tokens": self.how.tokens_after(sampler.tokens, self.mode)})
@@ -114,23 +118,20 @@ class RestructureEncoder(Stage):
             return 0.0
         return self.config.floor * before if isinstance(before, float) else 0.0
 
-    def _trained(self, work: Path) -> dict[str, nn.Module]:
+    def _trained(self, draft: Draft) -> dict[str, nn.Module]:
         """The network that takes over, by the component that it replaces."""
         from flashgen.models.pipeline import load_pipeline
         from flashgen.models.sample import latent_shape
-        from flashgen.training.prompts import prompt_pool, training_prompts
-        from flashgen.training.recovery import embedding_loss, own_trajectories, pruned_loss, recover, vision_loss
+        from flashgen.training.recovery import embedding_loss, pruned_loss, recover, vision_loss
 
-        config, nodes, how, checkpoint = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint
-        prompts = training_prompts(self.world, self.prompts, config.prompts, self.seed + 3)
-        text = load_pipeline(self.source.path, weights="text", device=self.device)
-        prompt_pool(prompts, text, self.sampler, work, "recovery")  # no transformer in memory yet
+        config, nodes, how, checkpoint, work = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint, draft.work
+        text = load_pipeline(self.source.path, weights="text", device=self.device)  # no transformer in memory yet
+        pool = stage_pool(self, config.prompts, self.seed + 3, text, self.sampler, draft.cache)
         del text
         networks, pipe = Networks.of(self), load_pipeline(self.source.path, device=self.device)
         options: dict[str, Any] = {"device": self.device, "micro_batch": self.recipe.compute.micro_batch}
-        pool = prompt_pool(prompts, pipe, self.sampler, work, "recovery")
         student, shape = pipe.transformer, latent_shape(pipe, self.sampler.size_px)
-        replay = own_trajectories(student, pool, nodes, shape, self.seed) if config.iterations else None
+        replay = own_steps(self, student, pool, shape, draft.cache) if config.iterations else None
         if self.mode == "prune":
             slim = networks.learning(copy.deepcopy(student))
             if config.adapter:
@@ -139,6 +140,7 @@ class RestructureEncoder(Stage):
             loss = pruned_loss(slim, replay, nodes, how)
             recover(slim, loss, config, config.iterations, self.seed, work, checkpoint, blocks=self.family.blocks(slim), **options)
             return {"transformer": slim}
+        prompts = self.training_prompts(config.prompts, self.seed + 3)
         ids = {name: value.to(self.device) for name, value in self.family.tokenize(pipe, prompts, self.sampler)[how.encoder].items()}
         small = how.compact_encoder(self.source.path, config, self.seed).to(self.device)
         compute_in(student, networks.autocast)

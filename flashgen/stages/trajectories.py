@@ -1,13 +1,22 @@
-"""The trajectories that `distill` and `finetune` train on."""
+"""The prompts and trajectories that `distill`, `finetune` and `restructure-encoder` train on, kept in caches that their runs share.
+
+A folder of a cache is named after everything that its contents depend on, so another learning rate finds the embeddings and the
+trajectories of the run before.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashgen import __version__
+from flashgen.artifact.manifest import Sampler, hash_json
+from flashgen.artifact.store import Artifact
 from flashgen.flow.grid import shifted_grid
+from flashgen.models.footprint import Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.base import Stage
@@ -15,6 +24,7 @@ from flashgen.stages.base import Stage
 if TYPE_CHECKING:
     from torch import nn
 
+    from flashgen.models.pipeline import Pipeline
     from flashgen.training.cache import Replay, TrajectorySource
     from flashgen.training.prompts import PromptPool
 
@@ -35,16 +45,75 @@ def guided_teacher(teacher: nn.Module, shift: float, recipe: Recipe) -> Trajecto
     return TrajectorySource(teacher, shifted_grid(config.teacher_steps, shift), config.guidance, order=2)
 
 
+def stage_pool(stage: Stage, count: int, seed: int, pipe: Pipeline, sampler: Sampler, cache: Path) -> PromptPool:
+    """`count` training prompts of the stage, encoded by `pipe`, which is of its first input; embeddings are kept in `cache`.
+
+    Where they would take more than `prompts.cache_gib`, `pipe` encodes prompts as they are drawn.
+    """
+    from flashgen.training.prompts import drawn_pool, prompt_pool
+
+    family, how = stage.family, [stage.family.name, sampler.encoder, sampler.tokens]
+    encoders = [*family.text_encoders, *(encoder.tokenizer for encoder in family.text_encoders.values())]
+    name, prompts = _name("prompts", stage.source, encoders, how), stage.training_prompts(count, seed)
+    if not stored_prompts(stage, Footprint(stage.source), count):
+        return drawn_pool(prompts, pipe, sampler, name, pipe.device)
+    return prompt_pool(prompts, pipe, sampler, cache / name, pipe.device)
+
+
+def stored_prompts(stage: Stage, footprint: Footprint, *counts: int) -> int:
+    """Number of prompts, of pools of `counts` prompts, whose embeddings are stored: those of pools within `prompts.cache_gib`."""
+    limit = stage.recipe.prompts.cache_gib
+    return sum(count for count in counts if limit is None or count * footprint.conditioning_bytes() <= limit * 2**30)
+
+
+def prompt_needs(stage: Stage, footprint: Footprint, *counts: int) -> tuple[float, Parts]:
+    """(bytes of disk, memory while the stage trains) of pools of `counts` prompts."""
+    from flashgen.models.prompts import BATCH
+
+    stored = stored_prompts(stage, footprint, *counts)
+    drawn = {name: size for name, size in footprint.embedding(BATCH)[0].items() if name in footprint.encoders}
+    return stored * footprint.conditioning_bytes(), Parts() if stored == sum(counts) else drawn
+
+
 def cached_steps(
+    stage: Stage, pool: PromptPool, steps_of: TrajectorySource, nodes: list[float], shape: tuple[int, ...], cache: Path, followed: Artifact
+) -> Replay:
+    """Cached steps along the trajectories of `steps_of`, whose network is that of `followed`; kept in `cache`.
+
+    A share of the prompts is without the droppable text encoder.
+    """
+    config = stage.recipe.distill
+    assert pool.key, "a pool whose prompts are not known"
+    number = config.lora.base if config.lora and stage.name == "distill" else stage.recipe.compute.precision  # of the weights
+    how = [steps_of.sigmas, steps_of.guidance, steps_of.order, nodes, shape, stage.seed, pool.key, config.encoder_drop, number]
+    return _steps(stage, pool, steps_of, nodes, shape, cache / _name("trajectories", followed, ["transformer"], [*how, config.compile]))
+
+
+def on_policy_steps(
+    stage: Stage, pool: PromptPool, steps_of: TrajectorySource, nodes: list[float], shape: tuple[int, ...], work: Path, student: nn.Module
+) -> Replay:
+    """Steps of `steps_of` from the states that `student` visits on the first `on_policy.prompts` prompts; kept in `work`."""
+    return _steps(stage, pool, steps_of, nodes, shape, work / "on_policy", student)
+
+
+def own_steps(stage: Stage, student: nn.Module, pool: PromptPool, shape: tuple[int, ...], cache: Path) -> Replay:
+    """Steps of `student`, the network of the stage's first input, along its own rollouts; kept in `cache`."""
+    from flashgen.training.recovery import own_trajectories
+
+    nodes = stage.sampler.sigmas
+    folder = cache / _name("trajectories", stage.source, ["transformer"], [nodes, shape, stage.seed, pool.key])
+    return own_trajectories(student, pool, nodes, shape, stage.seed, folder)
+
+
+def _steps(
     stage: Stage,
     pool: PromptPool,
     steps_of: TrajectorySource,
     nodes: list[float],
     shape: tuple[int, ...],
-    work: Path,
+    folder: Path,
     student: nn.Module | None = None,
 ) -> Replay:
-    """Cached steps of `steps_of`, a share of the prompts without the droppable text encoder."""
     import torch
 
     from flashgen.randomness import generator
@@ -57,4 +126,10 @@ def cached_steps(
     if config.compile:
         compiled: Any = torch.compile(steps_of.net, dynamic=False)
         steps_of = replace(steps_of, net=compiled)
-    return cache_trajectories(steps_of, pool, nodes, shape, stage.seed, work, student=student)
+    return cache_trajectories(steps_of, pool, nodes, shape, stage.seed, folder, student=student)
+
+
+def _name(what: str, artifact: Artifact, parts: Iterable[str], how: list[Any]) -> str:
+    """Name of a folder of the cache: a digest over the files of `artifact` in `parts`, the settings `how`, and flashgen's release."""
+    files = sorted([file.path, file.sha256] for file in artifact.manifest.files if file.path.split("/")[0] in set(parts))
+    return f"{what}-{hash_json([files, how, __version__.split('.')[:2]])[:16]}"

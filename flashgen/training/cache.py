@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,15 +16,15 @@ from flashgen.families.conditioning import Conditioning
 from flashgen.flow.convert import move
 from flashgen.flow.grid import check_nested
 from flashgen.flow.ode import second_order
-from flashgen.progress import track
+from flashgen.progress import say, track
 from flashgen.randomness import generator
-from flashgen.runtime.processes import rank, wait_for_all, world_size
-from flashgen.training.checkpoint import save_state
+from flashgen.runtime.processes import from_first, rank, wait_for_all, world_size
+from flashgen.training.mapped import map_tensor, mark_written, release
 from flashgen.training.prompts import PromptPool
 from flashgen.training.rollout import guided_velocity, roll_out
 
 CACHE_STREAM, ON_POLICY_STREAM = 10, 18  # of the initial noise
-SHARD = 128  # prompts per file
+SHARD = 128  # prompts computed together
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class TrajectorySource:
             if isinstance(starts, list):
                 x, previous = starts[step], None
             for s, s_next in itertools.pairwise(s for s in self.sigmas if next_node <= s <= node):
-                sigma, sigma_next = (torch.full((len(x),), level, device=x.device) for level in (s, s_next))
+                sigma, sigma_next = (torch.full((len(x),), value, device=x.device) for value in (s, s_next))
                 v = guided_velocity(self.net, x, sigma, cond, empty, self.guidance)
                 x = move(x, second_order(v, s_next - s, previous), sigma, sigma_next)
                 previous = (v, s_next - s) if self.order == 2 else None
@@ -59,32 +61,53 @@ class TrajectorySource:
 
 @dataclass(frozen=True)
 class Replay:
-    """Cached steps: fp16 `starts` at a student's nodes and `ends` at the next ones, both [N, steps, C, h, w].
+    """Cached steps: fp16 `starts` at a student's nodes and `ends` at the next ones, both [N, steps, C, h, w], in memory or mapped.
 
-    Row i belongs to prompt i of `pool`, modulo its length where there are more rows than prompts.
+    Row i belongs to prompt i of `pool`, modulo its length where there are more rows than prompts. `mappings` are those of the tensors'
+    files, which `at` and `pictures` leave unread in memory. The rows of `more` follow.
     """
 
     starts: Tensor
     ends: Tensor
     pool: PromptPool
+    mappings: tuple[mmap.mmap, ...] = ()
+    more: Replay | None = None
 
     @classmethod
-    def from_states(cls, states: Tensor, pool: PromptPool) -> Replay:
+    def from_states(cls, states: Tensor, pool: PromptPool, *mappings: mmap.mmap) -> Replay:
         """Steps along trajectories [N, steps + 1, C, h, w], initial noise first."""
-        return cls(states[:, :-1], states[:, 1:], pool)
+        return cls(states[:, :-1], states[:, 1:], pool, mappings)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.starts) + (len(self.more) if self.more else 0)
 
     def at(self, rows: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
-        """(start, end, conditioning) of the steps of `rows` [B] at `node` [B], in fp32."""
-        at, steps, device = rows.cpu(), node.cpu(), self.pool.device
-        start, end = (states[at, steps].to(device).float() for states in (self.starts, self.ends))
-        return start, end, self.pool[at % len(self.pool)]
+        """(start, end, conditioning) of the steps of `rows` [B] at `node` [B], in fp32 on the pool's device. Indices may be anywhere."""
+        rows, node = rows.cpu(), node.cpu()
+        start, end = (self.pool.placed(states).float() for states in self._gathered(rows, node))
+        return start, end, self.pool[rows % len(self.pool)]
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """Final states [B, C, h, w] of the trajectories `rows` [B], below the pool's length, in fp32 on the pool's device."""
+        states = self.ends[rows.cpu(), -1]
+        release(*self.mappings)
+        return self.pool.placed(states).float()
 
     def extended(self, other: Replay) -> Replay:
         """These steps, then those of `other`, whose prompts must be the first of this pool."""
-        return Replay(torch.cat([self.starts, other.starts]), torch.cat([self.ends, other.ends]), self.pool)
+        return replace(self, more=self.more.extended(other) if self.more else other)
+
+    def _gathered(self, rows: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
+        """fp16 (starts, ends) [B, C, h, w]."""
+        here = rows < len(self.starts)
+        own = self.starts[rows[here], node[here]], self.ends[rows[here], node[here]]
+        release(*self.mappings)
+        if self.more is None or here.all():
+            return own
+        pairs = zip(own, self.more._gathered(rows[~here] - len(self.starts), node[~here]), strict=True)
+        order = torch.cat([here.nonzero(), (~here).nonzero()]).flatten().argsort()  # the place of each row in `own`, then in `more`
+        start, end = (torch.cat(pair)[order] for pair in pairs)
+        return start, end
 
 
 @torch.no_grad()
@@ -94,34 +117,65 @@ def cache_trajectories(
     nodes: list[float],
     shape: tuple[int, ...],
     seed: int,
-    work: Path,
+    folder: Path,
     *,
     student: nn.Module | None = None,
 ) -> Replay:
     """Steps of `source` between the student's `nodes`, which its grid must contain, from one noise [*shape] per prompt.
 
     From the source's own states, or from those that `student` visits (DAgger, 1011.0686; for a sampler our choice): the student's next
-    state then follows from its own step, and the source's step is only the target. Written in shards to `work`, shared out over the
-    processes; a resumed run computes the missing ones.
+    state then follows from its own step, and the source's step is only the target. Written to `folder`, one file [N, ...] of states or of
+    starts and one of ends, in parts that the processes share out; a resumed run computes the missing parts.
     """
     check_nested(nodes, source.sigmas)
-    name, stream = ("on_policy", ON_POLICY_STREAM) if student else ("trajectories", CACHE_STREAM)
-    folder = work / name
-    folder.mkdir(parents=True, exist_ok=True)
-    first_rows = range(0, len(pool), SHARD)
-    of_this_rank = first_rows[rank() :: world_size()]
-    for first in track(of_this_rank, name, total=len(of_this_rank)):
-        path = folder / f"{first:06d}.pt"
-        if path.exists():
-            continue
-        cond = pool[slice(first, first + SHARD)]
-        noise = torch.randn((len(cond), *shape), generator=generator(seed, stream, first)).to(pool.device)
+    stream, steps = (ON_POLICY_STREAM if student else CACHE_STREAM), len(nodes) - 1
+
+    def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
+        noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, stream, first)))
         visited = roll_out(lambda _: student, noise, cond, nodes[:-1]).states if student else None
         ends = source.ends(visited or noise, cond, pool.empty_for(cond), nodes)
-        states = {"states": [noise, *ends]} if visited is None else {"starts": visited, "ends": ends}
-        save_state({key: torch.stack(tensors, 1).half().cpu() for key, tensors in states.items()}, path)
-    wait_for_all()
-    shards = [torch.load(folder / f"{first:06d}.pt", weights_only=True, mmap=True) for first in first_rows]
+        return [visited, ends] if visited else [[noise, *ends]]
+
     if student is None:
-        return Replay.from_states(torch.cat([shard["states"] for shard in shards]), pool)
-    return Replay(torch.cat([shard["starts"] for shard in shards]), torch.cat([shard["ends"] for shard in shards]), pool)
+        (states,), mappings = write_states(folder, {"states.bin": steps + 1}, pool, shape, SHARD, compute, "trajectories")
+        return Replay.from_states(states, pool, *mappings)
+    (starts, ends), mappings = write_states(folder, {"starts.bin": steps, "ends.bin": steps}, pool, shape, SHARD, compute, "on_policy")
+    return Replay(starts, ends, pool, mappings)
+
+
+def write_states(
+    folder: Path,
+    files: Mapping[str, int],
+    pool: PromptPool,
+    shape: tuple[int, ...],
+    rows: int,
+    compute: Callable[[int, Conditioning], list[list[Tensor]]],
+    label: str,
+) -> tuple[list[Tensor], tuple[mmap.mmap, ...]]:
+    """(mapped fp16 states [N, count, *shape] per file, their mappings); `files` gives the name and the count of each.
+
+    `compute(first row, conditioning)` returns a list of states [B, *shape] per file for at most `rows` prompts. Parts that `folder` has are
+    not computed again; the processes share out the others.
+    """
+    first_rows = range(0, len(pool), rows)
+    missing = from_first(lambda: _missing_parts(folder, list(files), first_rows))
+    if len(missing) < len(first_rows):
+        say(f"{label}: {len(first_rows) - len(missing)} of {len(first_rows)} parts are reused from {folder}")
+    mapped = [map_tensor(folder / name, torch.float16, (len(pool), count, *shape)) for name, count in files.items()]
+    tensors, mappings = [tensor for tensor, _ in mapped], tuple(memory for _, memory in mapped)
+    of_this_rank = missing[rank() :: world_size()]
+    for first in track(of_this_rank, label, total=len(of_this_rank)):
+        for into, states in zip(tensors, compute(first, pool[slice(first, first + rows)]), strict=True):
+            into[first : first + rows] = torch.stack(states, 1).half().cpu()
+        mark_written(folder / f"{first:06d}.done", "", *mappings)
+    wait_for_all()
+    return tensors, mappings
+
+
+def _missing_parts(folder: Path, files: list[str], first_rows: Sequence[int]) -> list[int]:
+    """First rows of the parts that `folder` does not have; all of them where a file is gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not all((folder / name).exists() for name in files):
+        for mark in folder.glob("*.done"):
+            mark.unlink()
+    return [first for first in first_rows if not (folder / f"{first:06d}.done").exists()]

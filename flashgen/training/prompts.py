@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,33 +17,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashgen.artifact.manifest import Sampler
+from flashgen.artifact.files import locked
+from flashgen.artifact.manifest import Sampler, hash_json
 from flashgen.errors import UsageError
 from flashgen.families.base import Family
 from flashgen.families.conditioning import Conditioning
 from flashgen.models.pipeline import Pipeline
 from flashgen.models.prompts import BATCH, encode_prompts
-from flashgen.progress import track, warn
+from flashgen.progress import say, track, warn
 from flashgen.runtime.processes import from_first, rank, wait_for_all, world_size
-from flashgen.training.ranks import CPU, Draws
+from flashgen.training.mapped import map_tensor, mark_written, release
+from flashgen.training.ranks import Draws
 
 if TYPE_CHECKING:
     from flashgen.worlds.base import World
 
+CPU = torch.device("cpu")
 PROMPT_STREAM = 0x7EA1  # other prompts than those on which anything is judged
 
 
 @dataclass(frozen=True)
-class PromptPool:
-    """`cond` of N prompts, `empty` of the empty prompt (one row), and rows whose droppable text encoder is dropped, bool [N] or None.
+class Texts:
+    """Prompts, and the pipeline whose text encoders encode them when they are asked for."""
 
-    The tensors of `cond` may be mapped from files: `pool[rows]` reads those rows alone.
+    prompts: list[str]
+    pipe: Pipeline
+    sampler: Sampler
+
+    def __getitem__(self, rows: Tensor | slice) -> Conditioning:
+        """Conditioning of the prompts at `rows`."""
+        chosen = self.prompts[rows] if isinstance(rows, slice) else [self.prompts[row] for row in rows.tolist()]
+        return encode_prompts(self.pipe, chosen, self.sampler).to(CPU)
+
+
+@dataclass(frozen=True)
+class PromptPool:
+    """Prompts as conditioning: `cond` is a table of distinct prompts, `empty` that of the empty prompt (one row).
+
+    `index` [N] is the row of each prompt in the table; None: N rows in their order. `dropped`, bool [N] or None, says whose droppable text
+    encoder is dropped. The tensors of `cond` may be mapped from files, by `mappings`: `pool[rows]` reads those rows alone. They lie on the
+    CPU; what the pool returns is on `device`. `key` names the contents; "" where nobody named them. With `texts` there is no table of
+    prompts: `cond` is the empty prompt alone, and `index` points into `texts`, which are encoded as they are drawn.
     """
 
     cond: Conditioning
     empty: Conditioning
     dropped: Tensor | None = None
+    index: Tensor | None = None
     device: torch.device = CPU
+    mappings: tuple[mmap.mmap, ...] = ()
+    key: str = ""
+    texts: Texts | None = None
 
     @property
     def family(self) -> Family:
@@ -48,16 +75,38 @@ class PromptPool:
         return self.cond.family
 
     def __len__(self) -> int:
-        return len(self.cond)
+        return len(self.cond) if self.index is None else len(self.index)
 
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
-        rows = rows if isinstance(rows, slice) else rows.cpu()
-        cond = self.cond[rows].to(self.device)
-        return cond if self.dropped is None else _drop(cond, self.dropped[rows].to(self.device))
+        return self._gathered(rows)
+
+    def _gathered(self, rows: Tensor | slice, also_dropped: Tensor | None = None) -> Conditioning:
+        """The prompts at `rows` on `device`, those without the droppable text encoder that `dropped` or `also_dropped` (bool [B]) names."""
+        rows = rows.cpu() if isinstance(rows, Tensor) else rows
+        table = self.cond if self.texts is None else self.texts
+        cond = table[rows if self.index is None else self.index[rows]]
+        if self.dropped is not None:
+            cond = _drop(cond, self.dropped[rows])
+        if also_dropped is not None:
+            cond = _drop(cond, also_dropped.cpu())
+        placed = cond.map(self.placed)
+        release(*self.mappings)
+        return placed
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which is on the CPU, on the pool's device; to a GPU through pinned memory, so that the copy waits for nothing."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def on(self, device: torch.device) -> PromptPool:
+        """The same prompts for networks on `device`."""
+        return replace(self, device=device, empty=self.empty.to(device))
 
     def first(self, count: int) -> PromptPool:
         """The first `count` prompts."""
-        return replace(self, cond=self.cond[slice(count)], dropped=None if self.dropped is None else self.dropped[:count])
+        index = torch.arange(len(self.cond)) if self.index is None else self.index
+        return replace(self, index=index[:count], dropped=None if self.dropped is None else self.dropped[:count])
 
     def dropping(self, share: float, generator: torch.Generator) -> PromptPool:
         """The same prompts, a random `share` of them permanently without the family's droppable text encoder."""
@@ -67,7 +116,7 @@ class PromptPool:
     def draw(self, encoder_drop: float, draws: Draws) -> Conditioning:
         """Random prompts, each without the family's droppable text encoder with probability `encoder_drop`."""
         rows = draws.randint(len(self))
-        return _drop(self[rows], draws.rand() < encoder_drop)
+        return self._gathered(rows, draws.rand() < encoder_drop)
 
     def empty_for(self, cond: Conditioning) -> Conditioning:
         """The empty prompt for each row of `cond`; dropped where the row is, as a pipeline without that encoder guides itself."""
@@ -89,12 +138,17 @@ def _warn_no_effect(models: str) -> None:
     warn(f"encoder_drop has no effect: {models} have no text encoder that can be dropped; --set distill.encoder_drop=0")
 
 
-def training_prompts(world: World | None, own: Sequence[str] | None, count: int, seed: int) -> list[str]:
+def training_prompts(
+    world: World | None, own: Sequence[str] | None, count: int, seed: int, weights: Sequence[float] | None = None
+) -> list[str]:
     """`count` training prompts: of `own` in random order, each equally often, or else random ones of `world`; a function of `seed`.
 
-    Raises UsageError without either.
+    With `weights` each prompt of `own` is drawn in proportion to its weight, with replacement. Raises UsageError without any prompts.
     """
     rng = np.random.default_rng([seed, PROMPT_STREAM])
+    if own is not None and weights is not None:
+        share = np.asarray(weights, dtype=np.float64)
+        return [own[i] for i in rng.choice(len(own), count, p=share / share.sum())]
     if own is not None:
         order = np.concatenate([rng.permutation(len(own)) for _ in range(-(-count // len(own)))])
         return [own[i] for i in order[:count]]
@@ -103,36 +157,80 @@ def training_prompts(world: World | None, own: Sequence[str] | None, count: int,
     return world.training_prompts(rng, count)
 
 
-def prompt_pool(prompts: list[str], pipe: Pipeline, sampler: Sampler, work: Path | None = None, name: str = "") -> PromptPool:
-    """Conditioning of `prompts` and of the empty prompt; with `work` it is kept in work/prompts-`name` and mapped from there."""
+def prompt_pool(prompts: list[str], pipe: Pipeline, sampler: Sampler, store: Path | None = None, device: torch.device = CPU) -> PromptPool:
+    """Conditioning of `prompts` and of the empty prompt, for networks on `device`.
+
+    With `store`, a folder for the embeddings of these text encoders and this sampler, prompts that the folder has are not encoded again,
+    the others are added, and all are mapped from there.
+    """
     texts = [*prompts, ""]
-    cond = encode_prompts(pipe, texts, sampler) if work is None else _mapped(texts, pipe, sampler, work / f"prompts-{name}")
-    empty = cond[slice(len(prompts), None)].to(pipe.device)
-    return PromptPool(cond[slice(len(prompts))].to(CPU), empty, device=pipe.device)
+    if store is None:
+        cond = encode_prompts(pipe, texts, sampler).to(CPU)
+        return PromptPool(cond[slice(len(prompts))], cond[slice(len(prompts), None)]).on(device)
+    with ExitStack() as lock:
+        from_first(lambda: lock.enter_context(locked(_made(store))))
+        table, rows, mappings = _stored(texts, pipe, sampler, store)
+    index = torch.tensor([rows[_digest(text)] for text in texts])
+    pool = PromptPool(table, table[index[-1:]], index=index[:-1], mappings=mappings, key=hash_json([store.name, prompts]))
+    return pool.on(device)
 
 
-def _mapped(texts: list[str], pipe: Pipeline, sampler: Sampler, folder: Path) -> Conditioning:
-    """`encode_prompts` as one mapped file per tensor, shared out over the processes; a resumed run encodes the missing parts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    layout = from_first(lambda: _layout(pipe, sampler, folder / "layout.json"))
-    tensors = {}
+def drawn_pool(prompts: list[str], pipe: Pipeline, sampler: Sampler, name: str, device: torch.device = CPU) -> PromptPool:
+    """Like `prompt_pool`, without embeddings on the disk or in memory: `pipe` encodes prompts as they are drawn.
+
+    `name` says which text encoders and which sampler these are, as the name of a store does.
+    """
+    empty, index = encode_prompts(pipe, [""], sampler), torch.arange(len(prompts))
+    return PromptPool(empty, empty, index=index, key=hash_json([name, prompts]), texts=Texts(prompts, pipe, sampler)).on(device)
+
+
+def _stored(texts: list[str], pipe: Pipeline, sampler: Sampler, store: Path) -> tuple[Conditioning, dict[str, int], tuple[mmap.mmap, ...]]:
+    """(table of all prompts in `store`, row of each prompt by its digest, mappings) after adding `texts`, shared out over the processes.
+
+    One file per tensor; a mark per batch, whose name is the batch's first row, lists the digests of its prompts. A batch that another
+    process has not finished leaves rows that nothing names.
+    """
+    layout = from_first(lambda: _layout(pipe, sampler, store / "layout.json"))
+    rows: dict[str, int] = from_first(lambda: _rows_in(store, layout))
+    missing = [text for text in dict.fromkeys(texts) if _digest(text) not in rows]
+    if reused := len(set(texts)) - len(missing):
+        say(f"prompts: {reused} of {len(set(texts))} embeddings are reused from {store}")
+    first_free = max(rows.values(), default=-1) + 1
+    added = {_digest(text): row for row, text in enumerate(missing, first_free)}
+    tensors, mappings = {}, []
     for key, (dtype, shape) in layout["tensors"].items():
-        full = torch.Size([len(texts), *shape])
-        flat = torch.from_file(str(folder / f"{key}.bin"), shared=True, size=full.numel(), dtype=getattr(torch, dtype))
-        tensors[key] = flat.reshape(full)
+        tensors[key], memory = map_tensor(store / f"{key}.bin", getattr(torch, dtype), (first_free + len(missing), *shape))
+        mappings.append(memory)
     shares = {
         encoder: {key: tuple(slice(*part) for part in index) for key, index in parts.items()} for encoder, parts in layout["shares"].items()
     }
-    cond = Conditioning(pipe.family, tensors, shares)
-    first_rows = range(0, len(texts), BATCH)[rank() :: world_size()]
-    missing = [first for first in first_rows if not (folder / f"{first:06d}.done").exists()]
-    for first in track(missing, "embed prompts", total=len(missing)):
-        rows = slice(first, first + BATCH)
-        for key, value in encode_prompts(pipe, texts[rows], sampler).tensors.items():
-            cond.tensors[key][rows] = value.cpu()
-        (folder / f"{first:06d}.done").touch()
+    table = Conditioning(pipe.family, tensors, shares)
+    of_this_rank = range(0, len(missing), BATCH)[rank() :: world_size()]
+    for start in track(of_this_rank, "embed prompts", total=len(of_this_rank)):
+        batch, first = missing[start : start + BATCH], first_free + start
+        for key, value in encode_prompts(pipe, batch, sampler).tensors.items():
+            table.tensors[key][first : first + len(batch)] = value.cpu()
+        mark_written(store / f"{first:08d}.json", json.dumps([_digest(text) for text in batch]), *mappings)
     wait_for_all()
-    return cond
+    return table, rows | added, tuple(mappings)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rows_in(store: Path, layout: Mapping[str, Any]) -> dict[str, int]:
+    """Row of each prompt that `store` has, by its digest; none where a file is gone."""
+    if not all((store / f"{key}.bin").exists() for key in layout["tensors"]):
+        for mark in store.glob("[0-9]*.json"):
+            mark.unlink()
+    marks = sorted(store.glob("[0-9]*.json"))
+    return {digest: row for mark in marks for row, digest in enumerate(json.loads(mark.read_text()), int(mark.stem))}
 
 
 def _layout(pipe: Pipeline, sampler: Sampler, file: Path) -> dict[str, Any]:

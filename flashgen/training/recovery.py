@@ -12,11 +12,10 @@ from torch.nn.functional import mse_loss
 from flashgen.families.base import Restructuring, velocity
 from flashgen.families.conditioning import Conditioning
 from flashgen.objectives.trajectory import trajectory_loss
-from flashgen.progress import track
 from flashgen.randomness import generator
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.recipe.schema import CheckpointRecipe
-from flashgen.training.cache import Replay
+from flashgen.training.cache import Replay, write_states
 from flashgen.training.ema import Ema
 from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
@@ -33,14 +32,15 @@ Ids = Mapping[str, Tensor]  # keyword arguments of a text encoder, [N, L] each, 
 
 
 @torch.no_grad()
-def own_trajectories(student: nn.Module, pool: PromptPool, nodes: list[float], shape: tuple[int, ...], seed: int) -> Replay:
-    """Steps of the student's own rollouts, from one noise [*shape] per prompt (our choice of states)."""
-    parts, first_rows = [], range(0, len(pool), ROLLOUT_BATCH)
-    for first in track(first_rows, "own trajectories", total=len(first_rows)):
-        cond = pool[slice(first, first + ROLLOUT_BATCH)]
-        noise = torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, first)).to(pool.device)
-        parts.append(torch.stack(roll_out(lambda _: student, noise, cond, nodes).states, 1).half().cpu())
-    return Replay.from_states(torch.cat(parts), pool)
+def own_trajectories(student: nn.Module, pool: PromptPool, nodes: list[float], shape: tuple[int, ...], seed: int, folder: Path) -> Replay:
+    """Steps of the student's own rollouts, from one noise [*shape] per prompt (our choice of states); written to `folder` and mapped."""
+
+    def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
+        noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, first)))
+        return [roll_out(lambda _: student, noise, cond, nodes).states]
+
+    (states,), mappings = write_states(folder, {"states.bin": len(nodes)}, pool, shape, ROLLOUT_BATCH, compute, "own trajectories")
+    return Replay.from_states(states, pool, *mappings)
 
 
 def pruned_loss(student: nn.Module, replay: Replay, nodes: list[float], restructuring: Restructuring) -> Loss:

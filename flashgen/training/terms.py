@@ -158,7 +158,7 @@ class AdversarialTerm:
                 is_weighted = self.weights[comparison.node] > 0
                 c = comparison[weighted_rows(is_weighted)]
                 rows = pictures[c.rows]  # of trajectories only: on-policy steps end near the student
-                _, picture, cond = self.replay.at(rows, torch.full_like(rows, len(self.weights) - 1))
+                picture, cond = self.replay.pictures(rows), self.replay.pool[rows]
                 real = add_noise(picture, noise[c.rows], c.sigma_eval)
                 logit_real, logit_fake = (self._logits(x, c.sigma_eval, cond) for x, cond in ((real, cond), (c.x_eval, c.cond)))
                 loss = discriminator_loss(logit_real, logit_fake)

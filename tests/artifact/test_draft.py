@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flashgen.artifact import draft as drafts
-from flashgen.artifact.draft import check_out, up_to_date, work_folder
+from flashgen.artifact.draft import cache_folder, check_out, up_to_date, work_folder
 from flashgen.artifact.files import link
 from flashgen.artifact.manifest import Parent
 from flashgen.artifact.store import open_artifact, read_latest
@@ -270,3 +270,18 @@ def test_a_file_and_a_version_cannot_hold_versions(tmp_path: Path) -> None:
         check_out(tmp_path / "file")
     with pytest.raises(UsageError, match="published version"):
         check_out(tmp_path / "s" / "v0001")
+
+
+def test_the_cache_outlives_a_published_version_and_is_no_unfinished_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = draft_of(tmp_path)
+    assert draft.cache == cache_folder(tmp_path) == tmp_path / ".work" / "cache"
+    (draft.cache / "prompts-0123").mkdir(parents=True)
+    (draft.path / "weights").write_text("x")
+    draft.publish()
+    assert [p.name for p in (tmp_path / ".work").iterdir()] == ["cache"] and (draft.cache / "prompts-0123").is_dir()
+    draft_of(tmp_path, seed=1)
+    assert "unfinished" not in capsys.readouterr().err
+    monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path / "shared"))
+    assert draft.cache == tmp_path / "shared"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import versions
 from flashgen.errors import MachineError, NumericsError, UsageError
+from flashgen.families.conditioning import Conditioning
 from flashgen.flow.grid import shifted_grid
-from flashgen.models.pipeline import load_pipeline
+from flashgen.models.pipeline import Pipeline, load_pipeline
+from flashgen.models.prompts import encode_prompts
 from flashgen.stages import distill, trajectories
-from flashgen.training import loop, matching, regression
+from flashgen.training import cache as caching
+from flashgen.training import loop, matching, prompts, regression
 from flashgen.training.cache import Replay
 from flashgen.training.checkpoint import Checkpoint
 from flashgen.training.rollout import roll_out
@@ -52,6 +57,69 @@ def test_a_resumed_distill_equals_an_uninterrupted_one_file_by_file(
     rows = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in (a.path / "stats.jsonl").read_text().splitlines()]
             for a in (resumed, chain.student)]  # fmt: skip
     assert rows[0] == rows[1]
+
+
+def test_another_learning_rate_embeds_no_prompt_and_computes_no_trajectory_again(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded, passes = list[int](), list[str]()
+    encode, ends = encode_prompts, caching.TrajectorySource.ends
+
+    def counted(pipe: Pipeline, texts: list[str], sampler: Sampler) -> Conditioning:
+        encoded.append(len(texts))
+        return encode(pipe, texts, sampler)
+
+    def watched(self: caching.TrajectorySource, *arguments: Any) -> list[torch.Tensor]:
+        passes.append("ends")
+        return ends(self, *arguments)
+
+    monkeypatch.setattr(prompts, "encode_prompts", counted)
+    monkeypatch.setattr(caching.TrajectorySource, "ends", watched)
+    made = runs.distill(str(chain.teacher.path), tmp_path / "out", micro())
+    assert sum(encoded) <= 1 + 33 and passes == ["ends"]
+    encoded.clear()
+    passes.clear()
+    capsys.readouterr()
+    for setting in ("distill.matching.lr=1e-5", "distill.trajectory.lr=1e-5", "distill.matching.batch=2"):
+        other = runs.distill(str(chain.teacher.path), tmp_path / "out", micro(setting))
+        assert encoded == [] and passes == [] and digests(other)[TRANSFORMER] != digests(made)[TRANSFORMER]
+    said = capsys.readouterr().err
+    assert "embeddings are reused from" in said and "parts are reused from" in said
+    again = runs.distill(str(chain.teacher.path), tmp_path / "out", micro(), 0, True)
+    assert digests(again) == digests(made) and passes == []
+    for number, setting in enumerate(
+        ("distill.trajectory.guidance=2.5", "distill.encoder_drop=0.5", "distill.trajectory.teacher_steps=8"), 1
+    ):
+        runs.distill(str(chain.teacher.path), tmp_path / "out", micro(setting))
+        assert encoded == [] and len(passes) == number, setting
+
+
+def test_stages_share_a_cache_that_the_environment_names(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path / "cache"))
+    student = runs.distill(str(chain.teacher.path), tmp_path / "student", micro())
+    assert digests(student) == digests(chain.student) and not (tmp_path / "student" / ".work").exists()
+    (states,) = (tmp_path / "cache").glob("trajectories-*/states.bin")
+    monkeypatch.setattr(caching.TrajectorySource, "ends", lambda *_: pytest.fail("these trajectories are known"))
+    runs.finetune(str(student.path), tmp_path / "finetuned", micro("finetune.matching.node_trajectory=[0.1]"))
+    assert [*(tmp_path / "cache").glob("trajectories-*/states.bin")] == [states]
+    assert len([*(tmp_path / "cache").glob("prompts-*")]) == 1
+
+
+def test_embeddings_beyond_the_budget_are_not_stored(chain: Chain, tmp_path: Path) -> None:
+    few = micro("distill.matching.prompts=8", "prompts.cache_gib=0.00004")  # of 4,224 bytes each: eight fit, sixteen do not
+    made = runs.distill(str(chain.teacher.path), tmp_path / "out", few)
+    stored = runs.distill(str(chain.teacher.path), tmp_path / "stored", micro("distill.matching.prompts=8"))
+    a, b = (load_file(artifact.path / TRANSFORMER) for artifact in (made, stored))
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+    (marks,) = ([*(tmp_path / name / ".work/cache").glob("prompts-*/*.json")] for name in ("out",))
+    embedded = {digest for mark in marks if mark.stem.isdigit() for digest in json.loads(mark.read_text())}
+    assert 1 < len(embedded) <= 9
+    plans = [
+        runs.plan("distill", {"teacher": str(chain.teacher.path)}, tmp_path / "x", recipe)
+        for recipe in (few, micro("distill.matching.prompts=8"))
+    ]
+    assert plans[1]["disk_bytes"] - plans[0]["disk_bytes"] == 16 * 4224
+    assert plans[0]["memory"]["train"].keys() - plans[1]["memory"]["train"].keys() == {"text_encoder", "text_encoder_2", "text_encoder_3"}
 
 
 def test_another_seed_makes_another_student(chain: Chain, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from flashgen.stages.distill import Distill
 from flashgen.stages.planning import Plan
 from flashgen.stages.quantize import Quantize, streamed
 from flashgen.stages.restructure import RestructureEncoder
-from flashgen.stages.trajectories import cached_steps, guided_teacher, student_grid
+from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, student_grid
 from flashgen.training.roles import roles_on
 from tests import runs
 from tests.stages.chain import Chain, micro
@@ -93,16 +94,17 @@ def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp
     source = guided_teacher(pipe.transformer, stage.sampler.shift, wanted)
     nodes, shape = student_grid(wanted.distill, source.sigmas), latent_shape(pipe, stage.sampler.size_px)
     pool = stage._pools(pipe, tmp_path)["trajectory"]
-    own = cached_steps(stage, pool, source, nodes, shape, tmp_path)
-    joined = own.extended(cached_steps(stage, pool, source, nodes, shape, tmp_path, pipe.transformer))
-    stored = sum(state.nbytes for path in tmp_path.glob("*/*.pt") for state in torch.load(path).values())
+    cached_steps(stage, pool, source, nodes, shape, tmp_path, stage.source)
+    on_policy_steps(stage, pool, source, nodes, shape, tmp_path, pipe.transformer)
+    own, more = (sum(path.stat().st_size for path in tmp_path.glob(f"{name}/*.bin")) for name in ("trajectories-*", "on_policy"))
     footprint = Footprint(tiny_teacher)
-    prompts = sum(path.stat().st_size for path in tmp_path.glob("prompts-trajectory/*.bin")) - footprint.conditioning_bytes()  # of ""
+    embedded = sum(len(json.loads(path.read_text())) for path in tmp_path.glob("prompts-*/[0-9]*.json"))
+    prompts = 3 * footprint.conditioning_bytes()
+    assert sum(path.stat().st_size for path in tmp_path.glob("prompts-*/*.bin")) == embedded * footprint.conditioning_bytes()
     here, less = plan_of("distill", tiny_teacher, wanted), plan_of("distill", tiny_teacher, unwanted)
     checkpoints = 2 * 16 * footprint.learnable  # of trajectory and on-policy regression
-    assert here.disk - less.disk == stored + prompts + checkpoints
-    assert here.memory["train"]["trajectories"] == stored + joined.starts.nbytes + joined.ends.nbytes
-    assert less.memory["train"]["trajectories"] == 0
+    assert here.disk - less.disk == own + more + prompts + checkpoints
+    assert here.cached - less.cached == own + prompts
 
 
 TENSOR_HEADER = 400  # bytes of a tensor's name, shape and padding in torch's files, which a plan does not count: nothing at full size
@@ -224,3 +226,19 @@ def test_pruning_without_training_loads_nothing(tiny_student: Artifact, tmp_path
     changed = ("model_index.json", "scheduler/scheduler_config.json")
     linked = [f for f in made.manifest.files if f.path in own and f.path not in changed]
     assert linked and all(f.sha256 == own[f.path] and (made.path / f.path).samefile(tiny_student.path / f.path) for f in linked)
+
+
+def test_what_lies_in_the_cache_needs_no_disk_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(planning, "check_disk", lambda out, needed: asked.append(needed))
+    plan, work = Plan({"train": {"program": 1.0}}, disk=1 << 20, cached=1 << 18), tmp_path / ".work" / "key"
+    for folder, size in (
+        (work, 1 << 14),
+        (tmp_path / ".work" / "cache" / "prompts-0", 1 << 16),
+        (tmp_path / ".work" / "cache" / "x", 1 << 19),
+    ):
+        plan.check("copy", tmp_path, work)
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"x" * size)
+    plan.check("copy", tmp_path, work)
+    assert asked == [1 << 20, (1 << 20) - (1 << 14), (1 << 20) - (1 << 14) - (1 << 16), (1 << 20) - (1 << 14) - (1 << 18)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,14 +70,19 @@ def test_cache_computes_missing_shards_only_and_the_same_again(
     net, batches = transformer(0), list[int]()
     net.register_forward_hook(lambda module, inputs, output: batches.append(len(output[0])))
     first = cache(net, pool, tmp_path)
-    names = sorted(p.name for p in (tmp_path / "trajectories").iterdir())
-    assert names == ["000000.pt", "000003.pt", "000006.pt"] and len(first) == 8
-    (tmp_path / "trajectories" / names[1]).unlink()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["000000.done", "000003.done", "000006.done", "states.bin"] and len(first) == 8
+    (tmp_path / names[1]).unlink()
+    with (tmp_path / "states.bin").open("r+b") as file:  # the part was being written
+        file.seek(3 * 2 * 3 * 16 * 4 * 4)
+        file.write(bytes(100))
     batches.clear()
     assert torch.equal(cache(net, pool, tmp_path), first)
     assert batches == [6] * 4  # one shard of three prompts, guided, four steps
     batches.clear()
     assert torch.equal(cache(net, pool, tmp_path), first) and batches == []
+    (tmp_path / "states.bin").unlink()
+    assert torch.equal(cache(net, pool, tmp_path), first) and batches == [6] * 8 + [4] * 4  # zeros are no trajectories
     assert not torch.equal(cache(net, pool, tmp_path / "other", seed=1), first)
 
 
@@ -97,7 +104,7 @@ def test_on_policy_steps_start_where_the_student_is_and_end_where_the_teacher_go
     assert torch.allclose(replay.ends[:, 1].float(), x, atol=2e-3, rtol=1e-3) and not torch.allclose(
         replay.ends[:, 0].float(), reached, atol=1e-2
     )
-    assert [p.name for p in (tmp_path / "on_policy").iterdir()] == ["000000.pt"]
+    assert {p.name for p in tmp_path.iterdir()} == {"000000.done", "starts.bin", "ends.bin"}
     again = cached(teacher, pool, tmp_path, student=teacher)  # shards that exist are not computed again, whoever asks
     assert torch.equal(again.starts, replay.starts)
 
@@ -115,9 +122,50 @@ def test_an_earlier_student_is_followed_by_its_own_euler_steps(
 
 
 def test_two_sets_of_steps_share_their_prompts(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
-    along = cached(transformer(0), pool, tmp_path)
-    both = along.extended(cached(transformer(0), pool.first(6), tmp_path, student=transformer(1)))
-    rows, node = torch.tensor([3, 11]), torch.tensor([1, 0])  # the same prompt in both
+    along = cached(transformer(0), pool, tmp_path / "along")
+    on_policy = cached(transformer(0), pool.first(6), tmp_path / "on_policy", student=transformer(1))
+    both = along.extended(on_policy)
+    rows, node = torch.tensor([11, 3, 13, 0]), torch.tensor([0, 1, 1, 0])  # the same prompt in the first two
     start, end, cond = both.at(rows, node)
     assert len(both) == 14 and torch.equal(cond.tensors["embeds"][0], cond.tensors["embeds"][1])
-    assert torch.equal(start[0], along.starts[3, 1].float()) and torch.equal(end[1], both.ends[11, 0].float())
+    for got, name in ((start, "starts"), (end, "ends")):
+        a, b = getattr(along, name), getattr(on_policy, name)
+        assert torch.equal(got, torch.stack([b[3, 0], a[3, 1], b[5, 1], a[0, 0]]).float())
+    assert torch.equal(both.pictures(torch.tensor([2, 7])), along.ends[[2, 7], -1].float())
+
+
+GATHER = """
+import sys, torch
+from pathlib import Path
+from flashgen.training.cache import Replay
+from flashgen.training.mapped import map_tensor
+
+def resident_mib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) >> 10
+
+class Pool:
+    def __len__(self): return 65536
+    def __getitem__(self, rows): return None
+    def placed(self, tensor): return tensor
+
+generator, before = torch.Generator().manual_seed(0), resident_mib()
+states, memory = map_tensor(Path(sys.argv[1]), torch.float16, (65536, 5, 16, 64, 64))
+replay, peak = Replay.from_states(states, Pool(), memory), 0
+replay.at(torch.tensor([65535]), torch.tensor([3]))
+for _ in range(16):  # 3,072 states, 384 MiB
+    rows, node = torch.randint(65536, (64,), generator=generator), torch.randint(4, (64,), generator=generator)
+    replay.at(rows, node)
+    replay.pictures(rows)
+    peak = max(peak, resident_mib())
+print(len(replay), peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident memory that Linux reports")
+def test_65536_trajectories_of_512_px_are_mapped_within_a_gibibyte(tmp_path: Path) -> None:
+    """43 GB in a sparse file; what is read of it must not stay in the process either, or an epoch would need all of it."""
+    done = subprocess.run([sys.executable, "-c", GATHER, str(tmp_path / "states.bin")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, grown_mib = map(int, done.stdout.split())
+    assert count == 65536 and (tmp_path / "states.bin").stat().st_size == 65536 * 5 * 2 * 16 * 64 * 64
+    assert grown_mib < 128  # of the 1 GiB that an epoch may take; without `release` all that is read stays, and an epoch takes 43 GB

@@ -122,7 +122,9 @@ def test_recovery_gives_the_golden_losses(
 ) -> None:
     rows, nodes, config = recorded(recovery), shifted_grid(2, 3.0), RestructureRecipe(batch=4, muon_lr=1e-3)
     slim = transformer(0).requires_grad_(True)
-    loss = recovery.pruned_loss(slim, recovery.own_trajectories(transformer(0), pool, nodes, SHAPE, 0), nodes, WithoutT5())
+    loss = recovery.pruned_loss(
+        slim, recovery.own_trajectories(transformer(0), pool, nodes, SHAPE, 0, tmp_path / "own"), nodes, WithoutT5()
+    )
     recovery.recover(slim, loss, config, 10, 0, tmp_path, CHECKPOINT, blocks=pool.family.blocks(slim))
     check(rows, "recovery")
 

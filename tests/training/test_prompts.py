@@ -23,7 +23,7 @@ from flashgen.models.prompts import encode_prompts
 from flashgen.pixels import Size
 from flashgen.randomness import generator
 from flashgen.training import prompts
-from flashgen.training.prompts import PromptPool, prompt_pool, training_prompts
+from flashgen.training.prompts import PromptPool, drawn_pool, prompt_pool, training_prompts
 from flashgen.training.ranks import Draws
 from flashgen.worlds import get
 
@@ -54,8 +54,8 @@ def test_a_pool_on_disk_is_the_pool_in_memory_and_resumes_without_an_encoder(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompts, "BATCH", 3)
-    in_memory, on_disk = prompt_pool(TEXTS, pipe, SAMPLER), prompt_pool(TEXTS, pipe, SAMPLER, tmp_path, "some")
-    for a, b in ((on_disk.cond, in_memory.cond), (on_disk.empty, in_memory.empty)):
+    in_memory, on_disk = prompt_pool(TEXTS, pipe, SAMPLER), prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)
+    for a, b in ((on_disk[slice(None)], in_memory.cond), (on_disk.empty, in_memory.empty)):
         assert a.shares == b.shares and all(torch.allclose(a.tensors[name], b.tensors[name], atol=1e-5) for name in b.tensors)
     assert len(on_disk) == 7 and len(on_disk.empty) == 1
     sizes: list[int] = []
@@ -65,19 +65,70 @@ def test_a_pool_on_disk_is_the_pool_in_memory_and_resumes_without_an_encoder(
         return encode_prompts(pipe, texts, sampler)
 
     monkeypatch.setattr(prompts, "encode_prompts", counted)
-    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path, "some").cond, on_disk.cond) and sizes == []
-    (tmp_path / "prompts-some" / "000003.done").unlink()
-    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path, "some").cond, on_disk.cond) and sizes == [3]
+    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)[slice(None)], on_disk[slice(None)]) and sizes == []
+    (tmp_path / "00000003.json").unlink()
+    again = prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)
+    assert same(again[slice(None)], on_disk[slice(None)]) and same(again.empty, on_disk.empty) and sizes == [3]
+    (tmp_path / "embeds.bin").unlink()
+    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)[slice(None)], on_disk[slice(None)]) and sizes == [3, 3, 3, 1]
+
+
+def test_a_prompt_is_embedded_once_for_all_pools(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts: list[str] = []
+
+    def counted(pipe: Pipeline, prompts: list[str], sampler: Sampler) -> Conditioning:
+        texts.extend(prompts)
+        return encode_prompts(pipe, prompts, sampler)
+
+    monkeypatch.setattr(prompts, "encode_prompts", counted)
+    first = prompt_pool(["a cat", "a dog", "a cat"], pipe, SAMPLER, tmp_path)
+    assert sorted(texts) == ["", "", "a cat", "a dog"]  # "" once more for the layout of the tensors
+    assert "reused" not in capsys.readouterr().err
+    second = prompt_pool(["a bird", "a dog", "a cat"], pipe, SAMPLER, tmp_path)
+    assert texts[4:] == ["a bird"] and f"prompts: 3 of 4 embeddings are reused from {tmp_path}" in capsys.readouterr().err
+    assert same(first[torch.tensor([2, 1])], second[torch.tensor([2, 1])]) and not same(first[slice(1)], second[slice(1)])
+    assert (len(first), len(second), len({first.key, second.key})) == (3, 3, 2) and same(first.empty, second.empty)
+    assert same(second.first(2)[slice(None)], second[slice(2)]) and len(second.first(2)) == 2
+
+
+def test_a_pool_that_is_not_stored_encodes_what_is_drawn(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, drawn = prompt_pool(TEXTS, pipe, SAMPLER, tmp_path / "store"), drawn_pool(TEXTS, pipe, SAMPLER, "store")
+    assert len(drawn) == 7 and drawn.key == stored.key and drawn.family is stored.family
+    for a, b in (
+        (drawn[torch.tensor([5, 0])], stored[torch.tensor([5, 0])]),
+        (drawn.first(3)[slice(None)], stored[slice(3)]),
+        (drawn.dropping(0.5, generator(2)).draw(0.3, Draws(16, 1)), stored.dropping(0.5, generator(2)).draw(0.3, Draws(16, 1))),
+        (drawn.empty, stored.empty),
+    ):
+        assert all(torch.allclose(a.tensors[name], b.tensors[name], atol=1e-5) for name in b.tensors)
+    texts: list[str] = []
+
+    def counted(pipe: Pipeline, asked: list[str], sampler: Sampler) -> Conditioning:
+        texts.extend(asked)
+        return encode_prompts(pipe, asked, sampler)
+
+    monkeypatch.setattr(prompts, "encode_prompts", counted)
+    drawn[torch.tensor([3, 1])]
+    assert texts == [TEXTS[3], TEXTS[1]]
+
+
+def test_indices_may_be_on_any_device_and_conditioning_is_on_the_pools(pool: PromptPool) -> None:
+    meta, rows = pool.dropping(0.5, generator(2)).on(torch.device("meta")), torch.tensor([1, 3])
+    for cond in (meta[rows], meta.draw(0.5, Draws(4, 1)), meta.empty_for(meta[rows])):
+        assert {tensor.device.type for tensor in cond.tensors.values()} == {"meta"}
+    assert pool.device.type == "cpu" and pool[rows].tensors["embeds"].device.type == "cpu"
 
 
 def test_processes_share_out_the_parts(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "BATCH", 3)
     monkeypatch.setattr(prompts, "wait_for_all", lambda: None)
-    for rank, done in ((0, ["000000", "000006"]), (1, ["000000", "000003", "000006"])):
+    for rank, done in ((0, ["00000000", "00000006"]), (1, ["00000003"])):
         monkeypatch.setattr(prompts, "world_size", lambda: 2)
         monkeypatch.setattr(prompts, "rank", lambda rank=rank: rank)
-        prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)
-        assert sorted(p.stem for p in tmp_path.glob("prompts-/*.done")) == done
+        prompt_pool(TEXTS, pipe, SAMPLER, tmp_path / str(rank))
+        assert sorted(p.stem for p in (tmp_path / str(rank)).glob("[0-9]*.json")) == done
 
 
 class Masked(SD3):
@@ -96,7 +147,7 @@ def test_a_mask_keeps_its_dtype_and_embeddings_are_halved_where_an_encoder_strea
 ) -> None:
     pipe.family = Masked()
     monkeypatch.setattr(Pipeline, "streams_encoders", lambda self: True)
-    plain, mapped = prompt_pool(TEXTS, pipe, SAMPLER), prompt_pool(TEXTS, pipe, SAMPLER, tmp_path, "some")
+    plain, mapped = prompt_pool(TEXTS, pipe, SAMPLER), prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)
     assert {name: tensor.dtype for name, tensor in mapped.cond.tensors.items()} == {
         "embeds": torch.bfloat16, "pooled": torch.bfloat16, "mask": torch.int64,
     }  # fmt: skip

@@ -54,7 +54,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def test_recovery_shows_the_student_no_tokens_of_the_encoder(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     full = transformer(0)
-    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0, tmp_path / "own0")
     slim = copy.deepcopy(full).requires_grad_(True)
     lengths: set[int] = set()
     slim.register_forward_pre_hook(lambda _, args, inputs: lengths.add(inputs["encoder_hidden_states"].shape[1]), with_kwargs=True)
@@ -67,14 +67,14 @@ def test_recovery_shows_the_student_no_tokens_of_the_encoder(transformer: Build,
         before = before[0], weights(slim)
 
 
-def test_own_trajectories_are_the_students_own_steps(transformer: Build, pool: PromptPool) -> None:
+def test_own_trajectories_are_the_students_own_steps(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     full = transformer(0)
-    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0, tmp_path / "own0")
     assert replay.starts.shape == replay.ends.shape == (len(pool), len(NODES) - 1, *SHAPE) and replay.starts.dtype == torch.float16
     with torch.no_grad():
         v = velocity(full, replay.starts[:, 1].float(), torch.full((len(pool),), NODES[1]), pool.cond)
     assert torch.allclose(replay.ends[:, 1].float(), replay.starts[:, 1].float() + (NODES[2] - NODES[1]) * v, atol=1e-2)
-    assert not torch.equal(replay.starts, own_trajectories(full, pool, NODES, SHAPE, 1).starts)
+    assert not torch.equal(replay.starts, own_trajectories(full, pool, NODES, SHAPE, 1, tmp_path / "own1").starts)
     loss = pruned_loss(full, replay, NODES, HOW)(Draws(8, 3))  # the states were drawn with those tokens
     assert loss.item() > 1e-6
 
@@ -83,7 +83,7 @@ def test_parameters_that_require_no_gradient_stay(transformer: Build, pool: Prom
     full = transformer(0)
     slim = copy.deepcopy(full)
     slim.context_embedder.requires_grad_(True)
-    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0, tmp_path / "own0")
     config, blocks = RestructureRecipe(batch=4, muon_lr=1e-3), pool.family.blocks(slim)
     recover(slim, pruned_loss(slim, replay, NODES, HOW), config, 2, 0, tmp_path, CHECKPOINT, blocks=blocks)
     changed = {name for (name, a), b in zip(slim.named_parameters(), full.parameters(), strict=True) if not torch.equal(a, b)}
@@ -91,11 +91,11 @@ def test_parameters_that_require_no_gradient_stay(transformer: Build, pool: Prom
 
 
 def test_the_losses_are_zero_for_the_large_encoder_itself(
-    transformer: Build, encoded: tuple[PromptPool, Ids], large: T5EncoderModel
+    transformer: Build, encoded: tuple[PromptPool, Ids], large: T5EncoderModel, tmp_path: Path
 ) -> None:
     pool, ids = encoded
     full = transformer(0)
-    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0, tmp_path / "own0")
     zero, other = (vision_loss(net, full, replay, ids, NODES, HOW)(Draws(8, 3)).item() for net in (large, encoder(1, 1)))
     assert zero < 1e-5 and other > 10 * zero  # states are kept in fp16
     assert embedding_loss(large, pool, ids, HOW)(Draws(8, 3)).item() < 1e-10
@@ -107,7 +107,7 @@ def test_only_the_compact_encoder_learns(
 ) -> None:
     pool, ids = encoded
     full, small = transformer(0), encoder(1, 1)
-    replay = own_trajectories(full, pool, NODES, SHAPE, 0)
+    replay = own_trajectories(full, pool, NODES, SHAPE, 0, tmp_path / "own0")
     loss = vision_loss(small, full, replay, ids, NODES, HOW) if kind == "vision" else embedding_loss(small, pool, ids, HOW)
     before = weights(full), weights(large), weights(small), loss(Draws(64, 3)).item()
     recover(small, loss, RestructureRecipe(batch=8, lr=3e-3), 40, 0, tmp_path, CHECKPOINT)
