@@ -14,7 +14,8 @@ from typing import Any
 from flashgen.artifact.store import Artifact
 from flashgen.pixels import Size
 from flashgen.recipe.schema import Recipe
-from flashgen.stages.base import Stage, describe, prepare, run
+from flashgen.stages.base import Stage, prepare, run
+from flashgen.stages.describe import describe
 from flashgen.stages.inputs import RecipeChoice, open_input
 
 DEVICE: ContextVar[str] = ContextVar("device", default="cpu")  # of every run; tests/test_accelerator.py changes it

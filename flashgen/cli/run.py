@@ -94,7 +94,8 @@ def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[s
 def run_stage(options: Options, stage: str, refs: Mapping[str, str], **fields: Any) -> None:
     """Run stage MODULE.CLASS of `flashgen.stages` on the inputs `refs`, or print its plan; print the artifact that it returns."""
     started = time.perf_counter()
-    from flashgen.stages.base import describe, execute, prepare
+    from flashgen.stages.base import execute, prepare
+    from flashgen.stages.describe import describe
 
     module, _, name = stage.partition(".")
     kind = getattr(importlib.import_module(f"flashgen.stages.{module}"), name)

@@ -9,17 +9,16 @@ everywhere outside a family, however the transformer packs or scales them.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.families.conditioning import Conditioning
+from flashgen.families.configs import Configs
 from flashgen.pixels import Size
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from flashgen.recipe.schema import CheckpointRecipe
     from flashgen.recipe.teacher import TeacherRecipe
     from flashgen.worlds.base import TeacherData
-
-Configs = Callable[[str], Mapping[str, Any]]  # config of a component by its name
 
 
 class TextEncoder(NamedTuple):
@@ -286,20 +283,3 @@ def velocity(network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -
     """v [B, C, h, w] of one forward pass for latents `x` [B, C, h, w] at `sigma` [B]. Gradient: to the network and to `x`."""
     family = cond.family
     return family.velocity(predict(network, family.transformer_inputs(x, sigma, cond.to(x.dtype))), x)
-
-
-def configs_in(folder: Path) -> Configs:
-    """Configs of the components in a diffusers-layout folder, each file read once."""
-    return cache(partial(read_config, folder))
-
-
-def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """config.json of a component. Raises ArtifactError when it is missing or broken."""
-    file = folder / component / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file} cannot be read ({error}); take the artifact from its source again") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{file} is not a mapping; take the artifact from its source again")
-    return config

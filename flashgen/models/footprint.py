@@ -10,7 +10,8 @@ from math import prod
 from flashgen import families
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact
-from flashgen.families.base import Family, Forward, configs_in
+from flashgen.families.base import Family, Forward
+from flashgen.families.configs import configs_in
 from flashgen.pixels import Size
 
 Parts = dict[str, float]  # bytes by component

@@ -60,10 +60,10 @@ class Pipeline:
         """Every network that is there."""
         return (part for part in self.parts.values() if isinstance(part, nn.Module))
 
-    def streams_encoders(self) -> bool:
-        """Return True if any text encoder is streamed from disk."""
+    def encodes_in_bf16(self) -> bool:
+        """Return True if any text encoder computes in bf16, as large ones do."""
         networks = [self.parts[name] for name in self.family.text_encoders]
-        return any(hasattr(module, "_hf_hook") for network in networks if network is not None for module in network.modules())
+        return any(next(network.parameters()).dtype == torch.bfloat16 for network in networks if network is not None)
 
 
 def load_pipeline(

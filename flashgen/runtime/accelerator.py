@@ -66,6 +66,13 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def total_device_bytes(device: torch.device) -> int | None:
+    """Memory of an accelerator in bytes; None for the CPU and where it is not known."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
 def exact(device: torch.device) -> torch.device:
     """Where float64 is computed: on `device`, or on the CPU for Apple GPUs, which have no float64."""
     import torch

@@ -20,7 +20,7 @@ from flashgen.artifact import draft as drafts
 from flashgen.artifact.draft import Draft, Origin
 from flashgen.artifact.files import locked
 from flashgen.artifact.manifest import Kind, Parent, Sampler, hash_json
-from flashgen.artifact.store import Artifact, open_artifact, versions
+from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
 from flashgen.runtime.processes import check_launch, compute_on, from_first, rank, sharded, wait_for_all, world_size
@@ -226,6 +226,8 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
 
 def _start(stage: Stage, out: Path, origin: Origin, force: bool, lock: ExitStack) -> Path | None:
     """Lock `out` and check the plan; the path of the latest version if it is up to date. An `out` that is refused is left as it was."""
+    from flashgen.runtime.accelerator import total_device_bytes
+
     drafts.check_out(out)
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
     unlocked = not (out / ".lock").exists()
@@ -235,7 +237,7 @@ def _start(stage: Stage, out: Path, origin: Origin, force: bool, lock: ExitStack
         if not force and (artifact := drafts.up_to_date(out, origin)) is not None:
             return artifact.path
         if (plan := stage.plan()) is not None:
-            plan.check(stage.name, out, drafts.work_folder(out, origin))
+            plan.check(stage.name, out, drafts.work_folder(out, origin), total_device_bytes(stage.device))
     except BaseException:
         lock.close()
         if unlocked:
@@ -285,20 +287,3 @@ def run(
 ) -> Artifact:
     """`prepare` and `execute` in one call."""
     return execute(prepare(kind, refs, recipe, seed, device=device, **options), Path(out), force)
-
-
-def describe(stage: Stage, out: Path) -> dict[str, Any]:
-    """What a prepared run would read, write and need, as JSON data (`--plan`). Starts nothing."""
-    plan = stage.plan()
-    nothing = dict.fromkeys(("memory", "memory_bytes", "machine_bytes", "disk_bytes", "forwards", "seconds"))
-    inputs = [
-        {"role": role, "path": str(a.path), "kind": a.manifest.kind, "digest": a.manifest.digest, "bytes": a.size_bytes()}
-        for role, a in stage.inputs.items()
-    ]
-    return {
-        "inputs": inputs,
-        "out": str(out),
-        "versions": [path.name for path in versions(out)],
-        **(nothing if plan is None else plan.describe()),
-        "recipe": stage.recipe.model_dump(mode="json") if stage.needs_recipe else None,
-    }

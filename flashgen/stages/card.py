@@ -14,7 +14,7 @@ import yaml
 from flashgen.artifact.manifest import Manifest, Parent, Sampler
 from flashgen.artifact.store import open_artifact
 from flashgen.errors import ArtifactError
-from flashgen.families.base import configs_in
+from flashgen.families.configs import configs_in
 
 if TYPE_CHECKING:
     from flashgen.artifact.draft import Draft

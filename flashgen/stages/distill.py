@@ -10,7 +10,7 @@ from flashgen.artifact.draft import Draft
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import UsageError
-from flashgen.families.base import configs_in
+from flashgen.families.configs import configs_in
 from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.runtime.processes import sharded
@@ -18,10 +18,7 @@ from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
 from flashgen.stages.trainings import (
-    BEST_STATE,
     FORWARD_AND_BACKWARD,
-    MATCHING_STATE,
-    REGRESSION_STATE,
     WITH_CHECKPOINTING,
     Networks,
     adapter_count,
@@ -29,7 +26,11 @@ from flashgen.stages.trainings import (
     check_matching,
     guided_forwards,
     matching_rounds,
+    matching_state,
+    moment_bytes,
     plain_config,
+    regression_state,
+    rows_together,
 )
 from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, prompt_needs, stage_pool, student_grid
 
@@ -113,25 +114,26 @@ class Distill(Stage):
 
     def settings(self) -> dict[str, Any]:
         choice = self.judge_key() if self.config.matching.validate_every else {}  # the best round depends on it
-        return self.config.model_dump(mode="json", exclude=VALIDATION) | choice | self.prompts_key()
+        precision = {"precision": self.recipe.compute.precision}
+        return self.config.model_dump(mode="json", exclude=VALIDATION) | precision | choice | self.prompts_key()
 
     def plan(self) -> Plan:
         footprint, config = Footprint(self.source), self.config
         transformer, lora, matching, costs = footprint.transformer, config.lora, config.matching, footprint.family.costs
-        one, size = footprint.forward(config.size_px), 2 if lora and lora.base == "bfloat16" else 4
+        one, size = footprint.forward(config.size_px), 2 if (lora.base if lora else self.recipe.compute.precision) == "bfloat16" else 4
         learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
         checkpointing, per_block = self.recipe.compute.activation_checkpointing, costs.kept_with_adapters if lora else costs.kept
         blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
         states, on_policy, cached, prompts = self._trajectory_sizes()
         train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
         tables = 0 if lora else transformer.count - footprint.learnable  # each copy of the network has its own
-        train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
-        train |= {"average": 4.0 * learned, "temporaries of a step": 8.0 * learned}  # AdamW's, over all tensors at once
-        train |= {"activations": float(max(config.batches, default=0) * one.hidden * blocks_kept * size)}
+        train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 4.0 * learned}  # one's at a time
+        train |= {"optimizers": float(max(moment_bytes(config.trajectory), 2 * moment_bytes(matching)) * learned), "average": 4.0 * learned}
+        train |= {"temporaries of a step": 8.0 * learned}  # AdamW's in a regression, over all tensors at once
+        train |= {"activations": float(rows_together(self, *config.batches) * one.hidden * blocks_kept * size)}
         learning = WITH_CHECKPOINTING if checkpointing else FORWARD_AND_BACKWARD
-        forwards = matching_rounds(matching) * (config.steps + learning * matching.fake_score_updates) + matching.iterations * (
-            learning + 3
-        )
+        per_round = config.steps + learning * matching.fake_score_updates
+        forwards = matching_rounds(matching) * per_round + matching.iterations * (learning + 3)
         regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
         forwards = cached + forwards * matching.batch + regressed * learning
         text, text_adds = footprint.embedding(sum(prompts))
@@ -149,9 +151,9 @@ class Distill(Stage):
 
     def _checkpoint_bytes(self) -> int:
         """Bytes of all checkpoints per learned weight; a checkpoint is written beside the one that it replaces."""
-        config, best = self.config, BEST_STATE if self.config.matching.validate_every else 0
-        sizes = [REGRESSION_STATE for part in (config.trajectory, config.on_policy) if part.iterations]
-        sizes += [MATCHING_STATE + best] if config.matching.iterations else []
+        config = self.config
+        sizes = [regression_state(part) for part in (config.trajectory, config.on_policy) if part.iterations]
+        sizes += [matching_state(config.matching)] if config.matching.iterations else []
         return sum(sizes) + max(sizes, default=0)
 
     def _trajectory_sizes(self) -> tuple[int, int, int, tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from flashgen.artifact.draft import Draft
 from flashgen.artifact.manifest import Kind, Sampler
 from flashgen.errors import ArtifactError, UsageError
-from flashgen.families.base import configs_in
+from flashgen.families.configs import configs_in
 from flashgen.progress import say, track
 from flashgen.stages.base import Result, Stage
 from flashgen.stages.gguf import check_gguf, write_gguf

@@ -16,15 +16,16 @@ from flashgen.recipe.distillation import FinetuneRecipe, MatchingTraining
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
 from flashgen.stages.trainings import (
-    BEST_STATE,
     FORWARD_AND_BACKWARD,
-    MATCHING_STATE,
     Networks,
     adapter_count,
     check_compiler,
     check_matching,
     guided_forwards,
     matching_rounds,
+    matching_state,
+    moment_bytes,
+    rows_together,
 )
 from flashgen.stages.trajectories import cached_steps, guided_teacher, prompt_needs, stage_pool
 
@@ -83,7 +84,8 @@ class Finetune(Stage):
             raise UsageError("finetune.lora with matching.ida < 1 would mix adapters of different networks; leave one of them out")
 
     def settings(self) -> dict[str, Any]:
-        borrowed: dict[str, Any] = {"encoder_drop": self.recipe.distill.encoder_drop} | self.judge_key()
+        precision = {"precision": self.recipe.compute.precision}
+        borrowed: dict[str, Any] = {"encoder_drop": self.recipe.distill.encoder_drop} | precision | self.judge_key()
         if self.follows_teacher:
             trajectory = self.recipe.distill.trajectory.model_dump(include={"teacher_steps", "prompts", "guidance"})
             borrowed |= {"trajectory": trajectory, "compile": self.recipe.distill.compile}
@@ -105,14 +107,17 @@ class Finetune(Stage):
             states = (steps + 1) * trajectory.prompts
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
         tables = 0 if config.lora else transformer.count - footprint.learnable
-        train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
-        train |= {"average": 4.0 * learned, "activations": 4.0 * matching.batch * one.hidden * costs.kept * one.blocks}
+        train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 4.0 * learned}
+        train |= {
+            "optimizers": 2.0 * moment_bytes(matching) * learned,
+            "average": 4.0 * learned,
+            "activations": 4.0 * rows_together(self, matching.batch) * one.hidden * costs.kept * one.blocks,
+        }
         text, _ = footprint.embedding(sum(prompts))
-        checkpoint = MATCHING_STATE + (BEST_STATE if matching.validate_every else 0)  # per branch, and one that replaces another
         stored, encoders = prompt_needs(self, footprint, *prompts)
         train |= encoders
         shared = stored + 2 * states * one.latent
-        disk = shared + 2 * transformer.count + 3 * checkpoint * learned
+        disk = shared + 2 * transformer.count + 3 * matching_state(matching) * learned  # per branch, and one that replaces another
         advice = {"train": "use --set finetune.lora.rank=64, or run it where more memory is free"}
         plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice, shared)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)

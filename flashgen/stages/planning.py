@@ -48,13 +48,14 @@ class Plan:
         self.memory["validate"] = footprint.embedding(batch)[0] | networks | activations
         self.advice["validate"] = f"validation draws {batch} pictures together: --set bench.batch=1, or none with --set bench.per_task=0"
 
-    def check(self, stage: str, out: Path, work: Path) -> None:
+    def check(self, stage: str, out: Path, work: Path, device_bytes: int | None = None) -> None:
         """Raises MachineError, before any work, when memory or disk are too small; the message says which setting lowers the need.
 
-        Files that an earlier run has left in `work` or in the cache of `out` need no disk again.
+        Files that an earlier run has left in `work` or in the cache of `out` need no disk again. `device_bytes` is the memory of the
+        accelerator that the stage computes on; None: this machine's counts.
         """
         check_disk(out, int(self.disk - min(self.cached, disk_bytes(cache_folder(out)))) - disk_bytes(work))
-        free = total_bytes()
+        free = device_bytes or total_bytes()
         if free is None or self.peak <= free:
             return
         phase, parts = max(self.memory.items(), key=lambda item: sum(item[1].values()))

@@ -14,7 +14,7 @@ from flashgen import families
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact
 from flashgen.errors import UsageError
-from flashgen.families.base import configs_in
+from flashgen.families.configs import configs_in
 from flashgen.flow.grid import shifted_grid
 from flashgen.pixels import Size, read_size
 from flashgen.png import read_texts

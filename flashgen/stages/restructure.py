@@ -17,7 +17,7 @@ from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
-from flashgen.stages.trainings import Networks
+from flashgen.stages.trainings import Networks, rows_together
 from flashgen.stages.trajectories import own_steps, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
@@ -67,7 +67,12 @@ class RestructureEncoder(Stage):
 
     def settings(self) -> dict[str, Any]:
         prompts = self.prompts_key() if self.trains else {}
-        return self.config.model_dump(mode="json", exclude={"floor"}) | {"mode": self.mode} | prompts
+        return (
+            self.config.model_dump(mode="json", exclude={"floor"})
+            | {"mode": self.mode}
+            | prompts
+            | {"precision": self.recipe.compute.precision}
+        )
 
     def plan(self) -> Plan:
         footprint, config = Footprint(self.source), self.config
@@ -78,7 +83,7 @@ class RestructureEncoder(Stage):
             train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, student=4.0 * transformer.count)
             train |= {"successor": 4.0 * (transformer.count if self.mode == "prune" else learned), "gradients": 4.0 * learned}
             train |= {"optimizers": 8.0 * learned, "average": 4.0 * learned}
-            train |= {"activations": 4.0 * config.batch * one.hidden * footprint.family.costs.kept * one.blocks}
+            train |= {"activations": 4.0 * rows_together(self, config.batch) * one.hidden * footprint.family.costs.kept * one.blocks}
             forwards = config.iterations * config.batch * 8 + config.prompts * self.sampler.num_steps
             text, adds = footprint.embedding(config.prompts)
             states = config.prompts * (self.sampler.num_steps + 1) if config.iterations else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.errors import UsageError
-from flashgen.families.base import Configs, Family
+from flashgen.families.base import Family
+from flashgen.families.configs import Configs
 from flashgen.pixels import Size
 from flashgen.progress import warn
 

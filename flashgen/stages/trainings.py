@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import MachineError, UsageError
-from flashgen.families.base import compute_in, configs_in
+from flashgen.families.base import compute_in
+from flashgen.families.configs import configs_in
 from flashgen.models.footprint import Tensors
+from flashgen.recipe.base import Training
 from flashgen.recipe.distillation import LoraTraining, MatchingTraining, TrajectoryTraining
 from flashgen.recipe.schema import ComputeRecipe
 from flashgen.runtime.accelerator import dtype_of
-from flashgen.runtime.processes import check_batch
+from flashgen.runtime.processes import check_batch, world_size
 from flashgen.stages.base import Stage
 
 if TYPE_CHECKING:
@@ -24,9 +26,7 @@ if TYPE_CHECKING:
 
     from flashgen.training.roles import Role
 
-REGRESSION_STATE = 16  # bytes of a regression's checkpoint per learned weight: weights, EMA, two moments
-MATCHING_STATE = 28  # of matching: student, fake score, EMA, two moments each
-BEST_STATE = 4  # and the best weights, when it validates
+BEST_STATE = 4  # bytes of a checkpoint per learned weight for the best weights, when a training validates
 FORWARD_AND_BACKWARD, WITH_CHECKPOINTING = 3, 4  # cost of a training pass, in forward passes
 
 
@@ -66,6 +66,26 @@ class Networks:
 
         compute_in(network, self.autocast)
         return roles_on(network, lora, *names, seed=seed, targets=targets, checkpointing=self.compute.activation_checkpointing)
+
+
+def moment_bytes(training: Training) -> int:
+    """Bytes of an optimizer's state per weight: two moments, or one where beta1 is 0. Muon, with one, is counted as AdamW."""
+    return 4 if training.betas[0] == 0 else 8
+
+
+def regression_state(training: Training) -> int:
+    """Bytes of a regression's checkpoint per learned weight: weights, EMA, moments."""
+    return 8 + moment_bytes(training)
+
+
+def matching_state(matching: MatchingTraining) -> int:
+    """Bytes of matching's checkpoint per learned weight: student, fake score, EMA, moments of two."""
+    return 12 + 2 * moment_bytes(matching) + (BEST_STATE if matching.validate_every else 0)
+
+
+def rows_together(stage: Stage, *batches: int) -> int:
+    """Samples that pass together in one process in the largest training."""
+    return max((min(batch // world_size(), stage.recipe.compute.micro_batch or batch) for batch in batches), default=0)
 
 
 def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int]) -> None:

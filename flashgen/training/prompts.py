@@ -239,7 +239,7 @@ def _layout(pipe: Pipeline, sampler: Sampler, file: Path) -> dict[str, Any]:
     Floating-point tensors are bf16 where an encoder computes in it, else fp32; others (masks) keep their dtype.
     """
     if not file.exists():
-        floats = "bfloat16" if pipe.streams_encoders() else "float32"
+        floats = "bfloat16" if pipe.encodes_in_bf16() else "float32"
         cond = encode_prompts(pipe, [""], sampler)
         layout = {
             "tensors": {

@@ -58,14 +58,14 @@ def made(case: str, out: Path, device: str) -> Artifact:
 def compare(one: Artifact, other: Artifact) -> None:
     """Curves must be equal up to the order of sums, and so must the error of quantized weights, whose codes may differ at a tie."""
     if "latent_error" in one.manifest.metrics:
-        expected, found = ({k: a.manifest.metrics[k] for k in ("latent_error", "packed_bytes")} for a in (one, other))
-        assert found == approx(expected, rel=0.1), (expected, found)
+        error, found = ({k: a.manifest.metrics[k] for k in ("latent_error", "packed_bytes")} for a in (one, other))
+        assert found == approx(error, rel=0.1), (error, found)
         return
     curves = [artifact.path / "stats.jsonl" for artifact in (one, other)]
     assert curves[0].exists() == curves[1].exists() == ("zeros" not in one.manifest.recipe.get("mode", ""))
     if curves[0].exists():
-        expected, found = ([json.loads(row) for row in file.read_text().splitlines()] for file in curves)
-        for a, b in zip(expected, found, strict=True):
+        rows = ([json.loads(row) for row in file.read_text().splitlines()] for file in curves)
+        for a, b in zip(*rows, strict=True):
             assert (a.pop("phase"), a.pop("step")) == (b.pop("phase"), b.pop("step"))
             assert b == approx(a | {"time": b["time"]}, rel=2e-3, abs=1e-6), (a, b)
 

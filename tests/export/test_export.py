@@ -17,11 +17,12 @@ from flashgen.artifact.store import Artifact
 from flashgen.device.engine import open_session
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.export.parity import psnr_db
-from flashgen.families.base import configs_in
+from flashgen.families.configs import configs_in
 from flashgen.models.pipeline import load_pipeline
 from flashgen.pixels import Size
 from flashgen.recipe.schema import Recipe
-from flashgen.stages.base import describe, prepare, run
+from flashgen.stages.base import prepare, run
+from flashgen.stages.describe import describe
 from flashgen.stages.export import Export
 
 PARTS = ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder"]

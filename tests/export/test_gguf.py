@@ -19,7 +19,8 @@ from flashgen.quant.pack import dequantize
 from flashgen.quant.rounding import quantize_groups
 from flashgen.recipe.compression import QuantizeRecipe
 from flashgen.recipe.schema import Recipe
-from flashgen.stages.base import describe, prepare, run
+from flashgen.stages.base import prepare, run
+from flashgen.stages.describe import describe
 from flashgen.stages.export import Export
 from flashgen.stages.quantize import Quantize
 from tests import runs

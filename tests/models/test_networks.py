@@ -90,7 +90,7 @@ def test_text_alone_and_networks_on_disk_give_what_memory_gives(folder: Path, mo
     whole, sampler = load_pipeline(folder), tiny_sampler()
     want = encode_prompts(whole, PROMPTS, sampler)
     text = load_pipeline(folder, weights="text")
-    assert all(p.is_meta for p in (*text.transformer.parameters(), *text.vae.parameters())) and not text.streams_encoders()
+    assert all(p.is_meta for p in (*text.transformer.parameters(), *text.vae.parameters())) and not text.encodes_in_bf16()
     found = encode_prompts(text, PROMPTS, sampler)
     assert all(torch.equal(found.tensors[name], want.tensors[name]) for name in want.tensors)
     disk = load_pipeline(folder, weights="disk")
@@ -102,7 +102,7 @@ def test_text_alone_and_networks_on_disk_give_what_memory_gives(folder: Path, mo
     assert all(p.is_meta for p in disk.transformer.parameters())  # dropped again
     monkeypatch.setattr(pipeline, "is_large", lambda _: True)
     large = load_pipeline(folder, torch.bfloat16, weights="text")
-    assert large.streams_encoders()
+    assert large.encodes_in_bf16()
     close = encode_prompts(large, PROMPTS, sampler).tensors["embeds"]
     assert close.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(close.flatten(), want.tensors["embeds"].flatten(), 0) > 0.999

@@ -15,7 +15,8 @@ from flashgen.models.networks import linears_of
 from flashgen.models.pipeline import load_pipeline
 from flashgen.quant.layer import Rounding, quantize_layer, stored_tensors
 from flashgen.recipe.schema import Recipe
-from flashgen.stages.base import describe, prepare, run
+from flashgen.stages.base import prepare, run
+from flashgen.stages.describe import describe
 from flashgen.stages.quantize import Quantize, streamed
 from flashgen.training.calibration import layer_blocks
 

@@ -16,7 +16,8 @@ from flashgen.artifact.store import Artifact, open_artifact, versions
 from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
-from flashgen.stages.base import Stage, describe, execute, prepare, run
+from flashgen.stages.base import Stage, execute, prepare, run
+from flashgen.stages.describe import describe
 from flashgen.stages.inputs import RecipeChoice
 from flashgen.stages.planning import Plan
 from tests.artifact.making import publish

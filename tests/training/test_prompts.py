@@ -142,11 +142,11 @@ class Masked(SD3):
         return replace(cond, tensors={**cond.tensors, "mask": (ids != ids[:, -1:]).long()})
 
 
-def test_a_mask_keeps_its_dtype_and_embeddings_are_halved_where_an_encoder_streams(
+def test_a_mask_keeps_its_dtype_and_embeddings_are_halved_where_an_encoder_computes_in_bf16(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe.family = Masked()
-    monkeypatch.setattr(Pipeline, "streams_encoders", lambda self: True)
+    monkeypatch.setattr(Pipeline, "encodes_in_bf16", lambda self: True)
     plain, mapped = prompt_pool(TEXTS, pipe, SAMPLER), prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)
     assert {name: tensor.dtype for name, tensor in mapped.cond.tensors.items()} == {
         "embeds": torch.bfloat16, "pooled": torch.bfloat16, "mask": torch.int64,

@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flashgen.families.base import Configs, Costs, Family, Forward, OriginalTensor, TextEncoder
+from flashgen.families.base import Costs, Family, Forward, OriginalTensor, TextEncoder
 from flashgen.families.conditioning import Conditioning
+from flashgen.families.configs import Configs
 from flashgen.families.sd3.restructuring import WithoutT5
 from flashgen.pixels import Size
 

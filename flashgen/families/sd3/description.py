@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flashgen.artifact.manifest import Manifest, Sampler
-from flashgen.families.base import Configs, Family, read_config
+from flashgen.families.base import Family
+from flashgen.families.configs import Configs, read_config
 
 
 def describe(family: Family, configs: Configs, sampler: Sampler, pad_ids: Mapping[str, int]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from flashgen.artifact.manifest import Sampler
 from flashgen.errors import ArtifactError
-from flashgen.families.base import Family, configs_in, read_config
+from flashgen.families.base import Family
+from flashgen.families.configs import configs_in, read_config
 from flashgen.families.sd3.specs import Spec
 from flashgen.flow.grid import shifted_grid
 from flashgen.pixels import Size

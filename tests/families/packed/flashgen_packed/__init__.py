@@ -12,8 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flashgen.families.base import Configs, Costs, Family, Forward, TextEncoder
+from flashgen.families.base import Costs, Family, Forward, TextEncoder
 from flashgen.families.conditioning import Conditioning
+from flashgen.families.configs import Configs
 from flashgen.pixels import Size
 
 if TYPE_CHECKING:
