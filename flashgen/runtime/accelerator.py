@@ -46,7 +46,7 @@ def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
     import torch
 
     if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise MachineError(f"{torch.cuda.get_device_name(device)} has no bfloat16; train with --set precision=float32")
+        raise MachineError(f"{torch.cuda.get_device_name(device)} has no bfloat16; train with --set compute.precision=float32")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 

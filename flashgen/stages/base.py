@@ -23,7 +23,7 @@ from flashgen.artifact.manifest import Kind, Parent, Sampler, hash_json
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
-from flashgen.runtime.processes import check_launch, compute_on, from_first, rank, sharded, wait_for_all, world_size
+from flashgen.runtime.processes import check_launch, compute_on, from_first, rank, sharded, wait_for_all
 from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
 from flashgen.stages.planning import Plan
 from flashgen.stages.prompts import HUB, UNJUDGED_PICTURES, OwnPrompts, own_prompts
@@ -63,6 +63,7 @@ class Stage(ABC):
     kind: ClassVar[Kind]  # of the version that it makes
     needs_recipe: ClassVar[bool] = True
     shards: ClassVar[bool] = False  # whether it follows an FSDP launch
+    cpu_only: ClassVar[bool] = False  # whether it computes on the CPU, whatever accelerator there is
 
     @property
     def source(self) -> Artifact:
@@ -173,7 +174,9 @@ def prepare(
 ) -> Stage:
     """Open the inputs, resolve the recipe and check everything that can be checked before work. `options` are fields of `kind`."""
     check_launch()
-    if world_size() > 1:
+    if kind.cpu_only and device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: {kind.name} computes on the CPU; leave the option out")
+    if not kind.cpu_only:
         from flashgen.runtime.accelerator import device_of
 
         compute_on(device_of(device).type)

@@ -46,6 +46,7 @@ class Export(Stage):
     offline: bool = False
 
     name = "export"
+    cpu_only = True
     takes: ClassVar[Mapping[str, tuple[Kind, ...]]] = {"student": ("student", "quantized", "teacher")}
 
     @property

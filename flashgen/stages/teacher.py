@@ -35,6 +35,7 @@ class _NoInput(Stage):
 
     takes: ClassVar[Takes] = {}
     kind = "teacher"
+    cpu_only = True
     name = "teacher"
 
 
