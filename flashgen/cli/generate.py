@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @command("seed", "device")
 def generate(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="any artifact: diffusers layout or exported")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.png", help="several pictures get numbered files")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.png|DIR", help="several get numbered files; a folder is resumed")],
     options: Options,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="what to draw")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", metavar="FILE", help="more prompts, one per line")] = None,
@@ -69,7 +69,7 @@ def generate(
         device=options.device,
     )  # fmt: skip
     record = {**record_of(source, "generate", started, {}), "images": [str(image) for image in images]}
-    emit(options, "\n".join(record["images"]), record)
+    emit(options, "\n".join(record["images"]) if out.suffix else str(out), record)
 
 
 def _again(png: Path, source: Artifact, init_image: Path | None, strength: float) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,13 @@ from numpy.typing import NDArray
 
 from flashgen.artifact.store import Artifact
 from flashgen.errors import MachineError, UsageError
+from flashgen.pixels import slices
 from flashgen.png import sheet, texts, write_png
-from flashgen.progress import say
+from flashgen.progress import say, track
+from flashgen.stages.inputs import sampler_of
 from flashgen.stages.request import Request
+
+Draw = Callable[[list[str], list[int]], NDArray[np.uint8]]
 
 
 def generate(
@@ -31,57 +36,96 @@ def generate(
 ) -> list[Path]:
     """Draw a request and return the PNG files: `out` for one picture; out-1.png, out-2.png, ... beside it for several.
 
+    An `out` without a suffix is a folder: pictures are written there batch by batch, and those that an earlier run has written are left.
     `grid_columns` adds out-grid.png with that many columns (0: about square). `preview` writes out-preview.png at every step: the first
     picture as it would become. `memory`, as in 2GB, bounds what an exported artifact may use; torch draws all others on `device`. The text
     chunks of every file say how to draw it again. Raises UsageError, before any network is loaded, for what the artifact cannot do.
     """
     sampler = request.check(source)
     weight, sigmas = request.weight(sampler), request.sigmas(sampler)
-    init = request.init(source, sampler)
-    wanted = {"preview": preview, "grid": grid_columns is not None}
-    beside = {name: out.with_stem(f"{out.stem}-{name}") for name, is_wanted in wanted.items() if is_wanted}
-    files = _outputs(out, len(request.prompts), [*beside.values()])
-    options: dict[str, Any] = {"guidance": weight, "sigmas": sigmas, "negative": request.negative, "batch": batch, "init": init}
-    if preview:
-        options["preview"] = _preview(beside["preview"])
-    if source.manifest.kind == "device":
-        if device not in ("auto", "cpu"):
-            raise UsageError(f"--device {device} is for artifacts in diffusers layout; exported ones run on an engine, see --engine")
-        images = _on_device(source, request, engine, memory, options)
-    else:
-        for name, given in {"--engine": engine != "auto", "--memory": memory is not None}.items():
-            if given:
-                raise UsageError(f"{name} is for exported artifacts; {source.path} is drawn by torch, leave {name} out, or export it first")
-        from flashgen.models.pipeline import load_pipeline
-        from flashgen.models.sample import sample
-        from flashgen.runtime.accelerator import device_of, drawing_dtype
-
-        where = device_of(device)
-        images = sample(
-            load_pipeline(source.path, drawing_dtype(where), device=where),
-            sampler,
-            request.prompts,
-            request.seeds,
-            size_px=request.size,
-            **options,
-        )
+    options: dict[str, Any] = {"guidance": weight, "sigmas": sigmas, "negative": request.negative, "batch": batch}
+    options["init"] = request.init(source, sampler)
     chunks: dict[str, Any] = {"guidance": weight, "negative": request.negative} if weight != 1 else {}
     if request.init_image:
         chunks |= {"init_image": request.init_image.name, "strength": request.strength}
-    for path, image, prompt, seed in zip(files, images, request.prompts, request.seeds, strict=True):
+
+    def write(path: Path, image: NDArray[np.uint8], prompt: str, seed: int) -> None:
         write_png(path, image, texts(prompt, seed, sigmas, source.manifest.digest, **chunks))
+
+    wanted = {"preview": preview, "grid": grid_columns is not None}
+    if not out.suffix:
+        if given := [name for name, is_wanted in wanted.items() if is_wanted]:
+            raise UsageError(f"--{given[0]} is for pictures beside a file; give --out FILE.png, or leave it out")
+        settings = {"artifact": source.manifest.digest, "sigmas": sigmas, "size": str(request.size), **chunks}
+        files = _begin_folder(out, request, settings)
+        missing = [index for index, path in enumerate(files) if not path.exists()]
+        parts = slices(len(missing), batch)
+        draw = _drawer(source, request, engine, memory, device, options, len(missing)) if parts else None
+        for part in track(parts, "pictures", total=len(parts)):
+            assert draw is not None
+            prompts, seeds = [request.prompts[i] for i in missing[part]], [request.seeds[i] for i in missing[part]]
+            for index, image in zip(missing[part], draw(prompts, seeds), strict=True):
+                write(files[index], image, request.prompts[index], request.seeds[index])
+        return files
+    beside = {name: out.with_stem(f"{out.stem}-{name}") for name, is_wanted in wanted.items() if is_wanted}
+    files = _outputs(out, len(request.prompts), [*beside.values()])
+    if preview:
+        options["preview"] = _preview(beside["preview"])
+    images = _drawer(source, request, engine, memory, device, options, len(files))(request.prompts, request.seeds)
+    for path, image, prompt, seed in zip(files, images, request.prompts, request.seeds, strict=True):
+        write(path, image, prompt, seed)
     if grid_columns is not None:
         write_png(beside["grid"], sheet(images, columns=grid_columns), {})
     return files
 
 
-def _on_device(source: Artifact, request: Request, engine: str, memory: str | None, options: dict[str, Any]) -> NDArray[np.uint8]:
+def _begin_folder(out: Path, request: Request, settings: dict[str, Any]) -> list[Path]:
+    """The files of a folder of pictures, after pictures.jsonl, which says what they are. Raises UsageError if the folder holds others."""
+    files = [out / f"{index:06d}.png" for index in range(len(request.prompts))]
+    rows = [{"file": f.name, "prompt": p, "seed": s} for f, p, s in zip(files, request.prompts, request.seeds, strict=True)]
+    text, listing = "".join(json.dumps(row) + "\n" for row in [settings, *rows]), out / "pictures.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".*.tmp"):
+            left.unlink()
+        if not listing.exists():
+            if any(out.glob("*.png")):
+                raise UsageError(f"--out {out} holds pictures and no pictures.jsonl that says which; name another folder")
+            temporary = listing.with_suffix(".tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, listing)
+        elif listing.read_text(encoding="utf-8") != text:
+            raise UsageError(f"--out {out} holds pictures of another artifact, or of other prompts, seeds or settings; name another folder")
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}; name a folder that can be written to") from error
+    return files
+
+
+def _drawer(source: Artifact, request: Request, engine: str, memory: str | None, device: str, options: dict[str, Any], count: int) -> Draw:
+    """A function that draws (prompts, seeds) as pictures [B, H, W, 3]; `count` pictures in all. Networks are loaded once."""
+    if source.manifest.kind == "device":
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--device {device} is for artifacts in diffusers layout; exported ones run on an engine, see --engine")
+        return _on_device(source, engine, memory, options, count)
+    for name, given in {"--engine": engine != "auto", "--memory": memory is not None}.items():
+        if given:
+            raise UsageError(f"{name} is for exported artifacts; {source.path} is drawn by torch, leave {name} out, or export it first")
+    from flashgen.models.pipeline import load_pipeline
+    from flashgen.models.sample import sample
+    from flashgen.runtime.accelerator import device_of, drawing_dtype
+
+    where = device_of(device)
+    pipe, sampler = load_pipeline(source.path, drawing_dtype(where), device=where), sampler_of(source)
+    return lambda prompts, seeds: sample(pipe, sampler, prompts, seeds, size_px=request.size, **options)
+
+
+def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[str, Any], count: int) -> Draw:
     from flashgen.device.choice import choose, installed
     from flashgen.device.memory import plan
     from flashgen.device.sampler import DevicePipeline
     from flashgen.runtime.memory import parse_bytes
 
-    budget, count = None if memory is None else parse_bytes(memory), len(request.prompts)
+    budget = None if memory is None else parse_bytes(memory)
     names, plans = installed() if engine == "auto" else [engine], {}
     costs = {"guided": options["guidance"] != 1, "preview": "preview" in options, "init": options["init"] is not None}
     for name in names if budget is not None else ():
@@ -94,7 +138,7 @@ def _on_device(source: Artifact, request: Request, engine: str, memory: str | No
     if plans:
         say(f"memory: {plans[chosen]}")
     pipeline = DevicePipeline(source, engine=chosen, falls_back=engine == "auto")
-    return pipeline.sample(request.prompts, request.seeds, within=plans.get(chosen), **options)
+    return lambda prompts, seeds: pipeline.sample(prompts, seeds, within=plans.get(chosen), **options)
 
 
 def _preview(path: Path) -> Callable[[int, Callable[[], NDArray[np.uint8]]], None]:
