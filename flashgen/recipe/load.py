@@ -29,7 +29,6 @@ RENAMED = {  # settings of 0.2, and what they are called now
     "proxy_warmup": "fake_score_warmup",
     "basis_tolerance": "low_rank_tolerance",
     "repair": "step_scales",
-    "checkpointing": "compute.activation_checkpointing",
 }
 
 
