@@ -123,7 +123,7 @@ class Distill(Stage):
         blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
         states, joined, cached, prompts = self._trajectory_sizes()
         train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
-        tables = 0 if lora else transformer.count - footprint.learnable  # each copy of the network has its own
+        tables = 0 if lora else footprint.tables
         train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
         train |= {"average": 4.0 * learned, "temporaries of a step": 8.0 * learned}  # AdamW's, over all tensors at once
         train |= {"activations": float(max(config.batches, default=0) * one.hidden * blocks_kept * size)}

@@ -103,7 +103,7 @@ class Finetune(Stage):
             forwards += guided_forwards(trajectory) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
-        tables = 0 if config.lora else transformer.count - footprint.learnable
+        tables = 0 if config.lora else footprint.tables
         train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 8.0 * learned, "optimizers": 16.0 * learned}
         train |= {"average": 4.0 * learned, "trajectories": 2.0 * states * one.latent}
         train |= {"activations": 4.0 * matching.batch * one.hidden * costs.kept * one.blocks}
