@@ -69,11 +69,16 @@ class Footprint:
         return self.parts["transformer"]
 
     @cached_property
-    def learnable(self) -> int:
-        """Number of the transformer's weights without its buffers, position tables that nothing learns."""
+    def tables(self) -> int:
+        """Numbers in the transformer's buffers, position tables that nothing learns; each copy of the network has its own."""
         from flashgen.models.networks import empty_network
 
-        return self.transformer.count - sum(table.numel() for table in empty_network(self.path, "transformer", self.family).buffers())
+        return sum(table.numel() for table in empty_network(self.path, "transformer", self.family).buffers())
+
+    @property
+    def learnable(self) -> int:
+        """Number of the transformer's weights without `tables`."""
+        return self.transformer.count - self.tables
 
     @property
     def encoders(self) -> list[str]:

@@ -126,7 +126,7 @@ class Distill(Stage):
         blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
         states, on_policy, cached, prompts = self._trajectory_sizes()
         train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
-        tables = 0 if lora else transformer.count - footprint.learnable  # each copy of the network has its own
+        tables = 0 if lora else footprint.tables  # each copy of the network has its own
         train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 4.0 * learned}  # one's at a time
         train |= {"optimizers": float(max(moment_bytes(config.trajectory), 2 * moment_bytes(matching)) * learned), "average": 4.0 * learned}
         train |= {"temporaries of a step": 8.0 * learned}  # AdamW's in a regression, over all tensors at once

@@ -106,7 +106,7 @@ class Finetune(Stage):
             forwards += guided_forwards(trajectory) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
-        tables = 0 if config.lora else transformer.count - footprint.learnable
+        tables = 0 if config.lora else footprint.tables
         train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 4.0 * learned}
         train |= {
             "optimizers": 2.0 * moment_bytes(matching) * learned,

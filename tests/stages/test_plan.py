@@ -141,6 +141,7 @@ def test_a_run_leaves_no_more_on_the_disk_than_was_planned(
             getattr(runs, name)(str(source.path), tmp_path / "out", recipe, **options)
     files = {path: path.stat().st_size for path in (tmp_path / "out" / ".work").rglob("*") if path.is_file()}
     checkpoints = [path for path in files if path.suffix == ".pt" and path.parent.parent.name == ".work"]
+    assert checkpoints
     tensors = {path: len([t for t in tree_leaves(torch.load(path)) if isinstance(t, torch.Tensor)]) for path in checkpoints}
     transformer = (
         0 if any(path.name == "diffusion_pytorch_model.safetensors" and path.parent.name == "transformer" for path in files) else 1

@@ -176,7 +176,7 @@ class SD3(Family):
         return images
 
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        return transformer.transformer_blocks  # type: ignore[return-value]
+        return transformer.transformer_blocks  # type: ignore[return-value]  # torch types attributes of modules as Tensor | Module
 
     def block_features(self, output: Any, x: Tensor) -> Tensor:
         tokens: Tensor = output[1]  # a block returns (text, image)

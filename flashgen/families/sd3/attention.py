@@ -38,7 +38,7 @@ class FusedAttention:
         out = symbolic("com.microsoft::MultiHeadAttention", [q, k, v], heads, dtype=q.dtype, shape=q.shape, version=1).to(q.device)
         project = attn.to_out[0]  # to_out[1] is dropout
         if text is None:
-            return project(out)  # type: ignore[no-any-return]
+            return project(out)  # type: ignore[no-any-return]  # untyped in diffusers
         image, rest = out[:, : x.shape[1]], out[:, x.shape[1] :]
         return project(image), rest if attn.context_pre_only else attn.to_add_out(rest)
 

@@ -81,7 +81,7 @@ def _clip(name: str, net: nn.Module, ids: Tensor) -> Component:
         out = net(ids, output_hidden_states=True)
         return (out.text_embeds, out.last_hidden_state, *out.hidden_states[:-1])
 
-    layers = int(net.config.num_hidden_layers)  # type: ignore[arg-type, union-attr]
+    layers = int(net.config.num_hidden_layers)  # type: ignore[arg-type, union-attr]  # torch types attributes as Tensor | Module
     hidden = tuple(f"hidden_states.{i}" for i in range(layers))
     return Component(name, Call(net, call), {"input_ids": ids}, ("text_embeds", "last_hidden_state", *hidden))
 

@@ -76,7 +76,7 @@ def _soften(encoder: nn.Module, ids: Tensor, norm: float) -> None:
     A long pooled vector tells every image token the same through adaLN, long before attention has learned to tell tokens
     different things, and then a model knows which colours there are but not which shape has which (docs/lab-log.md).
     """
-    encoder.text_projection.weight *= norm / encoder(ids).text_embeds.norm(dim=-1).mean()  # type: ignore[union-attr]
+    encoder.text_projection.weight *= norm / encoder(ids).text_embeds.norm(dim=-1).mean()  # type: ignore[union-attr]  # optional in transformers
 
 
 def _fields(logits: Tensor, targets: Tensor, data: TeacherData) -> Iterator[tuple[Tensor, Tensor]]:

@@ -77,4 +77,4 @@ def _position_table(network: nn.Module) -> Tensor:
         interpolation_scale=embed.interpolation_scale,
         output_type="pt",
     )
-    return table.unsqueeze(0).to(torch.bfloat16)  # type: ignore[no-any-return]
+    return table.unsqueeze(0).to(torch.bfloat16)  # type: ignore[no-any-return]  # diffusers types it as numpy too

@@ -64,4 +64,4 @@ class WithoutT5(Restructuring):
         return compact
 
     def text_embedder(self, transformer: nn.Module) -> nn.Module:
-        return transformer.context_embedder  # type: ignore[return-value]
+        return transformer.context_embedder  # type: ignore[return-value]  # torch types attributes of modules as Tensor | Module
