@@ -13,7 +13,6 @@ from flashgen.errors import UsageError
 from flashgen.families.configs import configs_in
 from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
-from flashgen.runtime.processes import sharded
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
@@ -82,8 +81,6 @@ class Distill(Stage):
         if not self.follows_start and not config.strides and config.trajectory.teacher_steps % config.steps:
             steps = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps}"
             raise UsageError(f"{steps} is no multiple of distill.steps={config.steps}; the grids must nest")
-        if sharded():
-            _check_sharded(config)
         self.require_prompts()
         if (start := self.inputs.get("start")) is not None:
             configs = [plain_config(configs_in(artifact.path)("transformer")) for artifact in (start, self.source)]
@@ -181,7 +178,7 @@ class Distill(Stage):
         from flashgen.training.lora import save_lora
         from flashgen.training.regression import regress
         from flashgen.training.roles import Role
-        from flashgen.training.shards import gathered_network, shard
+        from flashgen.training.shards import gathered_network
 
         config, source, work = self.config, self.source.path, draft.work
         text = load_pipeline(source, weights="text", device=self.device)  # alone: no transformer is in memory while prompts are encoded
@@ -191,15 +188,12 @@ class Distill(Stage):
         teacher, student, fake_score = self._networks(pipe)
         micro_batch = self.recipe.compute.micro_batch
         shape = latent_shape(pipe, self.taught.size_px)
-        steps_of = self._trajectory_source(teacher, student)
+        steps_of = self._trajectory_source(teacher)
         nodes = student_grid(config, steps_of.sigmas)
         sampler = Sampler(**{**self.taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
         validate = Validator(self, pipe, sampler, work)
         pool, followed = pools.get("trajectory"), self.inputs["start"] if self.follows_start else self.source
         replay = cached_steps(self, pool, steps_of, nodes, shape, draft.cache, followed) if pool else None
-        if sharded():  # only now: the cache needs the full teacher, with which each process goes its own way
-            fake_score = shard(fake_score if fake_score is not None else copy.deepcopy(teacher).requires_grad_(True), self.family)
-            shard(teacher, self.family)
         checkpoint = self.recipe.checkpoint
         if replay and config.trajectory.iterations:
             regress(
@@ -231,26 +225,29 @@ class Distill(Stage):
 
     def _networks(self, pipe: Pipeline) -> tuple[nn.Module, nn.Module, nn.Module | None]:
         """(teacher, student, fake score), all as the teacher at first, unless the student starts from another."""
-        from flashgen.models.pipeline import load_pipeline
-        from flashgen.training.shards import shard
-
         networks, teacher = Networks.of(self), pipe.transformer
         if lora := self.config.lora:
-            roles = networks.roles(teacher, lora, "student", "fake_score", seed=self.seed, targets=self.family.lora_targets)
+            roles = networks.roles(teacher, lora, "student", "fake_score", seed=self.seed)
             return roles[0], roles[1], roles[2]
-        start = self.inputs.get("start")
-        student = load_pipeline(start.path, device=self.device).transformer if start else copy.deepcopy(teacher)
+        student = networks.learning(self._start() if "start" in self.inputs else copy.deepcopy(teacher))
         fake_score = networks.learning(copy.deepcopy(teacher)) if self.config.matching.iterations else None
-        return networks.frozen(teacher), shard(networks.learning(student), self.family), fake_score
+        return networks.frozen(teacher), student, fake_score
 
-    def _trajectory_source(self, teacher: nn.Module, student: nn.Module) -> TrajectorySource:
+    def _start(self) -> nn.Module:
+        """The transformer of the student `start`, read anew."""
+        from flashgen.models.pipeline import load_pipeline
+
+        transformer: nn.Module = load_pipeline(self.inputs["start"].path, weights="transformer", device=self.device).transformer
+        return transformer
+
+    def _trajectory_source(self, teacher: nn.Module) -> TrajectorySource:
         """Whose steps the student learns."""
         from flashgen.training.cache import TrajectorySource
 
         if self.follows_start:
             sampler = self.inputs["start"].manifest.sampler
             assert sampler is not None
-            return TrajectorySource(copy.deepcopy(student).requires_grad_(False), sampler.sigmas)
+            return TrajectorySource(Networks.of(self).frozen(self._start()), sampler.sigmas)
         return guided_teacher(teacher, self.taught.shift, self.recipe)
 
     def _match(
@@ -281,20 +278,3 @@ class Distill(Stage):
             save_tensors(draft.path / "last", self.source.path / "transformer", value)
 
         return train_matching(matcher, draft.work, self.recipe.checkpoint, validate, keep_last)
-
-
-def _check_sharded(config: DistillRecipe) -> None:
-    """Raises UsageError for settings that FSDP2 cannot do."""
-    wanted = {
-        "distill.lora=null": config.lora is not None,  # adapters of all roles live in one network
-        "distill.follow=teacher": config.follow == "start",  # a sharded network has no copy to follow
-        "distill.compile=false": config.compile,  # compiling a sharded network has not been tried
-        "distill.on_policy.iterations=0": config.on_policy.iterations > 0,  # each process follows prompts of its own
-        "distill.trajectory.muon_lr=0": config.trajectory.muon_lr > 0,  # Muon orthogonalises full matrices
-        "distill.matching.muon_lr=0": config.matching.muon_lr > 0,
-        "distill.matching.fake_score_muon_lr=0": config.matching.fake_score_muon_lr > 0,
-        "distill.matching.node_adversarial=[0]": any(config.matching.node_adversarial),  # its gradient ends inside the network
-    }
-    if wrong := [setting for setting, is_set in wanted.items() if is_set]:
-        mend = "set it, or launch with --multi_gpu, which shares out batches only"
-        raise UsageError(f"FSDP does not go without --set {' --set '.join(wrong)}; {mend}")

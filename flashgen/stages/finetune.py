@@ -42,6 +42,7 @@ class Finetune(Stage):
     name = "finetune"
     takes: ClassVar[Takes] = {"student": ("student",)}
     kind = "student"
+    shards = True
 
     @property
     def config(self) -> FinetuneRecipe:
@@ -168,9 +169,9 @@ class Finetune(Stage):
         config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
         networks = Networks.of(self)
         pool = stage_pool(self, config.matching.prompts, self.seed + 2, pipe, sampler, draft.cache)
-        shape, teacher = latent_shape(pipe, sampler.size_px), networks.frozen(self._teacher())
+        shape = latent_shape(pipe, sampler.size_px)
+        high, low, teacher, fake_scores = self._branches(networks, pipe.transformer)
         replay = self._replay(pipe, teacher, shape, draft.cache) if self.follows_teacher else None
-        high, low, teacher, fake_scores = self._branches(networks, pipe.transformer, teacher)
         validator, middle = Validator(self, pipe, sampler, work), sorted(config.merge_high)[len(config.merge_high) // 2]
 
         def validate(name: str, _: nn.Module) -> float | None:
@@ -213,16 +214,15 @@ class Finetune(Stage):
         steps_of = guided_teacher(teacher, self.sampler.shift, self.recipe)
         return cached_steps(self, pool, steps_of, self.sampler.sigmas, shape, cache, self.inputs["teacher"])
 
-    def _branches(
-        self, networks: Networks, student: nn.Module, teacher: nn.Module
-    ) -> tuple[nn.Module, nn.Module, nn.Module, list[nn.Module]]:
+    def _branches(self, networks: Networks, student: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, list[nn.Module]]:
         """(high, low, teacher, fake scores). With adapters, branches are adapters on the student, fake scores adapters on the teacher."""
-        lora, targets = self.config.lora, self.family.lora_targets
+        lora = self.config.lora
         if lora is None:
             high, low = (networks.learning(copy.deepcopy(student)) for _ in range(2))
-            return high, low, teacher, []
-        _, high, low = networks.roles(copy.deepcopy(student), lora, "high", "low", seed=self.seed, targets=targets)
-        teacher, *fake_scores = networks.roles(teacher, lora, "fake_score_high", "fake_score_low", seed=self.seed + 1, targets=targets)
+            return high, low, networks.frozen(self._teacher()), []
+        _, high, low = networks.roles(copy.deepcopy(student), lora, "high", "low", seed=self.seed)
+        backbone = self._teacher().to(networks.dtype)
+        teacher, *fake_scores = networks.roles(backbone, lora, "fake_score_high", "fake_score_low", seed=self.seed + 1)
         return high, low, teacher, [*fake_scores]
 
 
@@ -234,13 +234,14 @@ def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float
     import torch
 
     from flashgen.training.roles import Role, interpolate
+    from flashgen.training.shards import full
 
     if isinstance(high, Role) and isinstance(low, Role):
         target.load_state_dict(interpolate(high, low, weight_high))
         return
     with torch.no_grad():
         for into, h, lo in zip(target.parameters(), high.parameters(), low.parameters(), strict=True):
-            into.copy_(torch.lerp(lo, h, weight_high))
+            into.copy_(full(torch.lerp(lo, h, weight_high)))
 
 
 def _teacher_of(student: Artifact) -> Artifact:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flashgen.artifact.draft import Draft
 from flashgen.errors import UsageError
-from flashgen.families.base import Restructuring, compute_in
+from flashgen.families.base import Restructuring
 from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
@@ -35,6 +35,7 @@ class RestructureEncoder(Stage):
     name = "restructure-encoder"
     takes: ClassVar[Takes] = {"student": ("student",)}
     kind = "student"
+    shards = True
 
     @property
     def config(self) -> RestructureRecipe:
@@ -128,6 +129,7 @@ class RestructureEncoder(Stage):
         from flashgen.models.pipeline import load_pipeline
         from flashgen.models.sample import latent_shape
         from flashgen.training.recovery import embedding_loss, pruned_loss, recover, vision_loss
+        from flashgen.training.shards import gathered_network
 
         config, nodes, how, checkpoint, work = self.config, self.sampler.sigmas, self.how, self.recipe.checkpoint, draft.work
         text = load_pipeline(self.source.path, weights="text", device=self.device)  # no transformer in memory yet
@@ -135,20 +137,20 @@ class RestructureEncoder(Stage):
         del text
         networks, pipe = Networks.of(self), load_pipeline(self.source.path, device=self.device)
         options: dict[str, Any] = {"device": self.device, "micro_batch": self.recipe.compute.micro_batch}
-        student, shape = pipe.transformer, latent_shape(pipe, self.sampler.size_px)
+        shape = latent_shape(pipe, self.sampler.size_px)
+        slim = networks.learning(copy.deepcopy(pipe.transformer)) if self.mode == "prune" else None
+        student = networks.frozen(pipe.transformer)
         replay = own_steps(self, student, pool, shape, draft.cache) if config.iterations else None
-        if self.mode == "prune":
-            slim = networks.learning(copy.deepcopy(student))
+        if slim is not None:
             if config.adapter:
                 how.text_embedder(slim.requires_grad_(False)).requires_grad_(True)
             assert replay is not None
             loss = pruned_loss(slim, replay, nodes, how)
             recover(slim, loss, config, config.iterations, self.seed, work, checkpoint, blocks=self.family.blocks(slim), **options)
-            return {"transformer": slim}
+            return {"transformer": gathered_network(slim, self.family)}
         prompts = self.training_prompts(config.prompts, self.seed + 3)
         ids = {name: value.to(self.device) for name, value in self.family.tokenize(pipe, prompts, self.sampler)[how.encoder].items()}
         small = how.compact_encoder(self.source.path, config, self.seed).to(self.device)
-        compute_in(student, networks.autocast)
         recover(small, embedding_loss(small, pool, ids, how), config, config.embedding, self.seed, work, checkpoint, "embedding", **options)
         if replay:
             recover(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import MachineError, UsageError
-from flashgen.families.base import compute_in
+from flashgen.families.base import Family, compute_in
 from flashgen.families.configs import configs_in
 from flashgen.models.footprint import Tensors
 from flashgen.recipe.base import Training
@@ -32,17 +32,18 @@ FORWARD_AND_BACKWARD, WITH_CHECKPOINTING = 3, 4  # cost of a training pass, in f
 
 @dataclass(frozen=True)
 class Networks:
-    """How a training holds its networks: on `device`, computing in `dtype`, as `compute` says."""
+    """How a training holds its networks: on `device`, computing in `dtype`, as `compute` says, and sharded where the launch asks for it."""
 
     device: torch.device
     dtype: torch.dtype
     compute: ComputeRecipe
+    family: Family
 
     @classmethod
     def of(cls, stage: Stage) -> Networks:
         """Raises MachineError when the device cannot compute in the recipe's precision."""
         compute = stage.recipe.compute
-        return cls(stage.device, dtype_of(compute.precision, stage.device), compute)
+        return cls(stage.device, dtype_of(compute.precision, stage.device), compute, stage.family)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -51,21 +52,29 @@ class Networks:
 
     def frozen(self, network: nn.Module) -> nn.Module:
         """`network`, in place, without gradient and in `dtype`."""
-        return network.requires_grad_(False).to(self.device, self.dtype)
+        from flashgen.training.shards import shard
+
+        return shard(network.requires_grad_(False).to(self.device, self.dtype), self.family)
 
     def learning(self, network: nn.Module) -> nn.Module:
         """`network`, in place, with gradient: float32 weights, passes in `dtype`, activations recomputed where the recipe asks for it."""
+        from flashgen.training.shards import shard
+
         compute_in(network, self.autocast)
         if self.compute.activation_checkpointing:
             network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
-        return network.requires_grad_(True).to(self.device)
+        return shard(network.requires_grad_(True).to(self.device), self.family)
 
-    def roles(self, network: nn.Module, lora: LoraTraining, *names: str, seed: int, targets: str) -> tuple[Role, ...]:
+    def roles(self, network: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:
         """`training.roles.roles_on`, with adapters inside autocast."""
         from flashgen.training.roles import roles_on
+        from flashgen.training.shards import shard
 
         compute_in(network, self.autocast)
-        return roles_on(network, lora, *names, seed=seed, targets=targets, checkpointing=self.compute.activation_checkpointing)
+        checkpointing, targets = self.compute.activation_checkpointing, self.family.lora_targets
+        roles = roles_on(network, lora, *names, seed=seed, targets=targets, checkpointing=checkpointing)
+        shard(network, self.family)
+        return roles
 
 
 def moment_bytes(training: Training) -> int:

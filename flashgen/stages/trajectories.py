@@ -100,8 +100,8 @@ def own_steps(stage: Stage, student: nn.Module, pool: PromptPool, shape: tuple[i
     """Steps of `student`, the network of the stage's first input, along its own rollouts; kept in `cache`."""
     from flashgen.training.recovery import own_trajectories
 
-    nodes = stage.sampler.sigmas
-    folder = cache / _name("trajectories", stage.source, ["transformer"], [nodes, shape, stage.seed, pool.key])
+    nodes, number = stage.sampler.sigmas, stage.recipe.compute.precision  # of the weights
+    folder = cache / _name("trajectories", stage.source, ["transformer"], [nodes, shape, stage.seed, pool.key, number])
     return own_trajectories(student, pool, nodes, shape, stage.seed, folder)
 
 

@@ -18,7 +18,7 @@ from flashgen.flow.grid import check_nested
 from flashgen.flow.ode import second_order
 from flashgen.progress import say, track
 from flashgen.randomness import generator
-from flashgen.runtime.processes import from_first, rank, wait_for_all, world_size
+from flashgen.runtime.processes import from_first, rank, sharded, wait_for_all, world_size
 from flashgen.training.mapped import map_tensor, mark_written, release
 from flashgen.training.prompts import PromptPool
 from flashgen.training.rollout import guided_velocity, roll_out
@@ -164,6 +164,8 @@ def write_states(
     mapped = [map_tensor(folder / name, torch.float16, (len(pool), count, *shape)) for name, count in files.items()]
     tensors, mappings = [tensor for tensor, _ in mapped], tuple(memory for _, memory in mapped)
     of_this_rank = missing[rank() :: world_size()]
+    if sharded() and missing:  # all processes must call a sharded network equally often: some compute a part that another has
+        of_this_rank += missing[: -(-len(missing) // world_size()) - len(of_this_rank)]
     for first in track(of_this_rank, label, total=len(of_this_rank)):
         for into, states in zip(tensors, compute(first, pool[slice(first, first + rows)]), strict=True):
             into[first : first + rows] = torch.stack(states, 1).half().cpu()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flashgen.families.base import velocity
 from flashgen.families.conditioning import Conditioning
 from flashgen.randomness import seeded
+from flashgen.runtime.processes import sharded
 from flashgen.training.roles import unwrap
 
 
@@ -62,8 +63,10 @@ def block_features(network: nn.Module, blocks: Sequence[int], x: Tensor, sigma: 
     layers = family.blocks(unwrap(network))
     handles = [layers[block].register_forward_hook(partial(keep, block)) for block in blocks]
     try:
-        velocity(network, x, sigma, cond)
+        v = velocity(network, x, sigma, cond)
     finally:
         for handle in handles:
             handle.remove()
-    return [family.block_features(outputs[block], x) for block in blocks]
+    features = [family.block_features(outputs[block], x) for block in blocks]
+    # A sharded network gathers its weights for a backward pass that starts at its output, as this one then does.
+    return [feature + 0 * v.mean() for feature in features] if sharded() else features

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from flashgen import __version__
 from flashgen.models.save import to_half
 from flashgen.training.roles import Role
+from flashgen.training.shards import full
 
 NAME = "pytorch_lora_weights.safetensors"  # where `load_lora_weights(FOLDER)` looks
 
@@ -25,7 +26,7 @@ def save_lora(folder: Path, role: Role, prefix: str, sigmas: Sequence[float], ba
     config: Any = role.network.peft_config[role.adapter]  # type: ignore[index]
     tensors = {}
     for name, value in role.state_dict().items():
-        scaled = value * (config.lora_alpha / config.r) if ".lora_B." in name else value
+        scaled = full(value) * (config.lora_alpha / config.r if ".lora_B." in name else 1)
         tensors[f"{prefix}.{name.replace(f'.{role.adapter}.', '.')}"] = to_half(scaled, f"lora: {name}").contiguous()
     facts = {"format": "pt", "rank": str(config.r), "alpha": str(config.r), "sigmas": json.dumps(list(sigmas))}
     folder.mkdir()

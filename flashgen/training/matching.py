@@ -24,6 +24,7 @@ from flashgen.objectives.trajectory import average_velocity
 from flashgen.pixels import slices
 from flashgen.recipe.distillation import MatchingTraining
 from flashgen.recipe.schema import CheckpointRecipe
+from flashgen.runtime.processes import sharded
 from flashgen.training.cache import Replay
 from flashgen.training.checkpoint import Stateful
 from flashgen.training.ema import BestWeights, Ema
@@ -223,7 +224,9 @@ class Matcher:
         return self.config.min_sigma, self.config.max_sigma
 
     def _rows(self, node: Tensor) -> Tensor:
-        """Rows whose node has a weight other than the trajectory term's; at least one."""
+        """Rows whose node has a weight other than the trajectory term's; at least one. All rows where networks are sharded."""
+        if sharded():  # a process with fewer micro-batches would call them less often than the others
+            return torch.arange(len(node), device=node.device)
         weights = torch.stack([self.weights[term] for term in ("matching", "augmentation", "adversarial")])
         return weighted_rows(weights.sum(0)[node])
 

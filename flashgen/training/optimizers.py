@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashgen.recipe.base import Training
-
-CHUNK = 1 << 26  # numbers that an optimizer updates together
+from flashgen.training.ranks import buckets
+from flashgen.training.shards import full, shard_like
 
 
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -30,7 +30,8 @@ class Muon(torch.optim.Muon):
     """torch's Muon with Nesterov momentum, but matrices of one shape are orthogonalised together, and in their own dtype.
 
     torch's does it one by one in bf16, which processors without bf16 emulate: there a step of the shapes world's transformer takes
-    17 to 30 times as long as this one (docs/lab-log.md). `nesterov` and `adjust_lr_fn` stay at their defaults.
+    17 to 30 times as long as this one (docs/lab-log.md). `nesterov` and `adjust_lr_fn` stay at their defaults. Of sharded matrices each
+    process orthogonalises all.
     """
 
     @torch.no_grad()
@@ -44,18 +45,18 @@ class Muon(torch.optim.Muon):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
                 average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                by_shape[p.shape].append((p, p.grad.lerp(average, momentum)))
+                by_shape[p.shape].append((p, full(p.grad.lerp(average, momentum))))
             for (rows, columns), pairs in by_shape.items():
                 stacked = torch.stack([update for _, update in pairs])
                 updates = orthogonalise(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 for (p, _), update in zip(pairs, updates, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+                    p.mul_(1 - lr * group["weight_decay"]).add_(shard_like(update, p), alpha=-lr * math.sqrt(max(1, rows / columns)))
 
 
 class AdamWithoutMomentum(torch.optim.Optimizer):
     """Adam with beta1 = 0, whose first moment is the gradient and is not stored: 4 bytes per weight instead of 8.
 
-    Parameters are updated a few at a time, so a step needs memory for temporaries of `CHUNK` numbers, not of all weights.
+    Parameters are updated a few at a time, so a step needs memory for temporaries of `ranks.BUCKET` numbers, not of all weights.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], lr: float, beta: float, eps: float = 1e-8) -> None:
@@ -65,7 +66,7 @@ class AdamWithoutMomentum(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may evaluate the loss again
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            for chunk in _chunks([p for p in group["params"] if p.grad is not None]):
+            for chunk in buckets([p for p in group["params"] if p.grad is not None]):
                 self._update(chunk, [p.grad for p in chunk if p.grad is not None], group)
 
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
@@ -80,18 +81,6 @@ class AdamWithoutMomentum(torch.optim.Optimizer):
         torch._foreach_div_(scales, [math.sqrt(1 - group["beta"] ** int(self.state[p]["step"])) for p in parameters])
         torch._foreach_add_(scales, group["eps"])
         torch._foreach_addcdiv_(parameters, gradients, scales, -group["lr"])
-
-
-def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive parameters with at most `CHUNK` numbers together; a larger one is alone."""
-    chunk: list[Tensor] = []
-    for p in parameters:
-        if chunk and sum(q.numel() for q in chunk) + p.numel() > CHUNK:
-            yield chunk
-            chunk = []
-        chunk.append(p)
-    if chunk:
-        yield chunk
 
 
 def muon_and_adamw(

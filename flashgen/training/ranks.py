@@ -6,7 +6,8 @@ step, and metrics before they are logged. So the number of processes changes not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from accelerate.utils import broadcast, gather_object, reduce
@@ -18,6 +19,20 @@ from flashgen.randomness import generator
 from flashgen.runtime.processes import check_batch, join, rank, world_size
 
 CPU = torch.device("cpu")
+BUCKET = 1 << 26  # numbers that are sent, or that an optimizer updates, together
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+
+
+def buckets(tensors: Sequence[AnyTensor]) -> Iterator[list[AnyTensor]]:
+    """Consecutive tensors with at most `BUCKET` numbers together; a larger one is alone."""
+    bucket: list[AnyTensor] = []
+    for tensor in tensors:
+        if bucket and sum(other.numel() for other in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 @torch.no_grad()
@@ -25,9 +40,9 @@ def average_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over the processes. Gradients of sharded weights are averaged already."""
     if world_size() > 1:
         join()
-        for tensor in tensors:
-            if not isinstance(tensor, DTensor):
-                tensor.copy_(reduce(tensor, "mean"))
+        for bucket in buckets([tensor for tensor in tensors if not isinstance(tensor, DTensor)]):
+            means = reduce(torch.cat([tensor.flatten() for tensor in bucket]), "mean").split([tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [mean.view_as(tensor) for mean, tensor in zip(means, bucket, strict=True)])
 
 
 def mean_metrics(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

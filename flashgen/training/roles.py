@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from flashgen.families.base import predict
 from flashgen.randomness import seeded
 from flashgen.recipe.distillation import LoraTraining
+from flashgen.training.shards import full
 
 
 class Backbone:
@@ -118,14 +119,16 @@ class Role(nn.Module):
 
     @torch.no_grad()
     def merged(self, name: str) -> Tensor:
-        """One tensor of that dense network: W + (alpha / rank) B A in fp32 where there is an adapter."""
+        """One tensor of that dense network: W + (alpha / rank) B A in fp32 where there is an adapter.
+
+        Sharded weights are gathered; then all processes must ask for the same names in the same order.
+        """
         module, _, part = name.rpartition(".")
         layer: Any = self.network.get_submodule(module)
         if not hasattr(layer, "get_delta_weight"):
-            tensor: Tensor = getattr(layer, part)
-            return tensor
-        value: Tensor = getattr(layer.get_base_layer(), part)
-        return value.float() + layer.get_delta_weight(self.adapter).float() if part == "weight" and self.adapter else value
+            return full(getattr(layer, part))
+        value = full(getattr(layer.get_base_layer(), part))
+        return value.float() + full(layer.get_delta_weight(self.adapter)).float() if part == "weight" and self.adapter else value
 
 
 def unwrap(network: nn.Module) -> nn.Module:

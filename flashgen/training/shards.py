@@ -29,7 +29,10 @@ def _mesh(device_type: str) -> DeviceMesh:
 
 
 def shard(network: Network, family: Family) -> Network:
-    """Shard a transformer, equal in all processes, in place: each process keeps its rows of every weight. Returns `network`."""
+    """Shard a transformer, equal in all processes, in place: each process keeps its rows of every weight. Returns `network`.
+
+    Adapters are sharded with the weights that they belong to. From then on all processes must call the network equally often.
+    """
     if sharded():
         parts: list[nn.Module] = [*family.blocks(network), network]
         for part in parts:  # the root is sharded again after a forward pass: weights are read between passes
@@ -48,18 +51,23 @@ def gather(state: Any, *, keep: bool = True) -> Any:
     if isinstance(state, dict):
         return {key: gather(value, keep=keep) for key, value in state.items()}
     if isinstance(state, DTensor):
-        full = state.full_tensor()
-        return full.cpu() if keep else None
+        value = full(state).cpu()
+        return value if keep else None
     return state.cpu() if isinstance(state, Tensor) else state
+
+
+def full(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or all of it where it is sharded; then all processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered_network(network: nn.Module, family: Family) -> nn.Module:
     """`network` itself, or a full copy in every process if it is a sharded transformer."""
     if not sharded():
         return network
-    full: nn.Module = family.network_classes()["transformer"].from_config(network.config)
-    full.load_state_dict(gather(network.state_dict()))
-    return full.eval()
+    whole: nn.Module = family.network_classes()["transformer"].from_config(network.config)
+    whole.load_state_dict(gather(network.state_dict()))
+    return whole.eval()
 
 
 def shard_like(value: Tensor, like: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.pixels import slices
 from flashgen.randomness import seeded
 from flashgen.recipe.distillation import MatchingTraining
+from flashgen.runtime.processes import sharded
 from flashgen.training.cache import Replay
 from flashgen.training.discriminator import Heads, block_features
 from flashgen.training.loop import descend
@@ -130,8 +131,11 @@ class AdversarialTerm:
 
     def direction(self, c: Comparison, other: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Direction at x0 [B, C, h, w], within `adversarial.band` of the size of `other`; zero at nodes without weight."""
-        total, rows = torch.zeros_like(other), self.weights[c.node] > 0
-        if not rows.any():
+        total, is_weighted = torch.zeros_like(other), self.weights[c.node] > 0
+        rows = weighted_rows(is_weighted)
+        if not is_weighted.any():
+            if sharded():
+                self.gradient(c[rows])  # all processes call a sharded network equally often
             return total, {}
         weighted = self.weights[c.node[rows]].reshape(-1, 1, 1, 1) * self.gradient(c[rows])
         total[rows], ratio, raw = clamp_ratio(weighted, other[rows], self.config.adversarial.band)

@@ -21,9 +21,9 @@ from flashgen.training.cache import Replay
 from flashgen.training.ema import Ema
 from flashgen.training.loop import Metric
 from flashgen.training.matching import Matcher, Roles, Task
-from flashgen.training.optimizers import CHUNK, AdamWithoutMomentum
+from flashgen.training.optimizers import AdamWithoutMomentum
 from flashgen.training.prompts import PromptPool
-from flashgen.training.ranks import Draws
+from flashgen.training.ranks import BUCKET, Draws
 
 NODES, SHAPE = [1.0, 0.9, 0.75, 0.5, 0.0], (16, 4, 4)
 Build = Callable[[int], nn.Module]
@@ -85,8 +85,8 @@ def test_four_micro_batches_of_16_are_a_batch_of_64_in_regression_and_recovery(
 
 
 def test_adam_without_momentum_steps_as_adamw_with_beta1_0_and_stores_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashgen.training.optimizers.CHUNK", 20)  # several chunks, one of them a single larger tensor
-    assert CHUNK > 20
+    monkeypatch.setattr("flashgen.training.ranks.BUCKET", 20)  # several buckets, one of them a single larger tensor
+    assert BUCKET > 20
     start = [torch.randn(shape, generator=generator(1, n)) for n, shape in enumerate([(4, 3), (5,), (6, 6), (2,)])]
     ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
     mine, other = AdamWithoutMomentum(ours, 0.01, 0.99), torch.optim.AdamW(theirs, lr=0.01, betas=(0.0, 0.99), weight_decay=0.0)
@@ -119,7 +119,7 @@ def test_full_training_keeps_at_most_24_bytes_per_weight_on_the_accelerator(
 
     def counted(self: AdamWithoutMomentum, closure: None = None) -> None:
         step(self)
-        tensors = [p for network in networks for p in network.parameters()]
+        tensors: list[torch.Tensor] = [p for network in networks for p in network.parameters()]
         tensors += [p.grad for p in tensors if p.grad is not None]
         tensors += [value for o in (*matcher.optimizers, *matcher.fake_score_optimizers) for s in o.state.values() for value in s.values()]
         peak[0] = max(peak[0], sum(t.nbytes for t in tensors))
