@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[dict[str, Any]]], float]] = {
     "drawing": (gpu_parts.drawing, 120),
 }
 # TFLOP/s of dense bf16 products with fp32 sums by a device's name, from the vendors' data sheets (half of what they give for sparse ones).
-PEAK_TFLOPS = {
+PEAK_TFLOPS: dict[str, float] = {
     "NVIDIA B200": 2250, "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA GH200 480GB": 989, "NVIDIA H800": 989,
     "NVIDIA H200 NVL": 835, "NVIDIA H100 NVL": 835, "NVIDIA H100 PCIe": 756, "NVIDIA H20": 148,
     "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA A100-PCIE-40GB": 312,

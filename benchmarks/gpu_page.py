@@ -38,7 +38,7 @@ what `--plan` says for the phase `train` without the program itself (goal: withi
     "full": """## Full training
 
 Matching of the recipe sd35-medium at 1024 px: teacher in bf16, student and fake score in fp32 with their optimizers, EMA in the host's
-memory, activations recomputed. The peak must stay within 75 GB, so that one 80 GB GPU does.
+memory, activations recomputed. The peak must stay within 75 GB, so that one 80 GB GPU does. Host is the largest memory of this process.
 """,
     "drawing": """## Teacher and student
 
@@ -77,7 +77,7 @@ def machine_line(about: Mapping[str, Any]) -> str:
 def _compare(rows: list[dict[str, Any]]) -> list[str]:
     lines = table(["numbers", "", "metrics", "update", "PSNR, dB"])
     for row in rows:
-        strict = row["numbers"] == "fp32"
+        strict, shown = row["numbers"] == "fp32", tuple[str, ...]()
         if "psnr_db" in row:
             psnr = row["psnr_db"]
             shown = ("", "", "equal" if psnr is None else _goal(f"{psnr:.1f}", not strict or psnr >= 40))

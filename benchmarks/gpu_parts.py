@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ def passes(bench: Bench) -> Iterator[Row]:
     dtype, pool, shape = dtype_of(compute.precision, device), bench.pool(), bench.shape(sizes.sizes_px[0])
     networks, lora = Networks(device, dtype, compute), LoraTraining(rank=sizes.rank)
     one = Footprint(bench.teacher()).forward(Size(sizes.sizes_px[0], sizes.sizes_px[0]))
-    kinds = {
+    kinds: dict[str, Callable[[], nn.Module]] = {
         "frozen": lambda: networks.frozen(bench.transformer(dtype)),
         f"adapters of rank {sizes.rank} on it": lambda: networks.roles(
             bench.transformer(dtype), lora, "student", "fake_score", seed=0, targets=bench.family.lora_targets
@@ -132,6 +132,8 @@ def passes(bench: Bench) -> Iterator[Row]:
             try:
                 laps = summary(bench.seconds(run, sizes.repeats, warmup=2))
             except torch.OutOfMemoryError:
+                network.zero_grad(set_to_none=True)
+                bench.forget_peak()
                 yield row | {"note": "out of memory"}
                 continue
             flop = 2 * one.multiply_adds * batch * (WITH_CHECKPOINTING if backward else 1)
@@ -234,7 +236,7 @@ def drawing(bench: Bench) -> Iterator[Row]:
     for side in bench.sizes.sizes_px:
         laps = {name: Laps(bench.synchronise) for name in ("teacher", "student")}
         bench.forget_peak()
-        for index in range(1 + max(2, bench.sizes.repeats - 2)):
+        for index in range(1 + max(2, bench.sizes.repeats - 3)):
             for name, sampler in (("teacher", teacher), ("student", student)):
                 used = Laps(bench.synchronise) if index == 0 else laps[name]  # the first of each is a warm-up
                 with used.lap("picture"):
