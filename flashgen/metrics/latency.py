@@ -93,8 +93,8 @@ def _torch(source: Artifact, laps: Laps, device_name: str) -> Any:
     from flashgen.runtime.accelerator import device_of, drawing_dtype
 
     device = device_of(device_name)
-    if device.type == "cuda":
-        laps.wait = torch.cuda.synchronize
+    if device.type in ("cuda", "mps"):
+        laps.wait = getattr(torch, device.type).synchronize
     with laps.lap("load"):
         pipe = load_pipeline(source.path, drawing_dtype(device), device=device)
     return lambda prompts, seeds, batch: sample(pipe, source.manifest.sampler, prompts, seeds, batch=batch, laps=laps)  # type: ignore[arg-type]

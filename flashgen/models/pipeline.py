@@ -69,15 +69,15 @@ class Pipeline:
 def load_pipeline(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
-    weights: Literal["all", "text", "transformer", "disk"] = "all",
+    weights: Literal["all", "training", "text", "transformer", "disk"] = "all",
     device: torch.device = CPU,
 ) -> Pipeline:
     """A pipeline on `device` in eval mode without gradient, the transformer in `dtype` and the rest in fp32.
 
     Large text encoders compute in bf16, the type that T5-XXL was trained in; they stay on disk (`models.networks.on_disk`) unless they fit
-    into the free memory of an accelerator. With weights "text" or "transformer" all other networks are shapes without weights; with "disk"
-    every network stays on disk, in fp32. Safetensors only; nothing is fetched and no code of the artifact runs. Raises ArtifactError before
-    anything large is read.
+    into the free memory of an accelerator; with weights "training", which leaves this memory to a training, they stay there in any case.
+    With "text" or "transformer" all other networks are shapes without weights; with "disk" every network stays on disk, in fp32.
+    Safetensors only; nothing is fetched and no code of the artifact runs. Raises ArtifactError before anything large is read.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # one bar per component, gone at once
@@ -105,10 +105,10 @@ def _network(
     if weights == "disk":
         return on_disk(folder, empty, torch.float32, device)
     kind = "transformer" if name == "transformer" else "text" if name in family.text_encoders else "vae"
-    if weights not in ("all", kind):
+    if weights not in ("all", "training", kind):
         return empty
     large = kind == "text" and is_large(folder)
-    if large and not _fits(empty, device, others=weights == "all"):
+    if large and (weights == "training" or not _fits(empty, device, others=weights == "all")):
         return on_disk(folder, empty, torch.bfloat16, device)
     wanted = torch.bfloat16 if large else dtype if name == "transformer" else torch.float32
     if name == "transformer" and has_nf4(folder):  # diffusers would need bitsandbytes and a GPU

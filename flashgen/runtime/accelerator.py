@@ -60,10 +60,13 @@ def drawing_dtype(device: torch.device) -> torch.dtype:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of an accelerator in bytes; None where that is not known."""
+    """Free memory of an accelerator in bytes, with what torch keeps of it for later tensors; None where that is not known."""
     import torch
 
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def total_device_bytes(device: torch.device) -> int | None:

@@ -184,7 +184,7 @@ class Distill(Stage):
         text = load_pipeline(source, weights="text", device=self.device)  # alone: no transformer is in memory while prompts are encoded
         pools = self._pools(text, draft.cache)
         del text
-        pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, device=self.device)
+        pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, "training", self.device)
         teacher, student, fake_score = self._networks(pipe)
         micro_batch = self.recipe.compute.micro_batch
         shape = latent_shape(pipe, self.taught.size_px)

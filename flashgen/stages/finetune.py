@@ -130,7 +130,7 @@ class Finetune(Stage):
         from flashgen.stages.report import judge
 
         config, sampler = self.config, self.sampler
-        pipe = load_pipeline(self.source.path, device=self.device)
+        pipe = load_pipeline(self.source.path, weights="training", device=self.device)
         before = judge(self, pipe, sampler).passed if self.judges else None
         high, low = self._train_branches(pipe, draft)
         ratios = config.merge_high if high is not low else [1.0]
@@ -162,16 +162,18 @@ class Finetune(Stage):
         A branch alone is no student, so validations, and thus the best round of a branch, are of both merged, in the middle of
         `merge_high`. With `finetune.control` both are one network, trained on all nodes for as many updates as the two together.
         """
+        from flashgen.models.pipeline import load_pipeline
         from flashgen.models.sample import latent_shape
         from flashgen.stages.report import Validator
         from flashgen.training.matching import Matcher, Roles, Task, train_matching
 
         config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
-        networks = Networks.of(self)
-        pool = stage_pool(self, config.matching.prompts, self.seed + 2, pipe, sampler, draft.cache)
+        networks, text = Networks.of(self), load_pipeline(self.source.path, weights="text", device=self.device)
+        pool = stage_pool(self, config.matching.prompts, self.seed + 2, text, sampler, draft.cache)
         shape = latent_shape(pipe, sampler.size_px)
         high, low, teacher, fake_scores = self._branches(networks, pipe.transformer)
-        replay = self._replay(pipe, teacher, shape, draft.cache) if self.follows_teacher else None
+        replay = self._replay(text, teacher, shape, draft.cache) if self.follows_teacher else None
+        del text  # its memory is for the training
         validator, middle = Validator(self, pipe, sampler, work), sorted(config.merge_high)[len(config.merge_high) // 2]
 
         def validate(name: str, _: nn.Module) -> float | None:

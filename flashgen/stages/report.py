@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,7 @@ def validate(stage: Stage, draft: Draft, result: Result) -> dict[str, Any]:
     prompts, sampler = grid_prompts(stage, VALIDATION_SEED), result.sampler
     if not prompts or sampler is None:
         return {"composition": NOT_JUDGED}
+    gc.collect()  # networks of the training that refer to themselves, as a checkpointed backbone does, are still on the accelerator
     images = draw(load_pipeline(draft.path, drawing_dtype(stage.device), device=stage.device), sampler, prompts, stage.recipe.bench)
     save_grid(images, draft.path / "samples" / "validation.png")
     if not stage.judges or stage.world is None:

@@ -135,7 +135,7 @@ class RestructureEncoder(Stage):
         text = load_pipeline(self.source.path, weights="text", device=self.device)  # no transformer in memory yet
         pool = stage_pool(self, config.prompts, self.seed + 3, text, self.sampler, draft.cache)
         del text
-        networks, pipe = Networks.of(self), load_pipeline(self.source.path, device=self.device)
+        networks, pipe = Networks.of(self), load_pipeline(self.source.path, weights="training", device=self.device)
         options: dict[str, Any] = {"device": self.device, "micro_batch": self.recipe.compute.micro_batch}
         shape = latent_shape(pipe, self.sampler.size_px)
         slim = networks.learning(copy.deepcopy(pipe.transformer)) if self.mode == "prune" else None

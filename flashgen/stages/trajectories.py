@@ -102,7 +102,7 @@ def own_steps(stage: Stage, student: nn.Module, pool: PromptPool, shape: tuple[i
 
     nodes, number = stage.sampler.sigmas, stage.recipe.compute.precision  # of the weights
     folder = cache / _name("trajectories", stage.source, ["transformer"], [nodes, shape, stage.seed, pool.key, number])
-    return own_trajectories(student, pool, nodes, shape, stage.seed, folder)
+    return own_trajectories(student, pool, nodes, shape, stage.seed, folder, stage.recipe.compute.micro_batch)
 
 
 def _steps(
@@ -126,7 +126,8 @@ def _steps(
     if config.compile:
         compiled: Any = torch.compile(steps_of.net, dynamic=False)
         steps_of = replace(steps_of, net=compiled)
-    return cache_trajectories(steps_of, pool, nodes, shape, stage.seed, folder, student=student)
+    micro_batch = stage.recipe.compute.micro_batch
+    return cache_trajectories(steps_of, pool, nodes, shape, stage.seed, folder, student=student, micro_batch=micro_batch)
 
 
 def _name(what: str, artifact: Artifact, parts: Iterable[str], how: list[Any]) -> str:

@@ -16,6 +16,7 @@ from flashgen.families.conditioning import Conditioning
 from flashgen.flow.convert import move
 from flashgen.flow.grid import check_nested
 from flashgen.flow.ode import second_order
+from flashgen.pixels import slices
 from flashgen.progress import say, track
 from flashgen.randomness import generator
 from flashgen.runtime.processes import from_first, rank, sharded, wait_for_all, world_size
@@ -120,27 +121,39 @@ def cache_trajectories(
     folder: Path,
     *,
     student: nn.Module | None = None,
+    micro_batch: int = 0,
 ) -> Replay:
     """Steps of `source` between the student's `nodes`, which its grid must contain, from one noise [*shape] per prompt.
 
     From the source's own states, or from those that `student` visits (DAgger, 1011.0686; for a sampler our choice): the student's next
     state then follows from its own step, and the source's step is only the target. Written to `folder`, one file [N, ...] of states or of
-    starts and one of ends, in parts that the processes share out; a resumed run computes the missing parts.
+    starts and one of ends, in parts that the processes share out; a resumed run computes the missing parts. At most `micro_batch` prompts
+    pass together (0: all of a part).
     """
     check_nested(nodes, source.sigmas)
     stream, steps = (ON_POLICY_STREAM if student else CACHE_STREAM), len(nodes) - 1
 
     def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
         noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, stream, first)))
-        visited = roll_out(lambda _: student, noise, cond, nodes[:-1]).states if student else None
-        ends = source.ends(visited or noise, cond, pool.empty_for(cond), nodes)
-        return [visited, ends] if visited else [[noise, *ends]]
+
+        def of(rows: slice) -> list[list[Tensor]]:
+            x, own = noise[rows], cond[rows]
+            visited = roll_out(lambda _: student, x, own, nodes[:-1]).states if student else None
+            ends = source.ends(visited or x, own, pool.empty_for(own), nodes)
+            return [visited, ends] if visited else [[x, *ends]]
+
+        return joined([of(rows) for rows in slices(len(cond), micro_batch or len(cond))])
 
     if student is None:
         (states,), mappings = write_states(folder, {"states.bin": steps + 1}, pool, shape, SHARD, compute, "trajectories")
         return Replay.from_states(states, pool, *mappings)
     (starts, ends), mappings = write_states(folder, {"starts.bin": steps, "ends.bin": steps}, pool, shape, SHARD, compute, "on_policy")
     return Replay(starts, ends, pool, mappings)
+
+
+def joined(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
+    """Lists of states [B, ...] of micro-batches as lists of states of all of them."""
+    return [[torch.cat(states) for states in zip(*lists, strict=True)] for lists in zip(*parts, strict=True)]
 
 
 def write_states(
@@ -163,15 +176,26 @@ def write_states(
         say(f"{label}: {len(first_rows) - len(missing)} of {len(first_rows)} parts are reused from {folder}")
     mapped = [map_tensor(folder / name, torch.float16, (len(pool), count, *shape)) for name, count in files.items()]
     tensors, mappings = [tensor for tensor, _ in mapped], tuple(memory for _, memory in mapped)
-    of_this_rank = missing[rank() :: world_size()]
-    if sharded() and missing:  # all processes must call a sharded network equally often: some compute a part that another has
-        of_this_rank += missing[: -(-len(missing) // world_size()) - len(of_this_rank)]
+    of_this_rank = _own_parts(missing, len(pool), rows)
     for first in track(of_this_rank, label, total=len(of_this_rank)):
         for into, states in zip(tensors, compute(first, pool[slice(first, first + rows)]), strict=True):
             into[first : first + rows] = torch.stack(states, 1).half().cpu()
         mark_written(folder / f"{first:06d}.done", "", *mappings)
     wait_for_all()
     return tensors, mappings
+
+
+def _own_parts(missing: list[int], length: int, rows: int) -> list[int]:
+    """First rows of the parts that this process computes.
+
+    All processes must call a sharded network equally often: there some repeat a part of `rows` that another has, and all compute the
+    shorter last one.
+    """
+    if not sharded():
+        return missing[rank() :: world_size()]
+    full = [first for first in missing if first + rows <= length]
+    of_this_rank = (full[rank() :: world_size()] + full)[: -(-len(full) // world_size())]
+    return of_this_rank + missing[len(full) :]
 
 
 def _missing_parts(folder: Path, files: list[str], first_rows: Sequence[int]) -> list[int]:

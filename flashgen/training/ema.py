@@ -30,7 +30,11 @@ class Ema:
     def update(self, module: nn.Module, step: int) -> None:
         """shadow <- d shadow + (1 - d) weights, d = min(decay, (1 + step) / (10 + step)) so that early steps count."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [self._kept(p) for p in module.parameters()], 1 - decay)
+        if not self.offload:
+            torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in module.parameters()], 1 - decay)
+            return
+        for average, p in zip(self.shadow.values(), module.parameters(), strict=True):  # one copy in the CPU's memory at a time
+            average.lerp_(self._kept(p), 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         """Give `module` the averaged weights."""

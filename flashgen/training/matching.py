@@ -91,7 +91,8 @@ class Matcher:
         self.sigmas = torch.tensor(task.nodes, device=task.device)
         nodes = list(range(len(task.nodes) - 1)) if task.train_nodes is None else task.train_nodes
         self.choices = torch.tensor(nodes, device=task.device)
-        self.net_at = task.net_at or (lambda _: self.student)
+        student = roles.student
+        self.net_at = task.net_at or (lambda _: student)  # no reference to this object, which would outlive its run by it
         self.weights = {term: torch.tensor(w, device=task.device) for term, w in config.node_weights(len(task.nodes) - 1).items()}
         self.optimizers, self.fake_score_optimizers = (
             muon_and_adamw(network, family.blocks(unwrap(network)), config, lr=lr, muon_lr=muon_lr)

@@ -94,10 +94,14 @@ class PromptPool:
         return placed
 
     def placed(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which is on the CPU, on the pool's device; to a GPU through pinned memory, so that the copy waits for nothing."""
+        """`tensor`, which is on the CPU, on the pool's device; to a GPU through pinned memory, so that the copy waits for nothing.
+
+        Pinned memory is not given out again before the copy is done. From ordinary memory MPS would read what is freed by then
+        (pytorch 189690).
+        """
         if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def on(self, device: torch.device) -> PromptPool:
         """The same prompts for networks on `device`."""

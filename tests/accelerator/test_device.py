@@ -10,7 +10,7 @@ import torch
 
 from flashgen.errors import MachineError, UsageError
 from flashgen.runtime import accelerator
-from flashgen.runtime.accelerator import device_of, drawing_dtype, dtype_of, exact, total_device_bytes
+from flashgen.runtime.accelerator import device_of, drawing_dtype, dtype_of, exact, free_bytes, total_device_bytes
 from tests import runs
 from tests.stages.chain import micro
 
@@ -65,6 +65,12 @@ def test_float64_is_computed_on_the_cpu_for_apple_gpus_and_a_plan_counts_the_gpu
     assert total_device_bytes(CPU) is None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 << 30))
     assert accelerator.total_device_bytes(CUDA) == 24 << 30
+
+
+def test_memory_that_torch_keeps_for_later_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"mem_get_info": (3, 24), "memory_reserved": 9, "memory_allocated": 4}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert free_bytes(CUDA) == 3 + 9 - 4 and free_bytes(CPU) is None
 
 
 def test_a_stage_that_computes_on_the_cpu_takes_no_other_device(tmp_path: Path) -> None:

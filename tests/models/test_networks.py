@@ -109,6 +109,18 @@ def test_text_alone_and_networks_on_disk_give_what_memory_gives(folder: Path, mo
     assert load_pipeline(folder, torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
+def test_large_text_encoders_leave_an_accelerators_memory_to_a_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "is_large", lambda path: path.name != "text_encoder")
+    monkeypatch.setattr(pipeline, "free_bytes", lambda _: 1 << 40)  # they would fit
+    drawing, training = load_pipeline(folder), load_pipeline(folder, weights="training")
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
+    assert not any(p.is_meta for name in names for p in drawing[name].parameters())
+    streamed = {name for name in names if any(p.is_meta for p in training[name].parameters())}
+    assert streamed == {"text_encoder_2", "text_encoder_3"}
+    found, want = (encode_prompts(pipe, PROMPTS, tiny_sampler()).tensors["embeds"] for pipe in (training, drawing))
+    assert torch.equal(found, want)
+
+
 def test_velocity_is_the_transformers_output_at_a_thousand_sigma(folder: Path) -> None:
     """SD3's convention, written out: v = dx/dsigma, timestep 1000 sigma. Latents and conditioning come in any floating type."""
     whole, sampler = load_pipeline(folder), tiny_sampler()

@@ -121,6 +121,18 @@ def test_an_earlier_student_is_followed_by_its_own_euler_steps(
     assert torch.allclose(replay.ends.float(), torch.stack([states[1], states[3]], 1), atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_micro_batches_change_nothing_but_the_rows_of_a_pass(on_policy: bool, transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    net, nodes, rows = transformer(0), shifted_grid(2, 3.0), list[int]()
+    source, student = TrajectorySource(net, shifted_grid(4, 3.0), 2.0, order=2), transformer(1) if on_policy else None
+    whole = cache_trajectories(source, pool, nodes, SHAPE, 0, tmp_path / "whole", student=student)
+    net.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    parts = cache_trajectories(source, pool, nodes, SHAPE, 0, tmp_path / "parts", student=student, micro_batch=3)
+    assert set(rows) == {6, 4}  # 3, 3 and 2 of 8 prompts, with and without the prompt
+    assert torch.allclose(parts.starts.float(), whole.starts.float(), atol=2e-3)
+    assert torch.allclose(parts.ends.float(), whole.ends.float(), atol=2e-3)
+
+
 def test_two_sets_of_steps_share_their_prompts(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     along = cached(transformer(0), pool, tmp_path / "along")
     on_policy = cached(transformer(0), pool.first(6), tmp_path / "on_policy", student=transformer(1))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +292,21 @@ def test_rows_without_weight_are_left_out_and_change_nothing(
     assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(*found, strict=True)) and not same(found[0], weights(teacher))
     half = len(asked) // 2
     assert sum(asked[:half]) < sum(asked[half:])
+
+
+def test_a_finished_matcher_frees_its_networks_at_once(transformer: Build, pool: PromptPool) -> None:
+    """What waits for Python's garbage collector stays on an accelerator that the next network needs."""
+    student = trainable(transformer(1))
+    matcher = Matcher(task(pool), Roles(student, transformer(0)), CONFIG, pool.family)
+    alive = weakref.ref(student)
+    matcher.update(0)
+    gc.collect()
+    gc.disable()
+    try:
+        del student, matcher
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_term_that_needs_trajectories_says_so(transformer: Build, pool: PromptPool) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashgen.families.base import velocity
+from flashgen.families.base import compute_in, velocity
 from flashgen.families.sd3 import SD3
 from flashgen.recipe.distillation import LoraTraining, MatchingTraining
 from flashgen.recipe.schema import CheckpointRecipe
@@ -75,6 +75,22 @@ def test_peft_reads_the_private_attributes_that_the_switch_sets(transformer: Bui
         assert all(layer.disable_adapters == (role.adapter is None) for layer in layers)
         assert role.adapter is None or all(layer.active_adapters == [role.adapter] for layer in layers)
         assert [p.requires_grad for p in student.network.parameters()] == learning  # peft's own set_adapter would change them
+
+
+def test_inside_autocast_peft_casts_no_input_and_nothing_changes(transformer: Build, pool: PromptPool) -> None:
+    base = transformer(0).to(torch.bfloat16)
+    compute_in(base, torch.bfloat16)
+    _, student = roles_on(base, LORA, "student")
+    shake(student, 1)
+    x = torch.ones(2, 3, 32, dtype=torch.bfloat16)
+    layer = student.backbone.layers[0]
+    assert layer._cast_input_dtype(x, torch.float32) is x  # what `cast_input_dtype_enabled` must do in peft
+    with torch.no_grad():
+        found = output(student, pool)
+        for layer in student.backbone.layers:
+            layer.cast_input_dtype_enabled = True
+        assert torch.equal(output(student, pool), found)
+    assert all(layer.cast_input_dtype_enabled for layer in roles_on(transformer(0), LORA, "student")[1].backbone.layers)
 
 
 def test_noise_levels_are_never_rounded_in_a_backbone_in_bf16(transformer: Build, pool: PromptPool) -> None:
