@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from flashgen.artifact.draft import CHECKPOINTS
 from flashgen.errors import NumericsError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import CheckpointRecipe
@@ -38,12 +39,12 @@ def fit(
 ) -> None:
     """Call `step_fn(step)` for every step in 0..steps-1 that no earlier run has finished.
 
-    `state` names everything that must survive (modules, optimizers, averages); it is saved to `work/<name>/` as often as `checkpoint`
+    `state` names everything that must survive (modules, optimizers, averages); it is saved to `work/checkpoints/<name>/` as often as `checkpoint`
     allows and at the end. Metrics are averaged over `log_every` steps, or their minimum is taken where they are named `*_min`. They go to
     `work/stats.jsonl`, to a table on the terminal, and to TensorBoard where that is installed.
     """
     work.mkdir(parents=True, exist_ok=True)
-    with closing(Checkpoint(work / name, state, checkpoint)) as saved:
+    with closing(Checkpoint(work / CHECKPOINTS / name, state, checkpoint)) as saved:
         start, loaded = saved.load()
         window: list[dict[str, Metric]] = [dict(row) for row in loaded]
         log = _Log(work, name, start)

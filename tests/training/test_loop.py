@@ -121,13 +121,13 @@ def test_the_training_goes_on_while_a_checkpoint_is_written_and_another_one_wait
 
     def stepped(self: Regression, number: int) -> dict[str, Metric]:
         if number == 9:
-            assert not list((tmp_path / "phase").glob("step-*"))  # the first one, of step 1, is still being written
+            assert not list((tmp_path / "checkpoints" / "phase").glob("step-*"))  # the first one, of step 1, is still being written
             go_on.set()
         return step(self, number)
 
     monkeypatch.setattr(Regression, "step", stepped)
     run.fit(tmp_path)
-    assert run.seen == list(range(12)) and [path.name for path in checkpoints(tmp_path / "phase")] == ["step-000012"]
+    assert run.seen == list(range(12)) and [path.name for path in checkpoints(tmp_path / "checkpoints" / "phase")] == ["step-000012"]
     again = Regression()
     again.fit(tmp_path)
     assert not again.seen and all(torch.equal(a, b) for a, b in zip(again.weights(), run.weights(), strict=True))
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_leaves_the_o
     monkeypatch.setattr(dcp, "save", full)
     with pytest.raises(MachineError, match=r"phase could not be written \(.*No space left on device\); the one before is whole"):
         Regression().fit(tmp_path)
-    assert len(checkpoints(tmp_path / "phase")) == 1
+    assert len(checkpoints(tmp_path / "checkpoints" / "phase")) == 1
 
 
 @pytest.mark.parametrize("broken", ["nan loss", "inf loss", "inf gradient", "nan gradient"])

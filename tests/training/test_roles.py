@@ -193,7 +193,7 @@ def test_matching_trains_the_adapters_and_leaves_the_backbone(transformer: Build
     assert all(torch.equal(p, frozen[n]) for n, p in base.named_parameters() if n in frozen)
     moved = [p.any() for n, p in [*student.named_parameters(), *fake_score.named_parameters()] if "attn.to_q.lora_B" in n]
     assert len(moved) == 4 and all(moved)
-    saved = [name for name in runs.saved(tmp_path / "m") if name.startswith(("student.", "fake_score."))]
+    saved = [name for name in runs.saved(tmp_path / "checkpoints" / "m") if name.startswith(("student.", "fake_score."))]
     assert saved and all("lora_" in name for name in saved)
 
 
