@@ -1,4 +1,4 @@
-"""Checkpoints of a student as something to draw from: the source artifact with the averaged weights of a training (`generate --checkpoint`)."""
+"""`generate --checkpoint`: the source artifact of a distillation with the averaged weights of one of its checkpoints."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ def fit(
 ) -> None:
     """Call `step_fn(step)` for every step in 0..steps-1 that no earlier run has finished.
 
-    `state` names everything that must survive (modules, optimizers, averages); it is saved to `work/checkpoints/<name>/` as often as `checkpoint`
-    allows and at the end. Metrics are averaged over `log_every` steps, or their minimum is taken where they are named `*_min`. They go to
-    `work/stats.jsonl`, to a table on the terminal, and to TensorBoard where that is installed.
+    `state` names everything that must survive (modules, optimizers, averages); it is saved to `work/checkpoints/<name>/` as often as
+    `checkpoint` allows and at the end. Metrics are averaged over `log_every` steps, or their minimum is taken where they are named `*_min`.
+    They go to `work/stats.jsonl`, to a table on the terminal, and to TensorBoard where that is installed.
     """
     work.mkdir(parents=True, exist_ok=True)
     with closing(Checkpoint(work / CHECKPOINTS / name, state, checkpoint)) as saved:

@@ -92,7 +92,7 @@ def test_a_run_in_progress_draws_and_what_is_not_there_is_said_in_one_sentence(
     with pytest.raises(ArtifactError, match="is damaged"):
         open_checkpoint(out, "matching/1")
     facts.write_text(json.dumps(json.loads(text) | {"digest": "0" * 64}))
-    with pytest.raises(ArtifactError, match="is not the artifact that the training of .* began with"):
+    with pytest.raises(ArtifactError, match=r"is not the artifact that the training of .* began with"):
         open_checkpoint(out, "matching/1")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flashgen.artifact.files import fsync
 from flashgen.errors import ArtifactError
@@ -108,11 +108,16 @@ def test_the_newest_checkpoints_are_kept_and_nothing_else(keep: int, tmp_path: P
 
 
 def trained(*, steps: int, fused: bool = False) -> dict[str, Any]:
-    """A network with a buffer and a parameter that is not contiguous, under each optimizer, after `steps` steps; one never gets a gradient."""
+    """A network under every optimizer after `steps` steps: one weight is not contiguous, one gets no gradient, and there are buffers."""
     torch.manual_seed(1)
-    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 3).to(memory_format=torch.preserve_format), nn.Linear(1, 1))
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 3), nn.Linear(1, 1))
     network[0].weight.data = network[0].weight.data.T.contiguous().T
-    a, b, c, d = list(network.parameters())[0], [network[0].bias, network[2].weight], [network[1].weight, network[3].weight], network[2].bias
+    a, b, c, d = (
+        next(iter(network.parameters())),
+        [network[0].bias, network[2].weight],
+        [network[1].weight, network[3].weight],
+        network[2].bias,
+    )
     optimizers = {"muon": Muon([a], lr=0.1), "adamw": torch.optim.AdamW(b, lr=0.1, fused=fused)}
     optimizers |= {"adam": AdamWithoutMomentum(c, 0.1, 0.99), "sgd": torch.optim.SGD([d], lr=0.1, momentum=0.9)}
     ema = Ema(network, 0.5)
@@ -141,15 +146,16 @@ def test_everything_that_is_saved_is_restored_into_a_training_that_has_not_begun
         before, after = (flat(entry.state_dict()) for entry in (item, fresh[key]))
         assert before.keys() == after.keys()
         for name in before.keys() - buffers.keys():
-            assert isinstance(after[name], type(before[name])) and torch.equal(torch.tensor(after[name]), torch.tensor(before[name])), name
-    assert fresh["best"].step == 2 and "weight" not in str(fresh["adam"].state_dict()["state"].get(1))
+            equal = torch.equal(after[name], before[name]) if isinstance(before[name], Tensor) else after[name] == before[name]
+            assert equal, (key, name)
+    assert fresh["best"].step == 2 and fresh["adam"].state_dict()["state"].keys() == {0}
     assert {path.suffix for path in next(tmp_path.iterdir()).iterdir()} == {".safetensors", ".json"}  # no pickle
 
 
 def flat(state: Any, name: str = "") -> dict[str, Any]:
     """Nested dicts and lists as one dict."""
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else None
-    return {name: state} if items is None else {k: v for key, value in items for k, v in flat(value, f"{name}.{key}").items()}
+    return {name: state} if items is None else {k: v for key, value in items for k, v in flat(value, f"{name}.{key}".lstrip(".")).items()}
 
 
 def test_tensors_of_several_files_are_all_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

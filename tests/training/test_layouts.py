@@ -79,7 +79,8 @@ def test_a_training_goes_on_in_another_layout_on_the_same_curve(
     for how, stop in zip(layouts, (4, 8, 0), strict=True):
         go_on(teacher, tmp_path / "out", how, stop)
     curves = [
-        [json.loads(row) for row in (version / "stats.jsonl").read_text().splitlines()] for version in (straight, tmp_path / "out" / "v0001")
+        [json.loads(row) for row in (version / "stats.jsonl").read_text().splitlines()]
+        for version in (straight, tmp_path / "out" / "v0001")
     ]
     assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]] and curves[0][-1]["step"] == STEPS
     for expected, row in zip(*curves, strict=True):
