@@ -120,8 +120,10 @@ class Draft:
         point_latest(self.out, manifest.version)
         fsync(self.out)
         if keep_checkpoints:
-            (self.work.parent / manifest.version).mkdir()
-            os.rename(self.work / CHECKPOINTS, self.work.parent / manifest.version / CHECKPOINTS)
+            kept = self.work.parent / manifest.version
+            shutil.rmtree(kept, ignore_errors=True)  # of a version with that number that was removed
+            kept.mkdir()
+            os.rename(self.work / CHECKPOINTS, kept / CHECKPOINTS)
         shutil.rmtree(self.work)
         if not any(self.work.parent.iterdir()):
             self.work.parent.rmdir()

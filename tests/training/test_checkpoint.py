@@ -98,7 +98,7 @@ def test_nothing_is_saved_while_the_last_checkpoint_is_still_written(tmp_path: P
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_the_newest_checkpoints_are_kept_and_nothing_else(keep: int, tmp_path: Path) -> None:
+def test_the_last_checkpoints_by_step_are_kept_and_nothing_else(keep: int, tmp_path: Path) -> None:
     saved = Checkpoint(tmp_path, {"linear": nn.Linear(2, 2)}, CheckpointRecipe(keep=keep))
     for step in (900, 1000000, 1000002, 1000001):
         saved.save(step, [])

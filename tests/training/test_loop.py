@@ -20,7 +20,7 @@ from flashgen.artifact.store import open_artifact
 from flashgen.errors import MachineError, NumericsError
 from flashgen.randomness import generator
 from flashgen.recipe.schema import CheckpointRecipe
-from flashgen.training.checkpoint import Stateful, checkpoints
+from flashgen.training.checkpoint import Checkpoint, Stateful, checkpoints
 from flashgen.training.ema import Ema
 from flashgen.training.loop import Metric, descend, fit
 from tests import runs
@@ -74,8 +74,13 @@ def uninterrupted(tmp_path: Path) -> tuple[list[torch.Tensor], list[dict[str, An
 @pytest.mark.parametrize("checkpoint", [EVERY_STEP, AT_THE_END], ids=["saved every step", "never saved before the end"])
 @pytest.mark.parametrize("fail_at", [0, 1, 7, 9])
 def test_fit_ends_the_same_bit_for_bit_when_it_was_interrupted(
-    fail_at: int, checkpoint: CheckpointRecipe, uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]], tmp_path: Path
+    fail_at: int,
+    checkpoint: CheckpointRecipe,
+    uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(Checkpoint, "due", lambda saved: saved.recipe is EVERY_STEP)  # also while the one before is written
     with pytest.raises(KeyboardInterrupt):
         Regression(fail_at).fit(tmp_path, checkpoint)
     again = Regression()
