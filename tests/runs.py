@@ -114,3 +114,12 @@ def bench(
 
     refs = [str(ref) for ref in artifacts]
     return module.bench(refs, module.open_all(refs), out, recipe, seed, per_task, engine)
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """Full tensors by name of the newest checkpoint of a training that one process ran."""
+    from safetensors.torch import load_file
+
+    from flashgen.training.checkpoint import checkpoints
+
+    return {name: tensor for file in checkpoints(folder)[-1].glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -2,6 +2,7 @@
 
 out/.lock                  held by the process that writes
 out/.work/<key>/           resume state of the run with those inputs, settings and seed
+out/.work/v0001/checkpoints/  of the run that made that version, where `checkpoint.keep` is 2 or more; `generate` draws from them
 out/.work/staging/         the version being written; worthless after a crash
 out/.work/cache/<name>/    what runs share: embeddings of prompts, trajectories; FLASHGEN_CACHE names another folder for them
 """
@@ -27,6 +28,7 @@ from flashgen.artifact.store import Artifact, open_artifact, read_latest, versio
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, warn
 
+CHECKPOINTS = "checkpoints"  # folder of the trainings' checkpoints in the resume state
 PACKAGES = ("accelerate", "diffusers", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -72,9 +74,17 @@ class Draft:
                 link(Path(folder, file), self.path / name / Path(folder).relative_to(source) / file)
 
     def publish(
-        self, sampler: Sampler | None = None, metrics: Mapping[str, Any] | None = None, extra: Mapping[str, Any] | None = None
+        self,
+        sampler: Sampler | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        keep_checkpoints: bool = False,
     ) -> Artifact:
-        """Digest, fsync and rename into `out`, then move `latest`; a kill in between leaves the previous version whole."""
+        """Digest, fsync and rename into `out`, then move `latest`; a kill in between leaves the previous version whole.
+
+        The resume state is removed; with `keep_checkpoints` its checkpoints move to `.work/VERSION`.
+        """
         known = _digests(self.origin.parents)
         files = [
             File(path=name, size=size, sha256=known.get(identity(self.path / name)) or sha256(self.path / name))
@@ -109,6 +119,11 @@ class Draft:
         fsync(self.out)
         point_latest(self.out, manifest.version)
         fsync(self.out)
+        if keep_checkpoints:
+            kept = self.work.parent / manifest.version
+            shutil.rmtree(kept, ignore_errors=True)  # of a version with that number that was removed
+            kept.mkdir()
+            os.rename(self.work / CHECKPOINTS, kept / CHECKPOINTS)
         shutil.rmtree(self.work)
         if not any(self.work.parent.iterdir()):
             self.work.parent.rmdir()

@@ -28,6 +28,9 @@ def generate(
     from_png: Annotated[Path | None, typer.Option("--from-png", metavar="FILE", help="draw a picture of flashgen again")] = None,
     init_image: Annotated[Path | None, typer.Option("--init-image", metavar="FILE", help="start from it instead of noise")] = None,
     strength: Annotated[float, typer.Option("--strength", metavar="S", min=0, max=1, help="noise added to --init-image")] = 0.8,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", metavar="[TRAINING/]STEP", help="of the run that writes ARTIFACT")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="default: as trained")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", metavar="W", min=1, help="for teachers; students need none")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="PX|WxH", help="512 or 768x512; default: as trained")] = None,
@@ -43,13 +46,14 @@ def generate(
     """Draw pictures."""
     started = time.perf_counter()
     from flashgen.stages import generate as stage
+    from flashgen.stages.checkpoints import open_checkpoint
     from flashgen.stages.inputs import open_input
     from flashgen.stages.prompts import read_prompts
     from flashgen.stages.request import Request, option_size, read_seeds
 
     if not prompts and not prompt_file and not from_png:
         raise UsageError("PROMPT... is missing: say what to draw, or give --prompt-file or --from-png")
-    source = open_input(artifact)
+    source = open_checkpoint(Path(artifact), checkpoint) if checkpoint else open_input(artifact)
     every = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
     columns = 0
     if from_png:

@@ -14,10 +14,13 @@ from flashgen.recipe.teacher import TeacherRecipe
 
 
 class CheckpointRecipe(Model):
-    """How often a training saves its resume state."""
+    """How often a training saves its resume state, and how many checkpoints it keeps."""
 
     every_s: float = Field(60.0, gt=0, description="least seconds between two checkpoints")
-    share: float = Field(0.03, gt=0, le=1, description="largest share of the time that writing them may take")
+    share: float = Field(0.03, gt=0, le=1, description="largest share of the time that trainings may wait for them")
+    keep: int = Field(
+        1, ge=1, description="newest checkpoints of a training on the disk; from 2 on they outlive the run, for `generate --checkpoint`"
+    )
 
 
 class ComputeRecipe(Model):

@@ -24,6 +24,7 @@ from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
 from flashgen.runtime.processes import check_launch, compute_on, from_first, rank, sharded, wait_for_all
+from flashgen.stages.checkpoints import describes_student
 from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
 from flashgen.stages.planning import Plan
 from flashgen.stages.prompts import HUB, UNJUDGED_PICTURES, OwnPrompts, own_prompts
@@ -274,7 +275,8 @@ def _finish(stage: Stage, draft: Draft, result: Result) -> Artifact:
         from flashgen.stages.card import write_card
 
         write_card(stage, draft, result.sampler, metrics)
-    return draft.publish(sampler=result.sampler, metrics=metrics, extra=result.extra)
+    keep = stage.recipe.checkpoint.keep > 1 and describes_student(draft.work)
+    return draft.publish(sampler=result.sampler, metrics=metrics, extra=result.extra, keep_checkpoints=keep)
 
 
 def run(

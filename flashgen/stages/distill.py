@@ -14,6 +14,7 @@ from flashgen.families.configs import configs_in
 from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.checkpoints import describe_student
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
 from flashgen.stages.trainings import (
@@ -147,11 +148,10 @@ class Distill(Stage):
         return plan
 
     def _checkpoint_bytes(self) -> int:
-        """Bytes of all checkpoints per learned weight; a checkpoint is written beside the one that it replaces."""
-        config = self.config
-        sizes = [regression_state(part) for part in (config.trajectory, config.on_policy) if part.iterations]
-        sizes += [matching_state(config.matching)] if config.matching.iterations else []
-        return sum(sizes) + max(sizes, default=0)
+        """Bytes of all checkpoints per learned weight; a checkpoint is written beside those that are kept."""
+        sizes = [regression_state(part) for part in (self.config.trajectory, self.config.on_policy) if part.iterations]
+        sizes += [matching_state(self.config.matching)] if self.config.matching.iterations else []
+        return self.recipe.checkpoint.keep * sum(sizes) + max(sizes, default=0)
 
     def _trajectory_sizes(self) -> tuple[int, int, int, tuple[int, int]]:
         """(states of trajectories, on-policy states, forward passes, (prompts of matching, of trajectories)) of what is cached."""
@@ -186,15 +186,15 @@ class Distill(Stage):
         del text
         pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, "training", self.device)
         teacher, student, fake_score = self._networks(pipe)
-        micro_batch = self.recipe.compute.micro_batch
+        micro_batch, checkpoint = self.recipe.compute.micro_batch, self.recipe.checkpoint
         shape = latent_shape(pipe, self.taught.size_px)
         steps_of = self._trajectory_source(teacher)
         nodes = student_grid(config, steps_of.sigmas)
         sampler = Sampler(**{**self.taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
+        describe_student(work, self.source, sampler, config.lora)
         validate = Validator(self, pipe, sampler, work)
         pool, followed = pools.get("trajectory"), self.inputs["start"] if self.follows_start else self.source
         replay = cached_steps(self, pool, steps_of, nodes, shape, draft.cache, followed) if pool else None
-        checkpoint = self.recipe.checkpoint
         if replay and config.trajectory.iterations:
             regress(
                 student, replay, nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate, micro_batch

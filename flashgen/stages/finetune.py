@@ -118,7 +118,8 @@ class Finetune(Stage):
         stored, encoders = prompt_needs(self, footprint, *prompts)
         train |= encoders
         shared = stored + 2 * states * one.latent
-        disk = shared + 2 * transformer.count + 3 * matching_state(matching) * learned  # per branch, and one that replaces another
+        disk = shared + 2 * transformer.count
+        disk += (2 * self.recipe.checkpoint.keep + 1) * matching_state(matching) * learned  # per branch, and one that is being written
         advice = {"train": "use --set finetune.lora.rank=64, or run it where more memory is free"}
         plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice, shared)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)

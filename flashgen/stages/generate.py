@@ -16,6 +16,7 @@ from flashgen.errors import MachineError, UsageError
 from flashgen.pixels import slices
 from flashgen.png import sheet, texts, write_png
 from flashgen.progress import say, track
+from flashgen.stages.checkpoints import StudentCheckpoint
 from flashgen.stages.inputs import sampler_of
 from flashgen.stages.request import Request
 
@@ -116,6 +117,8 @@ def _drawer(source: Artifact, request: Request, engine: str, memory: str | None,
 
     where = device_of(device)
     pipe, sampler = load_pipeline(source.path, drawing_dtype(where), device=where), sampler_of(source)
+    if isinstance(source, StudentCheckpoint):
+        source.load_into(pipe)
     return lambda prompts, seeds: sample(pipe, sampler, prompts, seeds, size_px=request.size, **options)
 
 

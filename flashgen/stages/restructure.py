@@ -91,7 +91,7 @@ class RestructureEncoder(Stage):
             stored, encoders = prompt_needs(self, footprint, config.prompts)
             train |= encoders
             shared = stored + 2 * states * one.latent
-            disk = shared + 2 * learned + 2 * 16 * learned  # a checkpoint replaces another
+            disk = shared + 2 * learned + (self.recipe.checkpoint.keep + 1) * 16 * learned  # one more while it is being written
             advice = {"train": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"}
             adds += (
                 config.embedding * config.batch * 3 * learned * self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]

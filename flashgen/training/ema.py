@@ -51,28 +51,23 @@ class Ema:
             _copy(weights, module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by parameter name."""
-        return {"shadow": self.shadow}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`, whose tensors may be full where this average is sharded."""
-        for key, value in state["shadow"].items():
-            self.shadow[key].copy_(shard_like(value, self.shadow[key]))
+        """The averages by parameter name; a checkpoint is loaded into them."""
+        return {**self.shadow}
 
 
 class BestWeights:
     """The averaged weights with the highest score so far; the earliest ones win a tie."""
 
-    def __init__(self) -> None:
-        self.score, self.step, self.shadow = -math.inf, 0, dict[str, Tensor]()
+    def __init__(self, ema: Ema) -> None:
+        self.ema, self.score, self.step, self.shadow = ema, -math.inf, 0, dict[str, Tensor]()
         self.last = -math.inf
 
-    def offer(self, score: float, step: int, ema: Ema) -> None:
-        """Keep a copy of the average after `step` steps if its score is the highest."""
+    def offer(self, score: float, step: int) -> None:
+        """Keep a copy of the average after `step` steps, 1 or more, if its score is the highest."""
         self.last = score
         if score > self.score:
             self.score, self.step = score, step
-            self.shadow = {k: v.clone() for k, v in ema.shadow.items()}
+            self.shadow = {k: v.clone() for k, v in self.ema.shadow.items()}
 
     def copy_to(self, module: nn.Module) -> None:
         """Give `module` the best weights."""
@@ -80,11 +75,12 @@ class BestWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """Best score, its step and weights, and the last score."""
-        return {"score": self.score, "step": self.step, "shadow": self.shadow, "last": self.last}
+        return {"score": self.score, "step": self.step, "last": self.last} | {f"shadow.{k}": v for k, v in self.shadow.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.score, self.step, self.shadow, self.last = state["score"], state["step"], state["shadow"], state["last"]
+        """Restore the numbers of `state_dict()`. A checkpoint is loaded into the weights, which are anything until then."""
+        self.score, self.step, self.last = state["score"], state["step"], state["last"]
+        self.shadow = {k: torch.empty_like(v) for k, v in self.ema.shadow.items()} if self.step else {}
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from flashgen.artifact.draft import CHECKPOINTS
 from flashgen.errors import NumericsError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import CheckpointRecipe
@@ -37,30 +39,30 @@ def fit(
 ) -> None:
     """Call `step_fn(step)` for every step in 0..steps-1 that no earlier run has finished.
 
-    `state` names everything that must survive (modules, optimizers, averages); it is saved to `work/<name>.pt` as often as `checkpoint`
-    allows and at the end. Metrics are averaged over `log_every` steps, or their minimum is taken where they are named `*_min`. They go to
-    `work/stats.jsonl`, to a table on the terminal, and to TensorBoard where that is installed.
+    `state` names everything that must survive (modules, optimizers, averages); it is saved to `work/checkpoints/<name>/` as often as
+    `checkpoint` allows and at the end. Metrics are averaged over `log_every` steps, or their minimum is taken where they are named `*_min`.
+    They go to `work/stats.jsonl`, to a table on the terminal, and to TensorBoard where that is installed.
     """
     work.mkdir(parents=True, exist_ok=True)
-    saved = Checkpoint(work / f"{name}.pt", state, checkpoint)
-    start, loaded = saved.load()
-    window: list[dict[str, Metric]] = [dict(row) for row in loaded]
-    log = _Log(work, name, start)
-    if world_size() > 1:
-        say(f"{name}: each batch shared out over {world_size()} processes")
-    for step in track(range(start, steps), name, total=steps, done=start, rows=log.rows):
-        window.append(dict(step_fn(step)))
-        is_last, is_due = step + 1 == steps, saved.due()
-        is_logged = is_last or (step + 1) % log_every == 0
-        if is_logged or is_due:
-            rows = [{key: float(value) for key, value in row.items()} for row in window]  # waits for an accelerator
-            for row in rows:
-                check_finite(f"{name} up to step {step}", row, "the next checkpoint")
-        if is_logged:
-            log.add(step + 1, summarise_ranks(summarise(rows)))
-            window.clear()
-        if is_last or is_due:
-            saved.save(step + 1, [] if is_logged else rows)
+    with closing(Checkpoint(work / CHECKPOINTS / name, state, checkpoint)) as saved:
+        start, loaded = saved.load()
+        window: list[dict[str, Metric]] = [dict(row) for row in loaded]
+        log = _Log(work, name, start)
+        if world_size() > 1:
+            say(f"{name}: each batch shared out over {world_size()} processes")
+        for step in track(range(start, steps), name, total=steps, done=start, rows=log.rows):
+            window.append(dict(step_fn(step)))
+            is_last, is_due = step + 1 == steps, saved.due()
+            is_logged = is_last or (step + 1) % log_every == 0
+            if is_logged or is_due:
+                rows = [{key: float(value) for key, value in row.items()} for row in window]  # waits for an accelerator
+                for row in rows:
+                    check_finite(f"{name} up to step {step}", row, "the next checkpoint")
+            if is_logged:
+                log.add(step + 1, summarise_ranks(summarise(rows)))
+                window.clear()
+            if is_last or is_due:
+                saved.save(step + 1, [] if is_logged else rows)
     wait_for_all()
 
 

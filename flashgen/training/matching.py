@@ -250,7 +250,7 @@ def train_matching(
     Every `validate_every` rounds `validate` gets the student with these. Where it returns scores, the student ends with the best-scoring
     EMA weights, and {best, best_step, last} is returned; `keep_last` is called before, while it still has the last ones, if they differ.
     """
-    config, best = matcher.config, BestWeights()
+    config, best = matcher.config, BestWeights(matcher.ema)
     total = config.fake_score_warmup + config.iterations
     validation = Validation(validate, matcher.task.name, total, config.validate_every)
 
@@ -260,7 +260,7 @@ def train_matching(
             return metrics
         scores = validation.after(step, matcher.ema, matcher.student)
         if scores:
-            best.offer(scores["score"], step + 1, matcher.ema)
+            best.offer(scores["score"], step + 1)
         return metrics | scores
 
     fit(matcher.task.name, total, step_fn, matcher.state() | {"best": best}, work, checkpoint)

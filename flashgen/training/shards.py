@@ -1,15 +1,14 @@
 """Networks sharded over the processes with FSDP2, where `accelerate launch` asks for it; elsewhere nothing here changes a network.
 
 A block's weights are gathered for its forward and for its backward pass, and gradients are averaged as they are sharded again.
-Checkpoints hold full tensors, so one process, several, and several with shards resume each other's.
+Checkpoints (`training.checkpoint`) of one process, several, and several with shards resume each other.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -42,20 +41,6 @@ def shard(network: Network, family: Family) -> Network:
     return network
 
 
-@torch.no_grad()
-def gather(state: Any, *, keep: bool = True) -> Any:
-    """`state`, a tensor or nested dicts, on the CPU, with sharded tensors gathered (None instead unless `keep`).
-
-    One tensor at a time, so that an accelerator never holds them all. All processes must call it.
-    """
-    if isinstance(state, dict):
-        return {key: gather(value, keep=keep) for key, value in state.items()}
-    if isinstance(state, DTensor):
-        value = full(state).cpu()
-        return value if keep else None
-    return state.cpu() if isinstance(state, Tensor) else state
-
-
 def full(tensor: Tensor) -> Tensor:
     """`tensor` itself, or all of it where it is sharded; then all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -66,7 +51,8 @@ def gathered_network(network: nn.Module, family: Family) -> nn.Module:
     if not sharded():
         return network
     whole: nn.Module = family.network_classes()["transformer"].from_config(network.config)
-    whole.load_state_dict(gather(network.state_dict()))
+    # gathered one tensor at a time, so that an accelerator never holds them all
+    whole.load_state_dict({name: full(value).cpu() for name, value in network.state_dict().items()})
     return whole.eval()
 
 
@@ -76,15 +62,3 @@ def shard_like(value: Tensor, like: Tensor | None) -> Tensor:
         return value
     local = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # every process has `value`: nothing is sent
     return local.clone()  # not a view, which would keep the full tensor alive
-
-
-def load_gathered(item: Any, state: dict[str, Any]) -> None:
-    """`item.load_state_dict(state)` from the full tensors of a checkpoint, sharded as the tensors of `item` are."""
-    if isinstance(item, nn.Module):
-        current = item.state_dict()
-        buffers = {key: value for key, value in item.named_buffers() if key in current}  # a checkpoint has none
-        state = buffers | {key: shard_like(value, current.get(key)) for key, value in state.items()}
-    item.load_state_dict(state)
-    if isinstance(item, torch.optim.Optimizer):
-        for parameter, moments in item.state.items():
-            moments.update({key: shard_like(value, parameter) for key, value in moments.items() if value.shape == parameter.shape})

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.utils._pytree import tree_leaves
 
 from flashgen.artifact.store import Artifact
 from flashgen.errors import MachineError, UsageError
@@ -27,6 +26,7 @@ from flashgen.stages.distill import Distill
 from flashgen.stages.planning import Plan
 from flashgen.stages.quantize import Quantize, streamed
 from flashgen.stages.restructure import RestructureEncoder
+from flashgen.stages.trainings import matching_state
 from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, student_grid
 from flashgen.training.roles import roles_on
 from tests import runs
@@ -107,7 +107,7 @@ def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp
     assert here.cached - less.cached == own + prompts
 
 
-TENSOR_HEADER = 400  # bytes of a tensor's name, shape and padding in torch's files, which a plan does not count: nothing at full size
+TENSOR_HEADER = 400  # bytes of a tensor's name, shape and padding in safetensors files, which a plan does not count: nothing at full size
 CHECKPOINTED = {
     "distill": ("distill.on_policy.iterations=1", "distill.on_policy.prompts=4", "distill.on_policy.batch=4"),
     "distill, validated": ("distill.matching.validate_every=1",),
@@ -140,9 +140,9 @@ def test_a_run_leaves_no_more_on_the_disk_than_was_planned(
         with pytest.raises(KeyboardInterrupt):
             getattr(runs, name)(str(source.path), tmp_path / "out", recipe, **options)
     files = {path: path.stat().st_size for path in (tmp_path / "out" / ".work").rglob("*") if path.is_file()}
-    checkpoints = [path for path in files if path.suffix == ".pt" and path.parent.parent.name == ".work"]
+    checkpoints = [path for path in files if path.parent.name.startswith("step-") and path.suffix == ".safetensors"]
     assert checkpoints
-    tensors = {path: len([t for t in tree_leaves(torch.load(path)) if isinstance(t, torch.Tensor)]) for path in checkpoints}
+    tensors = {path: len(safe_open(path, "pt").keys()) for path in checkpoints}
     transformer = (
         0 if any(path.name == "diffusion_pytorch_model.safetensors" and path.parent.name == "transformer" for path in files) else 1
     )
@@ -158,6 +158,15 @@ def test_checkpoints_are_counted_twice_where_one_replaces_another(tiny_teacher: 
     footprint, trajectory = Footprint(tiny_teacher), demo().distill.trajectory
     states = 2 * 5 * trajectory.prompts * footprint.forward().latent + trajectory.prompts * footprint.conditioning_bytes()
     assert alone.disk - none.disk == states + 2 * 16 * footprint.learnable
+
+
+@pytest.mark.parametrize("name", ["distill", "finetune", "restructure"])
+def test_kept_checkpoints_are_counted(name: str, chain: Chain) -> None:
+    source = chain.teacher if name == "distill" else chain.student
+    one, three = (plan_of(name, source, micro(f"checkpoint.keep={keep}", "distill.on_policy.iterations=0")) for keep in (1, 3))
+    learned, matching = Footprint(source).learnable, matching_state(micro().distill.matching)
+    states = {"distill": 16 + matching, "finetune": 2 * matching, "restructure": 16}  # of all trainings of a stage
+    assert three.disk - one.disk == 2 * states[name] * learned
 
 
 def test_prompts_take_16_bits_where_any_encoder_is_large(tiny_teacher: Artifact) -> None:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from flashgen.artifact.files import fsync
+from flashgen.errors import ArtifactError
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.training import checkpoint
-from flashgen.training.checkpoint import Checkpoint, save_state, truncate_stats
+from flashgen.training.checkpoint import Checkpoint, checkpoints, save_state, truncate_stats
+from flashgen.training.ema import BestWeights, Ema
+from flashgen.training.optimizers import AdamWithoutMomentum, Muon
 
 
 def test_save_state_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
@@ -57,16 +66,156 @@ def test_checkpoints_are_as_far_apart_as_the_recipe_says_and_their_cost_demands(
 ) -> None:
     clock = 0.0
 
-    def save(state: object, path: Path) -> None:
-        nonlocal clock
-        clock += save_s
+    class Slow:
+        def state_dict(self) -> dict[str, Any]:
+            nonlocal clock
+            clock += save_s
+            return {}
 
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock))
-    monkeypatch.setattr(checkpoint, "save_state", save)
-    saved, steps = Checkpoint(tmp_path / "a.pt", {}, CheckpointRecipe(every_s=every_s, share=share)), []
+    saved, steps = Checkpoint(tmp_path / "a", {"slow": Slow()}, CheckpointRecipe(every_s=every_s, share=share)), []
     for step in range(1, 19):
         clock += step_s
         if saved.due():
             saved.save(step, [])
+            saved.wait()
             steps.append(step)
+    saved.close()
     assert steps == expected
+
+
+def test_nothing_is_saved_while_the_last_checkpoint_is_still_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, real = threading.Event(), checkpoint.dcp.save
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **o: (go_on.wait(60), real(*a, **o)))
+    saved = Checkpoint(tmp_path / "a", {}, CheckpointRecipe(every_s=1e-9, share=1))
+    assert saved.due()
+    saved.save(1, [])
+    assert not saved.due()
+    go_on.set()
+    saved.wait()
+    assert saved.due()
+    saved.close()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_by_step_are_kept_and_nothing_else(keep: int, tmp_path: Path) -> None:
+    saved = Checkpoint(tmp_path, {"linear": nn.Linear(2, 2)}, CheckpointRecipe(keep=keep))
+    for step in (900, 1000000, 1000002, 1000001):
+        saved.save(step, [])
+    saved.close()
+    newest = ["step-1000002", "step-1000001", "step-1000000"][:keep]
+    assert [path.name for path in checkpoints(tmp_path)] == newest[::-1] and len(list(tmp_path.iterdir())) == keep
+
+
+def trained(*, steps: int, fused: bool = False) -> dict[str, Any]:
+    """A network under every optimizer after `steps` steps: one weight is not contiguous, one gets no gradient, and there are buffers."""
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 3), nn.Linear(1, 1))
+    network[0].weight.data = network[0].weight.data.T.contiguous().T
+    a, b, c, d = (
+        next(iter(network.parameters())),
+        [network[0].bias, network[2].weight],
+        [network[1].weight, network[3].weight],
+        network[2].bias,
+    )
+    optimizers = {"muon": Muon([a], lr=0.1), "adamw": torch.optim.AdamW(b, lr=0.1, fused=fused)}
+    optimizers |= {"adam": AdamWithoutMomentum(c, 0.1, 0.99), "sgd": torch.optim.SGD([d], lr=0.1, momentum=0.9)}
+    ema = Ema(network, 0.5)
+    best = BestWeights(ema)
+    for step in range(steps):
+        network[2](network[1](network[0](torch.randn(5, 3))).unsqueeze(-1).expand(5, 4, 3)).square().sum().backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update(network, step)
+        best.offer(float(step == 1), step + 1)
+    return {"network": network, "ema": ema, "best": best, **optimizers}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_everything_that_is_saved_is_restored_into_a_training_that_has_not_begun(fused: bool, tmp_path: Path) -> None:
+    state, fresh = trained(steps=3, fused=fused), trained(steps=0, fused=fused)
+    saved = Checkpoint(tmp_path, state, CheckpointRecipe())
+    saved.save(3, [{"loss": 0.25}])
+    saved.close()
+    again = Checkpoint(tmp_path, fresh, CheckpointRecipe())
+    assert again.load() == (3, [{"loss": 0.25}])
+    again.close()
+    buffers = dict(state["network"].named_buffers())
+    for key, item in state.items():
+        before, after = (flat(entry.state_dict()) for entry in (item, fresh[key]))
+        assert before.keys() == after.keys()
+        for name in before.keys() - buffers.keys():
+            equal = torch.equal(after[name], before[name]) if isinstance(before[name], Tensor) else after[name] == before[name]
+            assert equal, (key, name)
+    assert fresh["best"].step == 2 and fresh["adam"].state_dict()["state"].keys() == {0}
+    assert {path.suffix for path in next(tmp_path.iterdir()).iterdir()} == {".safetensors", ".json"}  # no pickle
+
+
+def flat(state: Any, name: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else None
+    return {name: state} if items is None else {k: v for key, value in items for k, v in flat(value, f"{name}.{key}".lstrip(".")).items()}
+
+
+def test_tensors_of_several_files_are_all_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 40)
+    networks = [nn.Linear(3, 4) for _ in range(2)]
+    saved = Checkpoint(tmp_path, {"a": networks[0]}, CheckpointRecipe())
+    saved.save(1, [])
+    saved.close()
+    assert len(list(tmp_path.glob("step-000001/*.safetensors"))) == 2
+    again = Checkpoint(tmp_path, {"a": networks[1]}, CheckpointRecipe())
+    again.load()
+    again.close()
+    assert all(torch.equal(a, b) for a, b in zip(*(network.parameters() for network in networks), strict=True))
+
+
+@pytest.mark.parametrize("damage", ["cut", "no numbers", "no tensors"])
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage: str, tmp_path: Path) -> None:
+    state = {"network": nn.Linear(3, 4)}
+    saved = Checkpoint(tmp_path, state, CheckpointRecipe())
+    saved.save(7, [])
+    saved.close()
+    folder = checkpoints(tmp_path)[0]
+    tensors = next(folder.glob("*.safetensors"))
+    if damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-8])
+    else:
+        (tensors if damage == "no tensors" else folder / "checkpoint.json").unlink()
+    again = Checkpoint(tmp_path, state, CheckpointRecipe())
+    with pytest.raises(ArtifactError, match=r"step-000007 is damaged \(.+\); remove it to go on from the checkpoint before"):
+        again.load()
+    again.close()
+
+
+SAVE = """
+import sys
+from pathlib import Path
+import torch
+from flashgen.recipe.schema import CheckpointRecipe
+from flashgen.training.checkpoint import Checkpoint
+network = torch.nn.Linear(200, 200)
+saved = Checkpoint(Path(sys.argv[1]), {"network": network}, CheckpointRecipe(keep=2))
+start, _ = saved.load()
+values = {value.item() for parameter in network.parameters() for value in parameter.data.unique()} if start else {float(start)}
+assert values == {float(start)}, (start, values)
+print(start, flush=True)
+for step in range(start + 1, 100000):
+    for parameter in network.parameters():
+        parameter.data.fill_(step)
+    saved.save(step, [])
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    """Each process starts from where the one before was killed; all numbers of a checkpoint say its step."""
+    starts = []
+    for turn in range(6):
+        with subprocess.Popen([sys.executable, "-c", SAVE, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            starts.append(int(process.stdout.readline() or -1))
+            time.sleep(0.1 + 0.037 * turn)  # some checkpoints
+            process.kill()
+        assert len(checkpoints(tmp_path)) <= 3  # a third one is written before the first one goes
+    assert starts == sorted(set(starts)) and starts[0] == 0

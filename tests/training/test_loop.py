@@ -7,18 +7,20 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from flashgen.artifact.store import open_artifact
-from flashgen.errors import NumericsError
+from flashgen.errors import MachineError, NumericsError
 from flashgen.randomness import generator
 from flashgen.recipe.schema import CheckpointRecipe
-from flashgen.training.checkpoint import Stateful
+from flashgen.training.checkpoint import Checkpoint, Stateful, checkpoints
 from flashgen.training.ema import Ema
 from flashgen.training.loop import Metric, descend, fit
 from tests import runs
@@ -72,8 +74,13 @@ def uninterrupted(tmp_path: Path) -> tuple[list[torch.Tensor], list[dict[str, An
 @pytest.mark.parametrize("checkpoint", [EVERY_STEP, AT_THE_END], ids=["saved every step", "never saved before the end"])
 @pytest.mark.parametrize("fail_at", [0, 1, 7, 9])
 def test_fit_ends_the_same_bit_for_bit_when_it_was_interrupted(
-    fail_at: int, checkpoint: CheckpointRecipe, uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]], tmp_path: Path
+    fail_at: int,
+    checkpoint: CheckpointRecipe,
+    uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(Checkpoint, "due", lambda saved: saved.recipe is EVERY_STEP)  # also while the one before is written
     with pytest.raises(KeyboardInterrupt):
         Regression(fail_at).fit(tmp_path, checkpoint)
     again = Regression()
@@ -105,26 +112,47 @@ def test_fit_averages_metrics_over_the_rows_window(tmp_path: Path) -> None:
     assert [(r["step"], r["value"], r.get("rare")) for r in rows(tmp_path)] == [(2, 0.5, 7.0), (4, 2.5, None), (5, 4.0, None)]
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_old_checkpoint(
-    uninterrupted: tuple[list[torch.Tensor], list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_training_goes_on_while_a_checkpoint_is_written_and_another_one_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = torch.save, list[int]()
+    go_on, real = threading.Event(), dcp.save
 
-    def cut_short(state: object, path: Path) -> None:
-        real(state, path)
-        calls.append(1)
-        if len(calls) == 6:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-            raise KeyboardInterrupt
+    def slow(*arguments: Any, **options: Any) -> None:
+        assert go_on.wait(60)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(torch, "save", cut_short)
-    with pytest.raises(KeyboardInterrupt):
-        Regression().fit(tmp_path)
-    assert torch.load(tmp_path / "phase.pt", weights_only=True)["step"] == 5
-    monkeypatch.undo()
+    monkeypatch.setattr(dcp, "save", slow)
+    run, step = Regression(), Regression.step
+
+    def stepped(self: Regression, number: int) -> dict[str, Metric]:
+        if number == 9:
+            assert not list((tmp_path / "checkpoints" / "phase").glob("step-*"))  # the first one, of step 1, is still being written
+            go_on.set()
+        return step(self, number)
+
+    monkeypatch.setattr(Regression, "step", stepped)
+    run.fit(tmp_path)
+    assert run.seen == list(range(12)) and [path.name for path in checkpoints(tmp_path / "checkpoints" / "phase")] == ["step-000012"]
     again = Regression()
     again.fit(tmp_path)
-    assert again.seen[0] == 5 and all(torch.equal(a, b) for a, b in zip(again.weights(), uninterrupted[0], strict=True))
+    assert not again.seen and all(torch.equal(a, b) for a, b in zip(again.weights(), run.weights(), strict=True))
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = dcp.save, list[int]()
+
+    def full(*arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(*arguments, **options)
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(MachineError, match=r"phase could not be written \(.*No space left on device\); the one before is whole"):
+        Regression().fit(tmp_path)
+    assert len(checkpoints(tmp_path / "checkpoints" / "phase")) == 1
 
 
 @pytest.mark.parametrize("broken", ["nan loss", "inf loss", "inf gradient", "nan gradient"])

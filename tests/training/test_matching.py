@@ -32,6 +32,7 @@ from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
 from flashgen.training.rollout import roll_out
 from flashgen.training.terms import AdversarialTerm, Comparison, frozen
+from tests import runs
 
 NODES = [1.0, 0.9, 0.75, 0.5, 0.0]
 SHAPE = (16, 4, 4)
@@ -148,9 +149,10 @@ def test_train_matching_resumes_bit_for_bit_and_ends_in_the_average(
         return weights(student)
 
     expected = run(tmp_path / "whole", CheckpointRecipe())
-    saved = torch.load(tmp_path / "whole" / "matching.pt", weights_only=True)["state"]
-    assert same(expected, list(saved["ema"]["shadow"].values()))
-    assert not same(expected, [saved["student"][name] for name in saved["ema"]["shadow"]])
+    saved = runs.saved(tmp_path / "whole" / "checkpoints" / "matching")
+    names = [name for name, _ in teacher.named_parameters()]
+    assert same(expected, [saved[f"ema.{name}"] for name in names])
+    assert not same(expected, [saved[f"student.{name}"] for name in names])
 
     def interrupted(*arguments: object, where: str, **options: object) -> tuple[Tensor, Tensor]:
         if where == "matching fake score step 2":
@@ -220,9 +222,9 @@ def test_fake_score_warmup_moves_the_fake_score_only(transformer: Build, pool: P
     before = {k: v.clone() for k, v in student.state_dict().items()}
     config = MatchingTraining(iterations=0, fake_score_warmup=2, batch=2)
     train(student, teacher, config, tmp_path, task(pool, name="warm", nodes=[1.0, 0.75, 0.0], shape=(16, 8, 8)))
-    saved = torch.load(tmp_path / "warm.pt", weights_only=True)["state"]
+    saved = runs.saved(tmp_path / "checkpoints" / "warm")
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
-    assert any(not torch.equal(v, teacher.state_dict()[k]) for k, v in saved["fake_score"].items())
+    assert any(not torch.equal(saved[f"fake_score.{name}"], value) for name, value in teacher.named_parameters())
 
 
 def replay(pool: PromptPool) -> Replay:
@@ -541,5 +543,5 @@ def test_muon_takes_matrices_on_both_sides_and_the_students_rates_fall(
     last = CONFIG.lr_floor + (1 - CONFIG.lr_floor) * 0.5  # update 3 of 4, of which the last two decay
     assert [o.param_groups[0]["lr"] for o in matcher.optimizers] == pytest.approx([1e-2 * last, 1e-3 * last])
     assert [o.param_groups[0]["lr"] for o in matcher.fake_score_optimizers] == [2e-2, 1e-3]
-    saved = torch.load(tmp_path / "matching.pt", weights_only=True)["state"]
-    assert {"student_muon", "student_adamw", "fake_score_muon", "fake_score_adamw"} <= saved.keys()
+    parts = {name.partition(".")[0] for name in runs.saved(tmp_path / "checkpoints" / "matching")}
+    assert {"student_muon", "student_adamw", "fake_score_muon", "fake_score_adamw"} <= parts
