@@ -27,6 +27,7 @@ from flashgen.runtime.processes import check_launch, compute_on, from_first, ran
 from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
 from flashgen.stages.planning import Plan
 from flashgen.stages.prompts import HUB, UNJUDGED_PICTURES, OwnPrompts, own_prompts
+from flashgen.stages.tracking import check_trackers, tracked
 
 if TYPE_CHECKING:
     import torch
@@ -199,6 +200,7 @@ def prepare(
         if artifact.manifest.family != stage.source.manifest.family:
             raise UsageError(f"{role} {artifact.path} is of the family {artifact.manifest.family}, not {stage.source.manifest.family}")
     stage.check()
+    check_trackers(stage)
     return stage
 
 
@@ -214,7 +216,7 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
         seed=stage.seed,
         parents=stage.parents(),
     )
-    with ExitStack() as lock:
+    with tracked(stage), ExitStack() as lock:
         done = from_first(lambda: _start(stage, out, origin, force, lock))
         if done is not None:
             return open_artifact(done)

@@ -17,15 +17,13 @@ from flashgen.runtime.processes import sharded
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
+from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, matching_forwards
 from flashgen.stages.trainings import (
-    FORWARD_AND_BACKWARD,
-    WITH_CHECKPOINTING,
     Networks,
     adapter_count,
     check_compiler,
     check_matching,
     guided_forwards,
-    matching_forwards,
     matching_state,
     moment_bytes,
     plain_config,

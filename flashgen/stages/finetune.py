@@ -15,14 +15,13 @@ from flashgen.progress import say
 from flashgen.recipe.distillation import FinetuneRecipe, MatchingTraining
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
+from flashgen.stages.tracking import FORWARD_AND_BACKWARD, matching_forwards
 from flashgen.stages.trainings import (
-    FORWARD_AND_BACKWARD,
     Networks,
     adapter_count,
     check_compiler,
     check_matching,
     guided_forwards,
-    matching_forwards,
     matching_state,
     moment_bytes,
     rows_together,

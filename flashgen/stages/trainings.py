@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from flashgen.training.roles import Role
 
 BEST_STATE = 4  # bytes of a checkpoint per learned weight for the best weights, when a training validates
-FORWARD_AND_BACKWARD, WITH_CHECKPOINTING = 3, 4  # cost of a training pass, in forward passes
 
 
 @dataclass(frozen=True)
@@ -132,21 +131,6 @@ def adapter_count(transformer: Tensors, lora: LoraTraining, targets: str) -> int
     """Number of weights that one adapter learns."""
     pattern = lora.targets or targets
     return sum(lora.rank * sum(shape) for name, shape in transformer.linears.items() if re.fullmatch(pattern, name))
-
-
-def round_forwards(matching: MatchingTraining, steps: int, learning: int) -> tuple[int, int]:
-    """Forward passes per sample of (a warm-up round, another round) of a student of `steps` steps; a pass that learns costs `learning`.
-
-    Skip-layer guidance counts as one pass, although only samples at its noise levels take it.
-    """
-    fake_score = steps + learning * matching.fake_score_updates
-    return fake_score, fake_score + learning + 3 + (matching.skip_layers is not None)
-
-
-def matching_forwards(matching: MatchingTraining, steps: int, learning: int) -> int:
-    """Forward passes per sample of a matching training."""
-    warmup, other = round_forwards(matching, steps, learning)
-    return matching.fake_score_warmup * warmup + matching.iterations * other if matching.iterations else 0
 
 
 def guided_forwards(trajectory: TrajectoryTraining, shift: float) -> int:

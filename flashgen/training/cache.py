@@ -25,6 +25,7 @@ from flashgen.training.prompts import PromptPool
 from flashgen.training.rollout import guided_velocity, roll_out
 
 CACHE_STREAM, ON_POLICY_STREAM = 10, 18  # of the initial noise
+NO_GUIDANCE = Guidance()
 SHARD = 128  # prompts computed together
 
 
@@ -38,7 +39,7 @@ class TrajectorySource:
 
     net: nn.Module
     sigmas: list[float]
-    guidance: Guidance = Guidance()
+    guidance: Guidance = NO_GUIDANCE
     order: Literal[1, 2] = 1
 
     def ends(self, starts: list[Tensor] | Tensor, cond: Conditioning, empty: Conditioning, nodes: list[float]) -> list[Tensor]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flashgen import families
 from flashgen.families.base import velocity
 from flashgen.families.conditioning import concatenate
 from flashgen.families.sd3.build import build_pipeline
@@ -27,7 +25,7 @@ from flashgen.training.cache import TrajectorySource
 from flashgen.training.matching import Matcher, Roles, Task
 from flashgen.training.prompts import PromptPool
 from flashgen.training.roles import roles_on
-from flashgen.training.rollout import guidance_of, guided_velocity
+from flashgen.training.rollout import guidance_of
 from tests.peers import in_diffusers
 
 SHAPE, SHIFT = (16, 4, 4), 3.0
