@@ -216,7 +216,7 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
         seed=stage.seed,
         parents=stage.parents(),
     )
-    with tracked(stage), ExitStack() as lock:
+    with tracked(stage, origin.settings), ExitStack() as lock:
         done = from_first(lambda: _start(stage, out, origin, force, lock))
         if done is not None:
             return open_artifact(done)

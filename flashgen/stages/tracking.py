@@ -42,14 +42,14 @@ def check_trackers(stage: Stage) -> None:
 
 
 @contextmanager
-def tracked(stage: Stage) -> Iterator[None]:
-    """Let the trainings that run inside log as the recipe says."""
+def tracked(stage: Stage, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Let the trainings that run inside log as the recipe says; `settings` are the stage's, for trackers."""
     if not trainings(stage):
         yield
         return
     from flashgen.training.log import LOGGING, Logging
 
-    token = LOGGING.set(Logging(stage.recipe.log, f"{stage.name} {stage.recipe.name}", stage.settings(), step_costs(stage)))
+    token = LOGGING.set(Logging(stage.recipe.log, f"{stage.name} {stage.recipe.name}", settings, step_costs(stage)))
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from flashgen.runtime.processes import rank, world_size
 from flashgen.training.checkpoint import truncate_stats
 
 RATE = "lr_"  # prefix of the learning rates
+FIRST = ("samples_s", "score", "loss", "matching", "fake_score_loss", "std", "grad_norm")  # columns of a narrow terminal
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,20 @@ LOGGING: ContextVar[Logging] = ContextVar("LOGGING")  # of the stage that runs (
 
 
 class Log:
-    """Rows of the training `name` from step `start` on; rank 0 alone writes. `rows` are those of this run, for the terminal.
+    """Rows of the training `name` from step `start` of `steps` on; rank 0 alone writes. `rows` are those of this run, for the terminal.
 
     Metrics are a function of recipe and seed. What depends on the machine is the entry `machine` of a row: samples per second and TFLOP
     per second (two operations per multiply-add) of all processes without the time of checkpoints, memory in GiB (the peak of a GPU, or
     what the process holds on a CPU), and the seconds of the checkpoints since the row before.
     """
 
-    def __init__(self, work: Path, name: str, start: int) -> None:
+    def __init__(self, work: Path, name: str, start: int, steps: int) -> None:
         self.logging, self.work, self.name, self.rows = LOGGING.get(Logging()), work, name, list[dict[str, float]]()
         self.step, self.since, self.saving_s = start, time.monotonic(), 0.0
         self.trackers = list[Any]()
         if rank() == 0:
             truncate_stats(work / "stats.jsonl", name, start)
-            self.trackers = start_trackers(self.logging, work, name, start)
+            self.trackers = start_trackers(self.logging, work, name, start) if start < steps else []
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one row, of the steps up to `step`."""
@@ -71,10 +72,11 @@ class Log:
         row = {"phase": self.name, "step": step, "time": round(time.time(), 1), **metrics, "machine": machine}
         with (self.work / "stats.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        shown = {key: machine[key] for key in ("samples_s",) if key in machine}
-        self.rows.append({"step": step, **shown, **{key: value for key, value in metrics.items() if not key.startswith(RATE)}})
+        values = {**metrics, **machine}
+        shown = [*(key for key in FIRST if key in values), *(key for key in metrics if key not in FIRST and not key.startswith(RATE))]
+        self.rows.append({"step": step} | {key: values[key] for key in shown})
         for tracker in self.trackers:
-            tracker.log({f"{self.name}/{key}": value for key, value in (metrics | machine).items()}, step=step)
+            tracker.log({f"{self.name}/{key}": value for key, value in values.items()}, step=step)
 
     def add_picture(self, step: int) -> None:
         """Give the trackers the sample grid that a validation has drawn after `step` steps, if there is one."""
@@ -111,20 +113,20 @@ def start_trackers(logging: Logging, work: Path, name: str, start: int) -> list[
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    wanted = logging.recipe.trackers
-    names = [tracker for tracker in ("tensorboard",) if tracker in map(str, get_available_trackers())] if wanted is None else wanted
+    names: Sequence[str] = logging.recipe.trackers or []
+    if logging.recipe.trackers is None:
+        names = [tracker for tracker in ("tensorboard",) if tracker in map(str, get_available_trackers())]
     if names and world_size() == 1 and not PartialState._shared_state:
         PartialState(cpu=True)  # Accelerate's loggers ask for a state; this one starts no process group
     trackers = []
     for tracker in names:
-        if tracker == "tensorboard":
-            of_run, options = name, {"logging_dir": work / "tensorboard", "purge_step": start + 1}
-        else:
-            run = {"name": f"{logging.run} {name}", "group": logging.run, "id": _run_id(work / f"wandb-{name}.id"), "resume": "allow"}
-            of_run, options = logging.recipe.project, {**run, "dir": str(work), "config": dict(logging.settings)}
-        started = LOGGER_TYPE_TO_CLASS[tracker](of_run, **options)
-        started.main_process_only = False  # only one process has trackers
+        options: dict[str, Any] = {"run_name": name, "logging_dir": work / "tensorboard", "purge_step": start + 1}
+        if tracker == "wandb":
+            options = {"run_name": logging.recipe.project, "name": f"{logging.run} {name}", "group": logging.run, "dir": str(work)}
+            options |= {"id": _run_id(work / f"wandb-{name}.id"), "resume": "allow", "config": dict(logging.settings)}
         try:
+            started = LOGGER_TYPE_TO_CLASS[tracker](**options)
+            started.main_process_only = False  # only one process has trackers
             started.start()
         except Exception as error:
             mend = "log in with: wandb login, or leave it out with --set log.trackers=[]"

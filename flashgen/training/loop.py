@@ -44,7 +44,7 @@ def fit(
     saved = Checkpoint(work / f"{name}.pt", state, checkpoint)
     start, loaded = saved.load()
     window: list[dict[str, Metric]] = [dict(row) for row in loaded]
-    log = Log(work, name, start)
+    log = Log(work, name, start, steps)
     every = log_every or log.logging.recipe.every
     if world_size() > 1:
         say(f"{name}: each batch shared out over {world_size()} processes")

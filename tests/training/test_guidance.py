@@ -37,7 +37,7 @@ Build = Callable[[int], nn.Module]
 @torch.no_grad()
 def test_a_trajectory_with_skip_layer_guidance_is_that_of_diffusers(steps: int) -> None:
     spec = SPECS["tiny"]
-    pipe, sampler = build_pipeline(spec, 0, ("a", "red", "circle")), random_sampler(spec)
+    pipe, sampler = build_pipeline(spec, 0), random_sampler(spec)
     cond, empty = (encode_prompts(pipe, [prompt] * 2, sampler) for prompt in ("a red circle", ""))
     x, sigmas = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(1)), shifted_grid(steps, SHIFT)
     config = TrajectoryTraining.model_validate({"guidance": 4.5, "skip_layers": SKIP})
@@ -47,10 +47,9 @@ def test_a_trajectory_with_skip_layer_guidance_is_that_of_diffusers(steps: int) 
 
     theirs = in_diffusers(pipe)
     theirs.set_progress_bar_config(disable=True)
-    theirs.scheduler.register_to_config(shift=1.0)  # `sigmas` are shifted already
-    theirs.scheduler.set_shift(1.0)
+    theirs.scheduler.set_shift(1.0)  # `sigmas` are shifted already
     common = {
-        "prompt": ["a red circle"] * 2, "latents": x, "sigmas": sigmas[:-1], "num_inference_steps": steps, "guidance_scale": 4.5,
+        "prompt": ["a red circle"] * 2, "latents": x, "sigmas": sigmas[:-1], "guidance_scale": 4.5,
         "max_sequence_length": sampler.tokens["t5"], "output_type": "latent",
     }  # fmt: skip
     skip = {f"skip_layer_guidance_{key}": SKIP[key] for key in ("scale", "start", "stop")}
@@ -97,7 +96,7 @@ def comparison(matcher: Matcher, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("lora", [False, True], ids=["dense", "adapters"])
 @torch.no_grad()
 def test_scores_are_guided_by_the_samples_own_noise_level(lora: bool, transformer: Build, pool: PromptPool) -> None:
-    teacher, student = transformer(0), transformer(1)
+    teacher, student = transformer(0), transformer(1).requires_grad_(True)
     if lora:
         teacher, student, fake_score = roles_on(teacher, LoraTraining(rank=2), "s", "f", seed=0, targets=pool.family.lora_targets)
     low, high = levels_of_steps(0.1, 0.5, SHIFT)
@@ -121,7 +120,7 @@ def test_scores_are_guided_by_the_samples_own_noise_level(lora: bool, transforme
 def test_scores_without_new_settings_are_those_of_before_bit_for_bit(transformer: Build, pool: PromptPool) -> None:
     teacher = transformer(0)
     task = Task("matching", pool, [1.0, 0.5, 0.0], SHAPE, 0, 0.0)
-    matcher = Matcher(task, Roles(transformer(1), teacher), MatchingTraining(batch=8), pool.family)
+    matcher = Matcher(task, Roles(transformer(1).requires_grad_(True), teacher), MatchingTraining(batch=8), pool.family)
     sigma = torch.linspace(0.1, 0.9, 8)
     x, augment, _ = comparison(matcher, sigma)
     both = velocity(teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), concatenate([pool.cond, pool.empty_for(pool.cond)])).chunk(2)

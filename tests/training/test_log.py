@@ -23,7 +23,7 @@ from flashgen.training.loop import Metric, descend, fit
 EVERY_STEP = CheckpointRecipe.model_construct(every_s=0.0, share=1e9)
 
 
-class Recorder(GeneralTracker):  # type: ignore[misc]
+class Recorder(GeneralTracker):
     """A tracker of Accelerate that keeps what it is given."""
 
     name, requires_logging_directory = "wandb", False
@@ -90,8 +90,8 @@ def test_trackers_get_metrics_rates_and_pictures_and_a_resumed_run_continues_the
 ) -> None:
     made: list[Recorder] = []
 
-    def make(*arguments: Any, **options: Any) -> Recorder:
-        made.append(Recorder(*arguments, **options))
+    def make(**options: Any) -> Recorder:
+        made.append(Recorder(**options))
         return made[-1]
 
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", make)
@@ -120,9 +120,12 @@ def test_trackers_get_metrics_rates_and_pictures_and_a_resumed_run_continues_the
 
 def test_another_work_folder_is_another_run(logged: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ids: list[str] = []
-    monkeypatch.setitem(
-        accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", lambda *a, **options: ids.append(options["id"]) or Recorder(*a, **options)
-    )
+
+    def make(**options: Any) -> Recorder:
+        ids.append(options["id"])
+        return Recorder(**options)
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", make)
     logged("wandb")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
