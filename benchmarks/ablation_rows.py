@@ -146,7 +146,7 @@ class Bench:
         weights = config.node_trajectory
         trimmed = config.model_copy(update={"node_trajectory": weights if len(weights) == 1 else weights[: self.steps]})
         drop, seed = self.recipe.distill.encoder_drop, self.seed + 100 * turn
-        task = matching.Task(name, self.pool, self.nodes, self.shape, seed, drop, self.replay, **options)
+        task = matching.Task(name, self.pool, self.nodes, self.shape, seed, drop, self.replay, shift=self.taught.shift, **options)
         return Matcher(task, matching.Roles(student.requires_grad_(True), self.teacher, fake_score), trimmed, self.stage.family)
 
     def cost(self, config: MatchingTraining) -> float:

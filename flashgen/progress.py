@@ -80,7 +80,7 @@ class Progress:
     def _shown(self) -> Group:
         from rich.console import Group
 
-        return Group(_table(self.rows[-SHOWN_ROWS:]), self._bar) if self.rows else Group(self._bar)
+        return Group(_table(self.rows[-SHOWN_ROWS:], self._live.console.width), self._bar) if self.rows else Group(self._bar)
 
 
 def track(
@@ -93,14 +93,20 @@ def track(
             progress.advance()
 
 
-def _table(rows: Sequence[Mapping[str, float]]) -> Table:
-    """Metrics as columns, the latest row last; columns that do not fit the terminal are left out from the right."""
+def _table(rows: Sequence[Mapping[str, float]], width: int) -> Table:
+    """Metrics as columns, the latest row last; columns that do not fit a terminal of `width` characters are left out from the right."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE)
+    table, left = Table(box=box.SIMPLE), width - 1
+    shown = []
     for name in rows[-1]:
+        cells = [f"{row[name]:.4g}" if name in row else "" for row in rows]
+        left -= 3 + max(len(name), *map(len, cells))  # a column has three characters of space
+        if left < 0:
+            break
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(f"{row[name]:.4g}" if name in row else "" for name in rows[-1]))
+        shown.append(cells)
+    for row_cells in zip(*shown, strict=True):
+        table.add_row(*row_cells)
     return table

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from flashgen import progress
 
@@ -22,3 +24,14 @@ def test_the_estimate_leaves_out_a_slow_first_item(monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().err.splitlines() == [
         "train: 7/10", "train: 8/10, about 1.0 min left", "train: 9/10, about 0.5 min left", "train: 10/10, about 0.0 min left",
     ]  # fmt: skip
+
+
+def test_a_table_leaves_out_columns_from_the_right_instead_of_cutting_them() -> None:
+    row = {"step": 120.0, "samples_s": 12.345, "matching": 0.1, "fake_score_loss": 0.2, "std": 0.99, "grad_norm": 1.2, "scale_min": 0.1}
+    for width in (40, 60, 80, 120):
+        console = Console(width=width, file=StringIO())
+        console.print(progress._table([row, row | {"step": 130.0}], width))
+        assert isinstance(console.file, StringIO)
+        head, *_, last = [line.split() for line in console.file.getvalue().splitlines() if line.strip()]
+        assert head == list(row)[: len(head)] and last[0] == "130" and len(last) == len(head)
+        assert len(head) == {40: 3, 60: 5, 80: 6, 120: 7}[width]

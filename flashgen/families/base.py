@@ -124,6 +124,7 @@ class Family(ABC):
     lora_prefix: ClassVar[str] = "transformer"  # of the tensors' names in a LoRA file
     modulation: ClassVar[re.Pattern[str] | None] = None  # adaLN Linears, whose input is one vector per picture, the same for all blocks
     costs: ClassVar[Costs]
+    skip_argument: ClassVar[str | None] = None  # of the transformer: a list of blocks that a pass leaves out; None: it has no such argument
     architectures: ClassVar[tuple[str, ...]] = ()  # names that `teacher random --like` takes
     gguf_arch: ClassVar[str | None] = None  # general.architecture of its GGUF files; None: programs that read GGUF do not know the family
 
@@ -261,11 +262,12 @@ class Family(ABC):
         raise UsageError(f"teacher train: {self.models} has no small architecture to train from nothing; import a teacher instead")
 
 
-def predict(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def predict(network: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Output of a transformer for its keyword arguments. The only place in flashgen where a transformer is called in torch."""
     import torch
 
-    floats = {name: value for name, value in inputs.items() if value.is_floating_point() and value.ndim > 1}  # noise levels stay exact
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point() and value.ndim > 1}  # noise levels stay exact
     given = next(iter(floats.values()))
     stored: torch.dtype = getattr(network, "dtype", given.dtype)
     computed: torch.dtype | None = getattr(network, "compute_dtype", None)
@@ -279,7 +281,14 @@ def compute_in(network: nn.Module, dtype: torch.dtype | None) -> None:
     network.compute_dtype = dtype  # type: ignore[assignment]
 
 
-def velocity(network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-    """v [B, C, h, w] of one forward pass for latents `x` [B, C, h, w] at `sigma` [B]. Gradient: to the network and to `x`."""
+def velocity(network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, skip: Sequence[int] = ()) -> Tensor:
+    """v [B, C, h, w] of one forward pass for latents `x` [B, C, h, w] at `sigma` [B]. Gradient: to the network and to `x`.
+
+    The pass leaves out the blocks `skip`, of a family with a `skip_argument`.
+    """
     family = cond.family
-    return family.velocity(predict(network, family.transformer_inputs(x, sigma, cond.to(x.dtype))), x)
+    inputs: dict[str, Any] = {**family.transformer_inputs(x, sigma, cond.to(x.dtype))}
+    if skip:
+        assert family.skip_argument
+        inputs[family.skip_argument] = list(skip)
+    return family.velocity(predict(network, inputs), x)

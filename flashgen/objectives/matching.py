@@ -17,9 +17,20 @@ def matching_term(x0_teacher: Tensor, x0_fake_score: Tensor) -> Tensor:
     return (x0_fake_score - x0_teacher).float().detach()
 
 
-def augmentation_term(x0_teacher: Tensor, x0_unconditional: Tensor, guidance: float) -> Tensor:
-    """(1 - guidance) (x0_c - x0_u): what guidance adds to the matching term; needs no fake score (Decoupled DMD)."""
+def augmentation_term(x0_teacher: Tensor, x0_unconditional: Tensor, guidance: float | Tensor) -> Tensor:
+    """(1 - guidance) (x0_c - x0_u): what guidance adds to the matching term; needs no fake score (Decoupled DMD).
+
+    `guidance` is one number for all samples, or one per sample [B, 1, 1, 1].
+    """
     return ((1 - guidance) * (x0_teacher - x0_unconditional)).float().detach()
+
+
+def skip_term(x0_teacher: Tensor, x0_skip: Tensor, scale: Tensor) -> Tensor:
+    """- scale (x0_c - x0_skip): what skip-layer guidance of `scale` [B, 1, 1, 1] adds to the augmentation term (our choice).
+
+    `x0_skip` is the teacher's estimate with the prompt and without some of its blocks.
+    """
+    return (-scale * (x0_teacher - x0_skip)).float().detach()
 
 
 def distance(x0_student: Tensor, x0_teacher: Tensor) -> Tensor:

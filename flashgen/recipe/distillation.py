@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from flashgen.pixels import SizePx
 from flashgen.recipe.base import Beta, Model, Training
@@ -15,6 +15,30 @@ def by_step(name: str, given: list[float], steps: int) -> list[float]:
     if len(given) not in (1, steps) or min(given) < 0:
         raise ValueError(f"{name} must hold one weight >= 0 for all steps or one for each of the {steps}, not {given}")
     return given * steps if len(given) == 1 else given
+
+
+def _from_low_to_high(levels: list[float]) -> list[float]:
+    if not 0 <= levels[0] < levels[1] <= 1:
+        raise ValueError(f"must be two noise levels in 0..1, the lower first, not {levels}")
+    return levels
+
+
+SigmaInterval = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_from_low_to_high)]
+
+
+class SkipLayers(Model):
+    """Skip-layer guidance, in addition to classifier-free guidance: + scale (v_c - v_skip), v_skip without some of the teacher's blocks."""
+
+    blocks: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="blocks that are left out; SD3.5-Medium: [7, 8, 9]")
+    scale: float = Field(2.8, gt=0)
+    start: float = Field(0.01, ge=0, le=1, description="share of a trajectory's steps behind which it begins")
+    stop: float = Field(0.2, ge=0, le=1, description="share of a trajectory's steps before which it ends")
+
+    @model_validator(mode="after")
+    def _start_before_stop(self) -> SkipLayers:
+        if self.start >= self.stop:
+            raise ValueError(f"start={self.start} must be below stop={self.stop}")
+        return self
 
 
 class Regression(Training):
@@ -37,6 +61,8 @@ class TrajectoryTraining(Regression):
     teacher_steps: int = Field(32, ge=2, description="a multiple of the student's steps, or the sum of `strides`, so that the grids nest")
     prompts: int = Field(2048, ge=1, description="trajectories in the cache, one prompt and noise each")
     guidance: float = Field(4.5, ge=1, description="of the teacher: v_u + guidance (v_c - v_u)")
+    guidance_interval: SigmaInterval | None = Field(None, description="noise levels between which the teacher is guided; null: all")
+    skip_layers: SkipLayers | None = Field(None, description="skip-layer guidance of the teacher; null: none")
 
 
 class OnPolicyTraining(Regression):
@@ -92,6 +118,8 @@ class MatchingTraining(Training):
     fake_score_updates: int = Field(2, ge=1, description="fake score updates per student update")
     fake_score_warmup: int = Field(0, ge=0, description="first rounds that fit the fake score alone, which at first equals the teacher")
     guidance: float = Field(4.5, ge=1, description="of the teacher's score; the fake score is never guided")
+    guidance_interval: SigmaInterval | None = Field(None, description="noise levels between which the teacher's score is guided; null: all")
+    skip_layers: SkipLayers | None = Field(None, description="skip-layer guidance of the teacher's score; null: none")
     floor: float = Field(0.1, gt=0, description="of the per-sample normaliser")
     ema: float = Field(0.99, ge=0, lt=1)
     betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="AdamW's; no momentum, since the target moves with the student (DMD2)")

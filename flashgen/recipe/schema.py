@@ -23,6 +23,14 @@ class CheckpointRecipe(Model):
     )
 
 
+class LogRecipe(Model):
+    """Where the numbers of trainings go, beside `stats.jsonl` and the terminal. Nothing here changes what a training learns."""
+
+    trackers: list[Literal["tensorboard", "wandb"]] | None = Field(None, description="null: TensorBoard where it is installed; none: []")
+    every: int = Field(10, ge=1, description="steps that one row sums up")
+    project: str = Field("flashgen", min_length=1, description="of wandb")
+
+
 class ComputeRecipe(Model):
     """How the trainings of `distill`, `finetune` and `restructure-encoder` use a machine. Only `precision` changes what they learn."""
 
@@ -66,6 +74,7 @@ class Recipe(Model):
     prompts: PromptsRecipe = PromptsRecipe()
     compute: ComputeRecipe = ComputeRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+    log: LogRecipe = LogRecipe()
     teacher: TeacherRecipe = TeacherRecipe()
     distill: DistillRecipe = DistillRecipe()
     finetune: FinetuneRecipe = FinetuneRecipe()

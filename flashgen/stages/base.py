@@ -28,6 +28,7 @@ from flashgen.stages.checkpoints import describes_student
 from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
 from flashgen.stages.planning import Plan
 from flashgen.stages.prompts import HUB, UNJUDGED_PICTURES, OwnPrompts, own_prompts
+from flashgen.stages.tracking import check_trackers, tracked
 
 if TYPE_CHECKING:
     import torch
@@ -200,6 +201,7 @@ def prepare(
         if artifact.manifest.family != stage.source.manifest.family:
             raise UsageError(f"{role} {artifact.path} is of the family {artifact.manifest.family}, not {stage.source.manifest.family}")
     stage.check()
+    check_trackers(stage)
     return stage
 
 
@@ -215,7 +217,7 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
         seed=stage.seed,
         parents=stage.parents(),
     )
-    with ExitStack() as lock:
+    with tracked(stage, origin.settings), ExitStack() as lock:
         done = from_first(lambda: _start(stage, out, origin, force, lock))
         if done is not None:
             return open_artifact(done)

@@ -17,15 +17,13 @@ from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.checkpoints import describe_student
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
+from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, matching_forwards
 from flashgen.stages.trainings import (
-    FORWARD_AND_BACKWARD,
-    WITH_CHECKPOINTING,
     Networks,
     adapter_count,
     check_compiler,
     check_matching,
     guided_forwards,
-    matching_rounds,
     matching_state,
     moment_bytes,
     plain_config,
@@ -130,10 +128,8 @@ class Distill(Stage):
         train |= {"temporaries of a step": 8.0 * learned}  # AdamW's in a regression, over all tensors at once
         train |= {"activations": float(rows_together(self, *config.batches) * one.hidden * blocks_kept * size)}
         learning = WITH_CHECKPOINTING if checkpointing else FORWARD_AND_BACKWARD
-        per_round = config.steps + learning * matching.fake_score_updates
-        forwards = matching_rounds(matching) * per_round + matching.iterations * (learning + 3)
         regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
-        forwards = cached + forwards * matching.batch + regressed * learning
+        forwards = cached + matching_forwards(matching, config.steps, learning) * matching.batch + regressed * learning
         text, text_adds = footprint.embedding(sum(prompts))
         transformers = 2 if matching.validate_every and matching.iterations and self.judges else 1  # the best validation's and the last
         stored, encoders = prompt_needs(self, footprint, *prompts)
@@ -160,7 +156,7 @@ class Distill(Stage):
         if not config.needs_trajectories:
             return 0, 0, 0, (prompts, 0)
         followed = self.inputs["start"].manifest.sampler if self.follows_start else None
-        per_trajectory = followed.num_steps if followed else guided_forwards(trajectory)
+        per_trajectory = followed.num_steps if followed else guided_forwards(trajectory, self.taught.shift)
         states, on_policy_states = (config.steps + 1) * trajectory.prompts, 0
         forwards = per_trajectory * trajectory.prompts
         if on_policy.iterations:
@@ -268,8 +264,9 @@ class Distill(Stage):
 
         teacher, student, fake_score = networks
         task = Task(
-            "matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay, micro_batch=self.recipe.compute.micro_batch
-        )
+            "matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay,
+            micro_batch=self.recipe.compute.micro_batch, shift=self.taught.shift,
+        )  # fmt: skip
         matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 
         def keep_last() -> None:

@@ -15,14 +15,13 @@ from flashgen.progress import say
 from flashgen.recipe.distillation import FinetuneRecipe, MatchingTraining
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
+from flashgen.stages.tracking import FORWARD_AND_BACKWARD, matching_forwards
 from flashgen.stages.trainings import (
-    FORWARD_AND_BACKWARD,
     Networks,
     adapter_count,
     check_compiler,
     check_matching,
     guided_forwards,
-    matching_rounds,
     matching_state,
     moment_bytes,
     rows_together,
@@ -88,7 +87,8 @@ class Finetune(Stage):
         precision = {"precision": self.recipe.compute.precision}
         borrowed: dict[str, Any] = {"encoder_drop": self.recipe.distill.encoder_drop} | precision | self.judge_key()
         if self.follows_teacher:
-            trajectory = self.recipe.distill.trajectory.model_dump(include={"teacher_steps", "prompts", "guidance"})
+            used = {"teacher_steps", "prompts", "guidance", "guidance_interval", "skip_layers"}
+            trajectory = self.recipe.distill.trajectory.model_dump(include=used, exclude_none=True)
             borrowed |= {"trajectory": trajectory, "compile": self.recipe.distill.compile}
         return self.config.model_dump(mode="json", exclude={"allow_worse"}) | borrowed | self.prompts_key()
 
@@ -97,14 +97,13 @@ class Finetune(Stage):
         transformer, one, costs = footprint.transformer, footprint.forward(), footprint.family.costs
         learned = adapter_count(transformer, config.lora, footprint.family.lora_targets) if config.lora else footprint.learnable
         networks = 3 if config.lora else 2  # student, its copy under the adapters, teacher
-        rounds, steps = 2 * matching_rounds(matching), self.sampler.num_steps
-        per_round = steps + FORWARD_AND_BACKWARD * matching.fake_score_updates
-        forwards = (rounds * per_round + 2 * matching.iterations * 2 * FORWARD_AND_BACKWARD) * matching.batch
+        steps = self.sampler.num_steps
+        forwards = 2 * matching_forwards(matching, steps, FORWARD_AND_BACKWARD) * matching.batch
         prompts, states = [matching.prompts], 0
         if self.follows_teacher:
             trajectory = self.recipe.distill.trajectory
             prompts.append(trajectory.prompts)
-            forwards += guided_forwards(trajectory) * trajectory.prompts
+            forwards += guided_forwards(trajectory, self.sampler.shift) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
         tables = 0 if config.lora else footprint.tables
@@ -187,7 +186,7 @@ class Finetune(Stage):
             if train_nodes and matching.iterations:  # with two steps the low branch has no node and keeps its weights
                 task = Task(
                     name, pool, nodes, shape, self.seed + 10 + number, self.recipe.distill.encoder_drop, replay, train_nodes,
-                    lambda sigma: high if sigma > config.split else low, self.recipe.compute.micro_batch,
+                    lambda sigma: high if sigma > config.split else low, self.recipe.compute.micro_batch, sampler.shift,
                 )  # fmt: skip
                 fake_score = fake_scores[number] if config.lora else networks.learning(self._teacher())
                 matcher = Matcher(task, Roles(branch, teacher, fake_score), matching, self.family)

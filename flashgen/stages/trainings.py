@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from flashgen.errors import MachineError, UsageError
 from flashgen.families.base import Family, compute_in
 from flashgen.families.configs import configs_in
+from flashgen.flow.grid import shifted_grid
+from flashgen.flow.guidance import total_forwards
 from flashgen.models.footprint import Tensors
 from flashgen.recipe.base import Training
-from flashgen.recipe.distillation import LoraTraining, MatchingTraining, TrajectoryTraining
+from flashgen.recipe.distillation import LoraTraining, MatchingTraining, SkipLayers, TrajectoryTraining
 from flashgen.recipe.schema import ComputeRecipe
 from flashgen.runtime.accelerator import dtype_of
 from flashgen.runtime.processes import check_batch, world_size
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from flashgen.training.roles import Role
 
 BEST_STATE = 4  # bytes of a checkpoint per learned weight for the best weights, when a training validates
-FORWARD_AND_BACKWARD, WITH_CHECKPOINTING = 3, 4  # cost of a training pass, in forward passes
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,26 @@ def rows_together(stage: Stage, *batches: int) -> int:
 
 def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int]) -> None:
     """Raises UsageError for blocks that the transformer does not have and batches that the processes cannot share."""
-    source = stage.source
-    num_blocks = stage.family.num_blocks(configs_in(source.path))
-    if any(not 0 <= block < num_blocks for block in matching.adversarial.blocks):
-        setting = f"{stage.name}.matching.adversarial.blocks={matching.adversarial.blocks}"
-        raise UsageError(f"{setting}: the transformer's blocks are 0 to {num_blocks - 1}")
+    _check_blocks(stage, f"{stage.name}.matching.adversarial.blocks", matching.adversarial.blocks)
+    _check_skip_layers(stage, f"{stage.name}.matching.skip_layers", matching.skip_layers)
+    _check_skip_layers(stage, "distill.trajectory.skip_layers", stage.recipe.distill.trajectory.skip_layers)
     if not matching.min_sigma < matching.max_sigma:
         raise UsageError(f"{stage.name}.matching.min_sigma={matching.min_sigma} must be below max_sigma={matching.max_sigma}")
     for batch in batches:
         check_batch(batch)
+
+
+def _check_skip_layers(stage: Stage, setting: str, skip: SkipLayers | None) -> None:
+    """Raises UsageError for blocks that the transformer does not have, and for a family whose transformer always runs all of them."""
+    if skip is not None and stage.family.skip_argument is None:
+        raise UsageError(f"{setting}: {stage.family.models} cannot leave out blocks of its transformer; set it to null")
+    _check_blocks(stage, f"{setting}.blocks", skip.blocks if skip else [])
+
+
+def _check_blocks(stage: Stage, setting: str, blocks: list[int]) -> None:
+    num_blocks = stage.family.num_blocks(configs_in(stage.source.path))
+    if any(not 0 <= block < num_blocks for block in blocks):
+        raise UsageError(f"{setting}={blocks}: the transformer's blocks are 0 to {num_blocks - 1}")
 
 
 def check_compiler(without: str) -> None:
@@ -130,14 +142,11 @@ def adapter_count(transformer: Tensors, lora: LoraTraining, targets: str) -> int
     return sum(lora.rank * sum(shape) for name, shape in transformer.linears.items() if re.fullmatch(pattern, name))
 
 
-def matching_rounds(matching: MatchingTraining) -> int:
-    """Rounds of a matching training, warm-up included."""
-    return matching.iterations + matching.fake_score_warmup if matching.iterations else 0
+def guided_forwards(trajectory: TrajectoryTraining, shift: float) -> int:
+    """Forward passes of one trajectory of the guided teacher, whose grid has `shift`."""
+    from flashgen.training.rollout import guidance_of
 
-
-def guided_forwards(trajectory: TrajectoryTraining) -> int:
-    """Forward passes of one trajectory of the guided teacher."""
-    return trajectory.teacher_steps * (1 if trajectory.guidance == 1 else 2)
+    return total_forwards(guidance_of(trajectory, shift), shifted_grid(trajectory.teacher_steps, shift))
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ trajectories of the run before.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from flashgen import __version__
 from flashgen.artifact.manifest import Sampler, hash_json
 from flashgen.artifact.store import Artifact
 from flashgen.flow.grid import shifted_grid
+from flashgen.flow.guidance import Guidance
 from flashgen.models.footprint import Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.recipe.schema import Recipe
@@ -40,9 +41,10 @@ def student_grid(config: DistillRecipe, sigmas: list[float]) -> list[float]:
 def guided_teacher(teacher: nn.Module, shift: float, recipe: Recipe) -> TrajectorySource:
     """The guided teacher as a source of trajectories, with second-order steps."""
     from flashgen.training.cache import TrajectorySource
+    from flashgen.training.rollout import guidance_of
 
     config = recipe.distill.trajectory
-    return TrajectorySource(teacher, shifted_grid(config.teacher_steps, shift), config.guidance, order=2)
+    return TrajectorySource(teacher, shifted_grid(config.teacher_steps, shift), guidance_of(config, shift), order=2)
 
 
 def stage_pool(stage: Stage, count: int, seed: int, pipe: Pipeline, sampler: Sampler, cache: Path) -> PromptPool:
@@ -85,8 +87,10 @@ def cached_steps(
     config = stage.recipe.distill
     assert pool.key, "a pool whose prompts are not known"
     number = config.lora.base if config.lora and stage.name == "distill" else stage.recipe.compute.precision  # of the weights
-    how = [steps_of.sigmas, steps_of.guidance, steps_of.order, nodes, shape, stage.seed, pool.key, config.encoder_drop, number]
-    return _steps(stage, pool, steps_of, nodes, shape, cache / _name("trajectories", followed, ["transformer"], [*how, config.compile]))
+    guidance, plain = steps_of.guidance, Guidance(steps_of.guidance.scale)
+    how = [steps_of.sigmas, guidance.scale, steps_of.order, nodes, shape, stage.seed, pool.key, config.encoder_drop, number, config.compile]
+    how += [asdict(guidance)] if guidance != plain else []  # caches from before there was more guidance stay valid
+    return _steps(stage, pool, steps_of, nodes, shape, cache / _name("trajectories", followed, ["transformer"], how))
 
 
 def on_policy_steps(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flashgen.families.conditioning import Conditioning
 from flashgen.flow.convert import move
 from flashgen.flow.grid import check_nested
+from flashgen.flow.guidance import Guidance
 from flashgen.flow.ode import second_order
 from flashgen.pixels import slices
 from flashgen.progress import say, track
@@ -25,6 +26,7 @@ from flashgen.training.prompts import PromptPool
 from flashgen.training.rollout import guided_velocity, roll_out
 
 CACHE_STREAM, ON_POLICY_STREAM = 10, 18  # of the initial noise
+NO_GUIDANCE = Guidance()
 SHARD = 128  # prompts computed together
 
 
@@ -38,7 +40,7 @@ class TrajectorySource:
 
     net: nn.Module
     sigmas: list[float]
-    guidance: float = 1.0
+    guidance: Guidance = NO_GUIDANCE
     order: Literal[1, 2] = 1
 
     def ends(self, starts: list[Tensor] | Tensor, cond: Conditioning, empty: Conditioning, nodes: list[float]) -> list[Tensor]:
@@ -53,7 +55,7 @@ class TrajectorySource:
                 x, previous = starts[step], None
             for s, s_next in itertools.pairwise(s for s in self.sigmas if next_node <= s <= node):
                 sigma, sigma_next = (torch.full((len(x),), value, device=x.device) for value in (s, s_next))
-                v = guided_velocity(self.net, x, sigma, cond, empty, self.guidance)
+                v = guided_velocity(self.net, x, s, cond, empty, self.guidance)
                 x = move(x, second_order(v, s_next - s, previous), sigma, sigma_next)
                 previous = (v, s_next - s) if self.order == 2 else None
             ends.append(x)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,8 +16,9 @@ from flashgen.artifact.draft import CHECKPOINTS
 from flashgen.errors import NumericsError
 from flashgen.progress import say, track
 from flashgen.recipe.schema import CheckpointRecipe
-from flashgen.runtime.processes import rank, wait_for_all, world_size
-from flashgen.training.checkpoint import Checkpoint, Stateful, truncate_stats
+from flashgen.runtime.processes import wait_for_all, world_size
+from flashgen.training.checkpoint import Checkpoint, Stateful
+from flashgen.training.log import RATE, Log
 from flashgen.training.ranks import average_, summarise, summarise_ranks
 
 DEFAULT = CheckpointRecipe()
@@ -35,61 +33,45 @@ def fit(
     work: Path,
     checkpoint: CheckpointRecipe = DEFAULT,
     *,
-    log_every: int = 10,
+    log_every: int | None = None,
 ) -> None:
     """Call `step_fn(step)` for every step in 0..steps-1 that no earlier run has finished.
 
     `state` names everything that must survive (modules, optimizers, averages); it is saved to `work/checkpoints/<name>/` as often as
-    `checkpoint` allows and at the end. Metrics are averaged over `log_every` steps, or their minimum is taken where they are named `*_min`.
-    They go to `work/stats.jsonl`, to a table on the terminal, and to TensorBoard where that is installed.
+    `checkpoint` allows and at the end. Metrics are averaged over `log_every` steps (None: the recipe's `log.every`), or their minimum is
+    taken where they are named `*_min`. With the learning rates of the optimizers in `state` they go to `work/stats.jsonl`, to a table on
+    the terminal, and to trackers, which get the validations' pictures too (`training.log`).
     """
     work.mkdir(parents=True, exist_ok=True)
     with closing(Checkpoint(work / CHECKPOINTS / name, state, checkpoint)) as saved:
         start, loaded = saved.load()
         window: list[dict[str, Metric]] = [dict(row) for row in loaded]
-        log = _Log(work, name, start)
+        log = Log(work, name, start, steps)
+        every = log_every or log.logging.recipe.every
         if world_size() > 1:
             say(f"{name}: each batch shared out over {world_size()} processes")
         for step in track(range(start, steps), name, total=steps, done=start, rows=log.rows):
             window.append(dict(step_fn(step)))
             is_last, is_due = step + 1 == steps, saved.due()
-            is_logged = is_last or (step + 1) % log_every == 0
+            is_logged = is_last or (step + 1) % every == 0
+            log.add_picture(step + 1)
             if is_logged or is_due:
                 rows = [{key: float(value) for key, value in row.items()} for row in window]  # waits for an accelerator
                 for row in rows:
                     check_finite(f"{name} up to step {step}", row, "the next checkpoint")
             if is_logged:
-                log.add(step + 1, summarise_ranks(summarise(rows)))
+                log.add(step + 1, summarise_ranks(summarise(rows)) | learning_rates(state))
                 window.clear()
             if is_last or is_due:
                 saved.save(step + 1, [] if is_logged else rows)
+                log.saving_s += saved.blocked_s
+        log.close()
     wait_for_all()
 
 
-class _Log:
-    """Metrics of one training from step `start` on; rank 0 alone writes. `rows` are those of this run."""
-
-    def __init__(self, work: Path, name: str, start: int) -> None:
-        self.name, self.path, self.rows = name, work / "stats.jsonl", list[dict[str, float]]()
-        self.board: Any = None
-        if rank() == 0:
-            truncate_stats(self.path, name, start)
-            try:  # view it with: tensorboard --logdir .../.work
-                writer = import_module("torch.utils.tensorboard").SummaryWriter
-                self.board = writer(work / "tensorboard" / name, purge_step=start + 1)
-            except ImportError:
-                pass
-
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one row, of the steps up to `step`."""
-        if rank() != 0:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"phase": self.name, "step": step, "time": round(time.time(), 1), **metrics}) + "\n")
-        self.rows.append({"step": step, **metrics})
-        if self.board:
-            for key, value in metrics.items():
-                self.board.add_scalar(f"{self.name}/{key}", value, step)
+def learning_rates(state: Mapping[str, Stateful]) -> dict[str, float]:
+    """Learning rate of the first parameters of every optimizer in `state`, by `lr_` and its name."""
+    return {f"{RATE}{name}": float(item.param_groups[0]["lr"]) for name, item in state.items() if isinstance(item, Optimizer)}
 
 
 def descend(

@@ -33,7 +33,7 @@ from flashgen.training.optimizers import muon_and_adamw, named
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws, mean_metrics
 from flashgen.training.roles import offloads, unwrap
-from flashgen.training.rollout import Rollout, roll_out
+from flashgen.training.rollout import Rollout, guidance_of, roll_out
 from flashgen.training.schedule import hold_then_decay, set_rates
 from flashgen.training.terms import AdversarialTerm, Comparison, MatchingTerm, TrajectoryTerm, weighted_rows
 from flashgen.training.validation import Validate, Validation
@@ -46,7 +46,8 @@ class Task:
     """What a matching training runs on: prompts, the student's `nodes`, the shape of latents, and which nodes it trains (default all).
 
     `net_at(sigma)` is the network that rolls out at a node (default: the student). `replay` is needed by the adversarial and the
-    trajectory term. At most `micro_batch` samples pass together (0: all of a process), and their gradients add up.
+    trajectory term. At most `micro_batch` samples pass together (0: all of a process), and their gradients add up. `shift` is that of the
+    teacher's grid, which `skip_layers` needs.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Task:
     train_nodes: list[int] | None = None
     net_at: Callable[[float], nn.Module] | None = None
     micro_batch: int = 0
+    shift: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +104,8 @@ class Matcher:
             )
         )
         self.ema = Ema(self.student, config.ema, offloads(self.student))
-        self.matching = MatchingTerm(config, self.weights, self.teacher, self.fake_score, task.pool)
+        guidance = guidance_of(config, task.shift)
+        self.matching = MatchingTerm(config, self.weights, self.teacher, self.fake_score, task.pool, guidance)
         adversarial, trajectory = (self.weights[term] for term in ("adversarial", "trajectory"))
         self.adversarial: AdversarialTerm | None = None
         self.trajectory: TrajectoryTerm | None = None

@@ -91,7 +91,7 @@ class Role(nn.Module):
         """The transformer's config."""
         return self.network.config
 
-    def forward(self, return_dict: bool = False, **inputs: Tensor) -> tuple[Tensor]:
+    def forward(self, return_dict: bool = False, **inputs: Any) -> tuple[Tensor]:
         """Output of the transformer for its keyword arguments, with this role's adapter."""
         self.backbone.switch(self.adapter)
         return (predict(self.network, inputs),)

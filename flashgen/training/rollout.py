@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from flashgen.families.base import velocity
 from flashgen.families.conditioning import Conditioning, concatenate
 from flashgen.flow.convert import move
+from flashgen.flow.guidance import Guidance, levels_of_steps
 from flashgen.flow.ode import guide
+from flashgen.recipe.distillation import MatchingTraining, TrajectoryTraining
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,21 @@ def teacher_velocities(net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition
     return v_c, v_u
 
 
-def guided_velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, empty: Conditioning, guidance: float) -> Tensor:
-    """Velocity with classifier-free guidance (`flow.ode.guide`); one forward pass where `guidance` is 1."""
-    if guidance == 1:
-        return velocity(net, x, sigma, cond)
-    v_c, v_u = teacher_velocities(net, x, sigma, cond, empty)
-    return guide(v_u, v_c, guidance)
+def guidance_of(config: TrajectoryTraining | MatchingTraining, shift: float) -> Guidance:
+    """The teacher's guidance as `config` has it; `shift` is that of the teacher's grid, whose steps `skip_layers` counts."""
+    guidance = Guidance(config.guidance, (config.guidance_interval[0], config.guidance_interval[1]) if config.guidance_interval else None)
+    if (skip := config.skip_layers) is None:
+        return guidance
+    return replace(guidance, skip=tuple(skip.blocks), skip_scale=skip.scale, skip_interval=levels_of_steps(skip.start, skip.stop, shift))
+
+
+def guided_velocity(net: nn.Module, x: Tensor, level: float, cond: Conditioning, empty: Conditioning, guidance: Guidance) -> Tensor:
+    """Guided velocity at `x` [B, C, h, w], all at noise level `level`; as many forward passes as `guidance.forwards(level)` says."""
+    sigma = torch.full((len(x),), level, device=x.device)
+    weight, skip_weight = guidance.weight(level), guidance.skip_weight(level)
+    if weight == 1:
+        v = v_c = velocity(net, x, sigma, cond)
+    else:
+        v_c, v_u = teacher_velocities(net, x, sigma, cond, empty)
+        v = guide(v_u, v_c, weight)
+    return v + skip_weight * (v_c - velocity(net, x, sigma, cond, guidance.skip)) if skip_weight else v

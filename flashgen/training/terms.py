@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from flashgen.families.base import Family, velocity
 from flashgen.families.conditioning import Conditioning
-from flashgen.flow.convert import add_noise, x0_from_v
+from flashgen.flow.convert import add_noise, expand, x0_from_v
+from flashgen.flow.guidance import Guidance
 from flashgen.objectives.adversarial import clamp_ratio, discriminator_loss, generator_loss
 from flashgen.objectives.evaluation import evaluation_point, sigma_below
-from flashgen.objectives.matching import augmentation_term, distance, matching_term, normalise
+from flashgen.objectives.matching import augmentation_term, distance, matching_term, normalise, skip_term
 from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.pixels import slices
 from flashgen.randomness import seeded
@@ -78,12 +79,19 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 class MatchingTerm:
-    """Matching and augmentation (DMD, Decoupled DMD). `weights` are those of both terms per node."""
+    """Matching and augmentation (DMD, Decoupled DMD). `weights` are those of both terms per node, `guidance` is the teacher's."""
 
     def __init__(
-        self, config: MatchingTraining, weights: Mapping[str, Tensor], teacher: nn.Module, fake_score: nn.Module, pool: PromptPool
+        self,
+        config: MatchingTraining,
+        weights: Mapping[str, Tensor],
+        teacher: nn.Module,
+        fake_score: nn.Module,
+        pool: PromptPool,
+        guidance: Guidance,
     ) -> None:
         self.config, self.weights, self.teacher, self.fake_score, self.pool = config, weights, teacher, fake_score, pool
+        self.guidance = guidance
 
     @torch.no_grad()
     def direction(self, c: Comparison) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,7 +119,12 @@ class MatchingTerm:
         """(teacher's conditional estimate, augmentation term, distance of x0 to the guided estimate) at `x` of level `sigma` [B]."""
         velocities = teacher_velocities(self.teacher, x, sigma, c.cond, self.pool.empty_for(c.cond))
         x0_teacher, x0_unconditional = (x0_from_v(x, v, sigma) for v in velocities)
-        augment = augmentation_term(x0_teacher, x0_unconditional, self.config.guidance)
+        augment = augmentation_term(x0_teacher, x0_unconditional, self.guidance.weight(expand(sigma, x)))
+        if self.guidance.skip:
+            weight = self.guidance.skip_weight(sigma)
+            rows = weighted_rows(weight)
+            v_skip = velocity(self.teacher, x[rows], sigma[rows], c.cond[rows], self.guidance.skip)
+            augment[rows] += skip_term(x0_teacher[rows], x0_from_v(x[rows], v_skip, sigma[rows]), expand(weight[rows], x))
         return x0_teacher, augment, distance(c.x0, x0_teacher - augment)  # x0_teacher - augment is the guided estimate
 
 

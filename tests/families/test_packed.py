@@ -271,6 +271,11 @@ def test_a_recipe_of_another_family_is_refused(tmp_path: Path, teacher: Path) ->
     assert "is for the model family sd3" in sentence and "--recipe" in sentence
 
 
+def test_a_family_that_cannot_leave_out_blocks_says_so(tmp_path: Path, teacher: Path) -> None:
+    sentence = refused(2, "distill", teacher, *RECIPE, "--set", "distill.trajectory.skip_layers={blocks: [1]}", "--out", tmp_path / "out")
+    assert "distill.trajectory.skip_layers: the packed family of flashgen's tests cannot leave out blocks" in sentence
+
+
 def test_a_start_of_another_family_is_refused(tmp_path: Path, teacher: Path, student: Path) -> None:
     other = relabelled(student, tmp_path / "other", family="sd3")
     sentence = refused(2, "distill", teacher, *RECIPE, "--set", f"distill.start={other}", "--out", tmp_path / "out")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flashgen.errors import UsageError
 from flashgen.families.base import velocity
 from flashgen.flow.grid import shifted_grid
+from flashgen.flow.guidance import Guidance
 from flashgen.randomness import generator
 from flashgen.training import cache as caching
 from flashgen.training.cache import CACHE_STREAM, ON_POLICY_STREAM, Replay, TrajectorySource, cache_trajectories
@@ -29,7 +30,7 @@ def cached(
     net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0, student: nn.Module | None = None
 ) -> Replay:
     nodes, grid = shifted_grid(steps, 3.0), shifted_grid(fine, 3.0)
-    return cache_trajectories(TrajectorySource(net, grid, 2.0, order=2), pool, nodes, SHAPE, seed, work, student=student)
+    return cache_trajectories(TrajectorySource(net, grid, Guidance(2.0), order=2), pool, nodes, SHAPE, seed, work, student=student)
 
 
 def cache(net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0) -> Tensor:
@@ -47,7 +48,7 @@ def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transforme
     last: tuple[Tensor, float] | None = None
     with torch.no_grad():
         for s, s_next in itertools.pairwise(fine):
-            v, step = guided_velocity(net, x, torch.full((8,), s), pool.cond, pool.empty_for(pool.cond), 2.0), s_next - s
+            v, step = guided_velocity(net, x, s, pool.cond, pool.empty_for(pool.cond), Guidance(2.0)), s_next - s
             ahead = v + step / last[1] * (v - last[0]) / 2 if last else v
             x, last = x + step * ahead, (v, step)
             visited[s_next] = x
@@ -96,9 +97,9 @@ def test_on_policy_steps_start_where_the_student_is_and_end_where_the_teacher_go
     with torch.no_grad():
         reached = noise + (nodes[1] - nodes[0]) * velocity(student, noise, torch.ones(8), pool.cond)
         a, b, end = fine[2:]
-        v = guided_velocity(teacher, reached, torch.full((8,), a), pool.cond, pool.empty_for(pool.cond), 2.0)
+        v = guided_velocity(teacher, reached, a, pool.cond, pool.empty_for(pool.cond), Guidance(2.0))
         middle = reached + (b - a) * v
-        w = guided_velocity(teacher, middle, torch.full((8,), b), pool.cond, pool.empty_for(pool.cond), 2.0)
+        w = guided_velocity(teacher, middle, b, pool.cond, pool.empty_for(pool.cond), Guidance(2.0))
         x = middle + (end - b) * (w + (end - b) / (b - a) * (w - v) / 2)
     assert torch.allclose(replay.starts.float(), torch.stack([noise, reached], 1), atol=2e-3, rtol=1e-3)
     assert torch.allclose(replay.ends[:, 1].float(), x, atol=2e-3, rtol=1e-3) and not torch.allclose(

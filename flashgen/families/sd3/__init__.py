@@ -53,6 +53,7 @@ class SD3(Family):
     lora_targets = r".*transformer_blocks.*(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2)"
     modulation = re.compile(r"transformer_blocks\.\d+\.norm\w*\.linear$")
     costs = Costs(kept=35, kept_with_adapters=70, running=40)
+    skip_argument = "skip_layers"
     architectures = ("shapes", "tiny", "sd3-medium", "sd35-medium", "sd35-large")
     gguf_arch = "sd3"
 
