@@ -62,7 +62,7 @@ def fit(
                 log.add(step + 1, summarise_ranks(summarise(rows)))
                 window.clear()
             if is_last or is_due:
-                saved.save(step + 1, [] if is_logged else rows)
+                saved.save(step + 1, [] if is_logged else [summarise_ranks(row) for row in rows])
     wait_for_all()
 
 
