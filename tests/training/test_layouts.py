@@ -23,7 +23,7 @@ STEPS, SETTINGS = 12, [
 ]  # fmt: skip
 STOP_AT = """
 import sys
-from flashgen.cli.app import app
+from flashgen.cli.app import main
 from flashgen.runtime.processes import wait_for_all
 from flashgen.training.checkpoint import Checkpoint
 stop, save = int(sys.argv.pop(1)), Checkpoint.save
@@ -35,7 +35,7 @@ def save_and_stop(self, step, window):
         wait_for_all()  # the launcher stops all processes when one has stopped
         sys.exit(9)
 Checkpoint.save = save_and_stop
-app()
+main()
 """
 ONE: list[str] = []
 
