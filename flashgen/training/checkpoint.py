@@ -73,7 +73,7 @@ class Checkpoint:
                     _make_room(item, {name.removeprefix(f"{key}."): size for name, size in sizes.items() if name.startswith(f"{key}.")})
                 tensors |= {f"{key}.{name}": value for name, value in _entries(item) if isinstance(value, Tensor)}
             read_tensors(folders[-1], tensors)
-            step, window = int(saved["step"]), saved["window"] if rank() == 0 else []  # other ranks' metrics are not saved
+            step, window = int(saved["step"]), saved["window"]
         wait_for_all()  # nobody removes the folder while another process reads it
         return step, window
 
@@ -191,7 +191,7 @@ def _make_room(optimizer: Optimizer, sizes: Mapping[str, torch.Size]) -> None:
     for name, size in sizes.items():
         place, key = name.split(".")
         p = parameters[int(place)]
-        device = p.device if fused else "cpu"
+        device = p.device if fused else torch.device("cpu")
         optimizer.state[p][key] = torch.zeros_like(p) if size == p.shape else torch.zeros(size, device=device)
 
 

@@ -63,7 +63,7 @@ def fit(
                 log.add(step + 1, summarise_ranks(summarise(rows)) | learning_rates(state))
                 window.clear()
             if is_last or is_due:
-                saved.save(step + 1, [] if is_logged else rows)
+                saved.save(step + 1, [] if is_logged else [summarise_ranks(row) for row in rows])
                 log.saving_s += saved.blocked_s
         log.close()
     wait_for_all()

@@ -20,11 +20,11 @@ STEPS, SETTINGS = 12, [
     "distill.trajectory.prompts=32", "distill.trajectory.teacher_steps=4", "distill.trajectory.iterations=4", "distill.trajectory.batch=4",
     "distill.trajectory.muon_lr=0", "distill.matching.muon_lr=0", "distill.matching.fake_score_muon_lr=0", "distill.matching.batch=4",
     "distill.matching.iterations=10", "distill.matching.fake_score_warmup=2", "distill.matching.prompts=16", "bench.per_task=0",
-    "checkpoint.every_s=1e-9", "checkpoint.share=1",
 ]  # fmt: skip
 STOP_AT = """
 import sys
-from flashgen.cli.app import app
+from flashgen.cli.app import main
+from flashgen.runtime.processes import wait_for_all
 from flashgen.training.checkpoint import Checkpoint
 stop, save = int(sys.argv.pop(1)), Checkpoint.save
 Checkpoint.due = lambda self: True
@@ -32,9 +32,10 @@ def save_and_stop(self, step, window):
     save(self, step, window)
     if (self.folder.name, step) == ("matching", stop):
         self.close()
+        wait_for_all()  # the launcher stops all processes when one has stopped
         sys.exit(9)
 Checkpoint.save = save_and_stop
-app()
+main()
 """
 ONE: list[str] = []
 
