@@ -55,7 +55,7 @@ def test_a_trajectory_with_skip_layer_guidance_is_that_of_diffusers(steps: int) 
     skip = {f"skip_layer_guidance_{key}": SKIP[key] for key in ("scale", "start", "stop")}
     with_skip = theirs(**common, skip_guidance_layers=SKIP["blocks"], **skip).images
     torch.testing.assert_close(ours, with_skip, atol=1e-4, rtol=1e-4)
-    assert (with_skip - theirs(**common).images).abs().max() > 0.05  # the blocks matter
+    assert (with_skip - theirs(**common).images).abs().max() > 0.01  # the blocks matter
     assert total_forwards(guidance, sigmas) == 2 * steps + sum(steps * 0.1 < i < steps * 0.5 for i in range(steps))
 
 
