@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.distillation import FinetuneRecipe, MatchingTraining
 from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.pictures import SETTINGS, PictureSource, add_pictures, picture_source, real_pictures
 from flashgen.stages.planning import Plan
 from flashgen.stages.trainings import (
     FORWARD_AND_BACKWARD,
@@ -56,6 +58,11 @@ class Finetune(Stage):
         except ValueError as error:
             raise UsageError(f"finetune.matching: {error}") from error
 
+    @cached_property
+    def pictures(self) -> PictureSource | None:
+        """Real pictures for the adversarial term. Raises UsageError for pictures that cannot be used."""
+        return picture_source(self, self.config.matching, self.sampler.size_px)
+
     @property
     def chooses(self) -> bool:
         """Whether the merge ratio is chosen by score."""
@@ -68,6 +75,7 @@ class Finetune(Stage):
         config, sampler = self.config, self.sampler
         self.require_prompts()
         check_matching(self, config.matching, [config.matching.batch] if config.matching.iterations else [])
+        self.pictures  # noqa: B018  one that cannot be used is an error now
         if self.follows_teacher:
             check_nested(sampler.sigmas, shifted_grid(self.recipe.distill.trajectory.teacher_steps, sampler.shift))
             if self.recipe.distill.compile:
@@ -89,7 +97,10 @@ class Finetune(Stage):
         if self.follows_teacher:
             trajectory = self.recipe.distill.trajectory.model_dump(include={"teacher_steps", "prompts", "guidance"})
             borrowed |= {"trajectory": trajectory, "compile": self.recipe.distill.compile}
-        return self.config.model_dump(mode="json", exclude={"allow_worse"}) | borrowed | self.prompts_key()
+        if self.pictures:
+            borrowed |= {"pictures": self.pictures.digest}
+        unkeyed: dict[str, Any] = {"allow_worse": True, "matching": {"adversarial": SETTINGS}}
+        return self.config.model_dump(mode="json", exclude=unkeyed) | borrowed | self.prompts_key()
 
     def plan(self) -> Plan:
         footprint, config, matching = Footprint(self.source), self.config, self.config.matching
@@ -105,6 +116,8 @@ class Finetune(Stage):
             prompts.append(trajectory.prompts)
             forwards += guided_forwards(trajectory) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
+        if self.pictures:
+            prompts.append(self.pictures.num_captions)
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
         tables = 0 if config.lora else footprint.tables
         train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 4.0 * learned}
@@ -120,6 +133,7 @@ class Finetune(Stage):
         disk = shared + 2 * transformer.count + 3 * matching_state(matching) * learned  # per branch, and one that replaces another
         advice = {"train": "use --set finetune.lora.rank=64, or run it where more memory is free"}
         plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice, shared)
+        add_pictures(plan, footprint, self.pictures)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
 
@@ -167,6 +181,7 @@ class Finetune(Stage):
 
         config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
         networks = Networks.of(self)
+        pictures = real_pictures(self, self.pictures, config.matching, sampler, pipe, draft.cache) if self.pictures else None
         pool = stage_pool(self, config.matching.prompts, self.seed + 2, pipe, sampler, draft.cache)
         shape, teacher = latent_shape(pipe, sampler.size_px), networks.frozen(self._teacher())
         replay = self._replay(pipe, teacher, shape, draft.cache) if self.follows_teacher else None
@@ -183,7 +198,7 @@ class Finetune(Stage):
             if train_nodes and matching.iterations:  # with two steps the low branch has no node and keeps its weights
                 task = Task(
                     name, pool, nodes, shape, self.seed + 10 + number, self.recipe.distill.encoder_drop, replay, train_nodes,
-                    lambda sigma: high if sigma > config.split else low, self.recipe.compute.micro_batch,
+                    lambda sigma: high if sigma > config.split else low, self.recipe.compute.micro_batch, pictures=pictures,
                 )  # fmt: skip
                 fake_score = fake_scores[number] if config.lora else networks.learning(self._teacher())
                 matcher = Matcher(task, Roles(branch, teacher, fake_score), matching, self.family)

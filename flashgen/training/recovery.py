@@ -35,11 +35,12 @@ Ids = Mapping[str, Tensor]  # keyword arguments of a text encoder, [N, L] each, 
 def own_trajectories(student: nn.Module, pool: PromptPool, nodes: list[float], shape: tuple[int, ...], seed: int, folder: Path) -> Replay:
     """Steps of the student's own rollouts, from one noise [*shape] per prompt (our choice of states); written to `folder` and mapped."""
 
-    def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
-        noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, first)))
+    def compute(rows: slice) -> list[list[Tensor]]:
+        cond = pool[rows]
+        noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, rows.start)))
         return [roll_out(lambda _: student, noise, cond, nodes).states]
 
-    (states,), mappings = write_states(folder, {"states.bin": len(nodes)}, pool, shape, ROLLOUT_BATCH, compute, "own trajectories")
+    (states,), mappings = write_states(folder, {"states.bin": len(nodes)}, len(pool), shape, ROLLOUT_BATCH, compute, "own trajectories")
     return Replay.from_states(states, pool, *mappings)
 
 
