@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from flashgen.errors import UsageError
 from flashgen.pixels import Size
 from flashgen.recipe.distillation import AdversarialTraining
-from flashgen.stages.rows import jsonl_rows, open_parquet, parquet_rows, require_columns, text_lines
+from flashgen.stages.rows import Row, jsonl_rows, open_parquet, parquet_rows, require_columns, text_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,11 +122,11 @@ class Listing:
             with tarfile.open(file, "r:") as tar:
                 for member in tar:
                     path = PurePosixPath(member.name)
-                    stem, _, suffix = path.name.lower().partition(".")
+                    stem, _, suffix = path.name.partition(".")
                     key = str(path.with_name(stem)) if stem else ""
-                    if key and member.isreg() and suffix == "txt":
+                    if key and member.isreg() and suffix.lower() == "txt":
                         captions[key] = _words(_part(file, member.offset_data, member.size).decode(errors="replace"))
-                    elif key and member.isreg() and f".{suffix.rpartition('.')[2]}" in FORMATS:
+                    elif key and member.isreg() and path.suffix.lower() in FORMATS:
                         pictures.append((member.name, key, member.offset_data, member.size))
         except (OSError, tarfile.TarError) as error:
             raise UsageError(f"{self.where}: {name} cannot be read as a tar without compression ({error}); write it again") from error
@@ -144,7 +144,7 @@ class Listing:
             mend = f"--set {self.section}.picture_column=NAME"
             raise UsageError(f"{self.where}: {name}: column {picture!r} holds {kind}, not the bytes of picture files; {mend}")
         places = ((group, row) for group, rows in enumerate(groups) for row in range(rows))
-        captions = repeat(("", {})) if caption is None else parquet_rows(file, f"{self.where}, ", [caption])
+        captions: Iterator[tuple[str, Row]] = repeat(("", {})) if caption is None else parquet_rows(file, f"{self.where}, ", [caption])
         for number, ((group, row), (_, cells)) in enumerate(zip(places, captions, strict=False)):
             where = f"{name}, row {number}"
             yield Picture(where, self._caption(cells, f"{self.where}: {where}"), partial(_cell, file, group, row, picture))
@@ -152,13 +152,11 @@ class Listing:
     def _latents(self, file: Path, beside: Path | None) -> Iterator[Picture]:
         from flashgen.models.stream import header
 
-        tensors = {name: tuple(entry["shape"]) for name, entry in header(file)[0].items()}
-        count, *shape = tensors.get("latents", (0,))
+        count, *shape = header(file)[0].get("latents", {"shape": [0]})["shape"]
         if tuple(shape) != self.shape:
-            raise UsageError(
-                f"{self.where} holds {tensors}; it must hold the tensor `latents`, (N, {', '.join(map(str, self.shape))}) on the "
-                "transformer's scale for the student's size"
-            )
+            has = f"has {[count, *shape]}" if shape else "has no such tensor"
+            wanted = f"[N, {', '.join(map(str, self.shape))}]"
+            raise UsageError(f"{self.where} {has}; give the tensor `latents` {wanted}, on the transformer's scale for the student's size")
         captions = [_words(line) for line in text_lines(beside, f"{self.where}, ")] if beside else [""] * count
         if len(captions) != count:
             raise UsageError(f"{self.where} holds {count} latents, and {beside} has {len(captions)} lines; write one caption per line")
@@ -183,9 +181,10 @@ def _column(file: Path, group: int, column: str) -> Any:
 
 
 def _cell(file: Path, group: int, row: int, column: str) -> bytes:
-    """Bytes of a picture in a parquet file; b"" where the cell has none."""
+    """Bytes of a picture in a parquet file; b"" where the cell has no such tensor."""
     value = _column(file, group, column)[row].as_py()
-    return (value.get("bytes") if isinstance(value, dict) else value) or b""
+    data: bytes = (value.get("bytes") if isinstance(value, dict) else value) or b""
+    return data
 
 
 def _row(file: Path, row: int) -> Tensor:
