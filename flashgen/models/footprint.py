@@ -15,6 +15,7 @@ from flashgen.families.configs import configs_in
 from flashgen.pixels import Size
 
 Parts = dict[str, float]  # bytes by component
+KEPT_BY_VAE = 4  # tensors of the size of its first block that are alive at once in the VAE's encoder
 PROGRAM = 440 << 20  # python with torch, diffusers and transformers
 NOT_LINEAR = re.compile(r"(embedding|shared|embed_tokens|attention_bias)$")
 
@@ -108,6 +109,18 @@ class Footprint:
             activations = max(activations, rows * tokens * width * size * 6 + max(scores, rows * tokens * inner * size * 3))
             multiply_adds += prompts * tokens * sum(prod(shape) for shape in part.linears.values())
         return memory | {"activations": activations}, multiply_adds
+
+    def picture_encoding(self, size: Size) -> tuple[Parts, float]:
+        """Bytes and multiply-adds of the VAE's encoder for one picture, in fp32."""
+        halvings, multiply_adds, width = self.family.vae_factor(self.configs).bit_length() - 1, 0.0, 0
+        for name, (shape, _) in self.parts["vae"].entries.items():
+            if name.startswith("encoder.") and len(shape) == 4:
+                block = re.match(r"encoder\.down_blocks\.(\d+)\.(downsamplers)?", name)
+                level = int(block[1]) + bool(block[2]) if block else 0 if "conv_in" in name else halvings
+                multiply_adds += prod(shape) * prod(size) / 4**level
+                width = max(width, 0 if level else shape[0])
+        activations = 4.0 * KEPT_BY_VAE * width * prod(size)
+        return {"vae": 4.0 * self.parts["vae"].count, "activations": activations}, multiply_adds
 
     def conditioning_bytes(self) -> int:
         """Bytes of disk per prompt while a stage trains: bf16 where an encoder is large (`training.prompts`), else fp32."""

@@ -69,14 +69,14 @@ class Pipeline:
 def load_pipeline(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
-    weights: Literal["all", "training", "text", "transformer", "disk"] = "all",
+    weights: Literal["all", "training", "text", "transformer", "vae", "disk"] = "all",
     device: torch.device = CPU,
 ) -> Pipeline:
     """A pipeline on `device` in eval mode without gradient, the transformer in `dtype` and the rest in fp32.
 
     Large text encoders compute in bf16, the type that T5-XXL was trained in; they stay on disk (`models.networks.on_disk`) unless they fit
     into the free memory of an accelerator; with weights "training", which leaves this memory to a training, they stay there in any case.
-    With "text" or "transformer" all other networks are shapes without weights; with "disk" every network stays on disk, in fp32.
+    With "text", "transformer" or "vae" all other networks are shapes without weights; with "disk" every network stays on disk, in fp32.
     Safetensors only; nothing is fetched and no code of the artifact runs. Raises ArtifactError before anything large is read.
     """
     for library in (diffusers, transformers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -74,6 +75,11 @@ class OnPolicyTraining(Regression):
 class AdversarialTraining(Model):
     """Discriminator heads on the fake score's features; `node_adversarial` weighs their term."""
 
+    pictures: Path | None = Field(
+        None, description="real pictures: a folder, .tar, .parquet, or .safetensors of latents; null: the ends of trajectories"
+    )
+    picture_column: str = Field("image", min_length=1, description="column of a .parquet file with the bytes of pictures")
+    caption_column: str | None = Field("caption", description="column of captions in .parquet and metadata.jsonl; null: no captions there")
     blocks: list[int] = Field([], description="transformer blocks whose image tokens are judged; none: the middle one and the last")
     lr: float = Field(1e-4, gt=0)
     channels: int = Field(64, ge=4, multiple_of=4, description="of each head's convolution")
@@ -132,9 +138,15 @@ class MatchingTraining(Training):
         return {term: by_step(f"node_{term}", getattr(self, f"node_{term}"), steps) for term in terms}
 
     def needs_trajectories(self, steps: int) -> bool:
-        """Return True if a term needs cached trajectories: the adversary's real pictures, or trajectory guidance."""
+        """Return True if a term needs cached trajectories: trajectory guidance, or an adversary without real pictures."""
         weights = self.node_weights(steps)
-        return self.iterations > 0 and any(weights["adversarial"] + weights["trajectory"])
+        needed = weights["trajectory"] + (weights["adversarial"] if self.adversarial.pictures is None else [])
+        return self.iterations > 0 and any(needed)
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Return True if the adversarial term needs the real pictures of `adversarial.pictures`."""
+        return self.iterations > 0 and any(self.node_adversarial) and self.adversarial.pictures is not None
 
 
 class LoraTraining(Model):

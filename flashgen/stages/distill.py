@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,7 @@ from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.checkpoints import describe_student
+from flashgen.stages.pictures import SETTINGS, PictureSource, add_pictures, picture_source, real_pictures
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
 from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, matching_forwards
@@ -23,23 +25,32 @@ from flashgen.stages.trainings import (
     adapter_count,
     check_compiler,
     check_matching,
-    guided_forwards,
-    matching_state,
+    checkpoint_bytes,
     moment_bytes,
     plain_config,
-    regression_state,
     rows_together,
 )
-from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, prompt_needs, stage_pool, student_grid
+from flashgen.stages.trajectories import (
+    cached_sizes,
+    cached_steps,
+    guided_teacher,
+    on_policy_steps,
+    prompt_needs,
+    stage_pool,
+    student_grid,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from flashgen.models.pipeline import Pipeline
     from flashgen.training.cache import Replay, TrajectorySource
+    from flashgen.training.pictures import RealPictures
     from flashgen.training.prompts import PromptPool
 
-VALIDATION = {"trajectory": {"validate_every"}, "on_policy": {"validate_every"}}  # changes nothing in the student
+UNKEYED: dict[str, Any] = {  # `validate_every` changes nothing in the student; a digest stands for the pictures
+    "trajectory": {"validate_every"}, "on_policy": {"validate_every"}, "matching": {"adversarial": SETTINGS},
+}  # fmt: skip
 MEMORY_ADVICE = (
     "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
     "--set compute.activation_checkpointing=true, or lower compute.micro_batch and distill.size_px"
@@ -69,6 +80,11 @@ class Distill(Stage):
         """The teacher's sampler at the size of the training pictures."""
         return self.sampler.model_copy(update={"size_px": self.config.size_px or self.sampler.size_px})
 
+    @cached_property
+    def pictures(self) -> PictureSource | None:
+        """Real pictures for the adversarial term. Raises UsageError for pictures that cannot be used."""
+        return picture_source(self, self.config.matching, self.taught.size_px)
+
     def open_more(self) -> None:
         if self.config.start:
             self.inputs["start"] = open_artifact(self.config.start, ("student",))
@@ -90,6 +106,7 @@ class Distill(Stage):
         if config.size_px:
             check_size(self.family, configs_in(self.source.path), self.sampler, config.size_px, "distill.size_px=")
         check_matching(self, config.matching, config.batches)
+        self.pictures  # noqa: B018  one that cannot be used is an error now
         if config.compile and config.needs_trajectories:
             check_compiler("distill.compile=false")
 
@@ -111,7 +128,8 @@ class Distill(Stage):
     def settings(self) -> dict[str, Any]:
         choice = self.judge_key() if self.config.matching.validate_every else {}  # the best round depends on it
         precision = {"precision": self.recipe.compute.precision}
-        return self.config.model_dump(mode="json", exclude=VALIDATION) | precision | choice | self.prompts_key()
+        pictures = {"pictures": self.pictures.digest} if self.pictures else {}
+        return self.config.model_dump(mode="json", exclude=UNKEYED) | precision | choice | pictures | self.prompts_key()
 
     def plan(self) -> Plan:
         footprint, config = Footprint(self.source), self.config
@@ -120,7 +138,10 @@ class Distill(Stage):
         learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
         checkpointing, per_block = self.recipe.compute.activation_checkpointing, costs.kept_with_adapters if lora else costs.kept
         blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
-        states, on_policy, cached, prompts = self._trajectory_sizes()
+        states, on_policy, cached, prompts = cached_sizes(
+            config, self.taught.shift, self.inputs["start"].manifest.sampler if self.follows_start else None
+        )
+        prompts += [self.pictures.num_captions] if self.pictures else []
         train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
         tables = 0 if lora else footprint.tables  # each copy of the network has its own
         train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 4.0 * learned}  # one's at a time
@@ -136,33 +157,13 @@ class Distill(Stage):
         train |= encoders
         shared = stored + 2 * states * one.latent
         disk = shared + 2 * on_policy * one.latent + 2 * transformers * transformer.count
-        disk += learned * (self._checkpoint_bytes() + (2 if lora else 0))  # the LoRA file
+        disk += learned * (checkpoint_bytes(config, self.recipe.checkpoint.keep) + (2 if lora else 0))  # the LoRA file
         number = "bf16" if size == 2 else "fp32"
         work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
         plan = Plan({"embed": text, "train": train}, disk, forwards, work, {"train": MEMORY_ADVICE}, shared)
+        add_pictures(plan, footprint, self.pictures)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
-
-    def _checkpoint_bytes(self) -> int:
-        """Bytes of all checkpoints per learned weight; a checkpoint is written beside those that are kept."""
-        sizes = [regression_state(part) for part in (self.config.trajectory, self.config.on_policy) if part.iterations]
-        sizes += [matching_state(self.config.matching)] if self.config.matching.iterations else []
-        return self.recipe.checkpoint.keep * sum(sizes) + max(sizes, default=0)
-
-    def _trajectory_sizes(self) -> tuple[int, int, int, tuple[int, int]]:
-        """(states of trajectories, on-policy states, forward passes, (prompts of matching, of trajectories)) of what is cached."""
-        config, trajectory, on_policy = self.config, self.config.trajectory, self.config.on_policy
-        prompts = config.matching.prompts if config.matching.iterations else 0
-        if not config.needs_trajectories:
-            return 0, 0, 0, (prompts, 0)
-        followed = self.inputs["start"].manifest.sampler if self.follows_start else None
-        per_trajectory = followed.num_steps if followed else guided_forwards(trajectory, self.taught.shift)
-        states, on_policy_states = (config.steps + 1) * trajectory.prompts, 0
-        forwards = per_trajectory * trajectory.prompts
-        if on_policy.iterations:
-            forwards += (per_trajectory + config.steps) * on_policy.prompts
-            on_policy_states = 2 * config.steps * on_policy.prompts  # both ends of each step
-        return states, on_policy_states, forwards, (prompts, trajectory.prompts)
 
     def make(self, draft: Draft) -> Result:
         import torch
@@ -178,6 +179,7 @@ class Distill(Stage):
 
         config, source, work = self.config, self.source.path, draft.work
         text = load_pipeline(source, weights="text", device=self.device)  # alone: no transformer is in memory while prompts are encoded
+        pictures = real_pictures(self, self.pictures, config.matching, self.taught, text, draft.cache) if self.pictures else None
         pools = self._pools(text, draft.cache)
         del text
         pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, "training", self.device)
@@ -203,7 +205,7 @@ class Distill(Stage):
         del steps_of  # one more network where it is a student
         metrics = {}
         if config.matching.iterations:
-            metrics = self._match(draft, pools["matching"], (teacher, student, fake_score), nodes, shape, replay, validate)
+            metrics = self._match(draft, pools["matching"], (teacher, student, fake_score), nodes, shape, replay, pictures, validate)
         if isinstance(student, Role):
             save_tensors(draft.path / "transformer", source / "transformer", student.merged)
             save_lora(draft.path / "lora", student, self.family.lora_prefix, nodes, self.source.manifest.digest)
@@ -254,6 +256,7 @@ class Distill(Stage):
         nodes: list[float],
         shape: tuple[int, ...],
         replay: Replay | None,
+        pictures: RealPictures | None,
         validate: Any,
     ) -> dict[str, float]:
         """Distribution matching. Where validations choose, the weights of the last round are written to `last/` too."""
@@ -263,10 +266,8 @@ class Distill(Stage):
         from flashgen.training.shards import gathered_network
 
         teacher, student, fake_score = networks
-        task = Task(
-            "matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay,
-            micro_batch=self.recipe.compute.micro_batch, shift=self.taught.shift,
-        )  # fmt: skip
+        micro_batch, drop, shift = self.recipe.compute.micro_batch, self.config.encoder_drop, self.taught.shift
+        task = Task("matching", pool, nodes, shape, self.seed, drop, replay, micro_batch=micro_batch, shift=shift, pictures=pictures)
         matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 
         def keep_last() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.distillation import FinetuneRecipe, MatchingTraining
 from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.pictures import SETTINGS, PictureSource, add_pictures, picture_source, real_pictures
 from flashgen.stages.planning import Plan
 from flashgen.stages.tracking import FORWARD_AND_BACKWARD, matching_forwards
 from flashgen.stages.trainings import (
@@ -56,6 +58,11 @@ class Finetune(Stage):
         except ValueError as error:
             raise UsageError(f"finetune.matching: {error}") from error
 
+    @cached_property
+    def pictures(self) -> PictureSource | None:
+        """Real pictures for the adversarial term. Raises UsageError for pictures that cannot be used."""
+        return picture_source(self, self.config.matching, self.sampler.size_px)
+
     @property
     def chooses(self) -> bool:
         """Whether the merge ratio is chosen by score."""
@@ -68,6 +75,7 @@ class Finetune(Stage):
         config, sampler = self.config, self.sampler
         self.require_prompts()
         check_matching(self, config.matching, [config.matching.batch] if config.matching.iterations else [])
+        self.pictures  # noqa: B018  one that cannot be used is an error now
         if self.follows_teacher:
             check_nested(sampler.sigmas, shifted_grid(self.recipe.distill.trajectory.teacher_steps, sampler.shift))
             if self.recipe.distill.compile:
@@ -90,7 +98,10 @@ class Finetune(Stage):
             used = {"teacher_steps", "prompts", "guidance", "guidance_interval", "skip_layers"}
             trajectory = self.recipe.distill.trajectory.model_dump(include=used, exclude_none=True)
             borrowed |= {"trajectory": trajectory, "compile": self.recipe.distill.compile}
-        return self.config.model_dump(mode="json", exclude={"allow_worse"}) | borrowed | self.prompts_key()
+        if self.pictures:
+            borrowed |= {"pictures": self.pictures.digest}
+        unkeyed: dict[str, Any] = {"allow_worse": True, "matching": {"adversarial": SETTINGS}}
+        return self.config.model_dump(mode="json", exclude=unkeyed) | borrowed | self.prompts_key()
 
     def plan(self) -> Plan:
         footprint, config, matching = Footprint(self.source), self.config, self.config.matching
@@ -105,6 +116,8 @@ class Finetune(Stage):
             prompts.append(trajectory.prompts)
             forwards += guided_forwards(trajectory, self.sampler.shift) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
+        if self.pictures:
+            prompts.append(self.pictures.num_captions)
         train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
         tables = 0 if config.lora else footprint.tables
         train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 4.0 * learned}
@@ -121,6 +134,7 @@ class Finetune(Stage):
         disk += (2 * self.recipe.checkpoint.keep + 1) * matching_state(matching) * learned  # per branch, and one that is being written
         advice = {"train": "use --set finetune.lora.rank=64, or run it where more memory is free"}
         plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice, shared)
+        add_pictures(plan, footprint, self.pictures)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
 
@@ -169,6 +183,7 @@ class Finetune(Stage):
 
         config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
         networks, text = Networks.of(self), load_pipeline(self.source.path, weights="text", device=self.device)
+        pictures = real_pictures(self, self.pictures, config.matching, sampler, text, draft.cache) if self.pictures else None
         pool = stage_pool(self, config.matching.prompts, self.seed + 2, text, sampler, draft.cache)
         shape = latent_shape(pipe, sampler.size_px)
         high, low, teacher, fake_scores = self._branches(networks, pipe.transformer)
@@ -186,7 +201,7 @@ class Finetune(Stage):
             if train_nodes and matching.iterations:  # with two steps the low branch has no node and keeps its weights
                 task = Task(
                     name, pool, nodes, shape, self.seed + 10 + number, self.recipe.distill.encoder_drop, replay, train_nodes,
-                    lambda sigma: high if sigma > config.split else low, self.recipe.compute.micro_batch, sampler.shift,
+                    lambda sigma: high if sigma > config.split else low, self.recipe.compute.micro_batch, sampler.shift, pictures,
                 )  # fmt: skip
                 fake_score = fake_scores[number] if config.lora else networks.learning(self._teacher())
                 matcher = Matcher(task, Roles(branch, teacher, fake_score), matching, self.family)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,10 +12,10 @@ from typing import Any
 
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import PromptsRecipe, Recipe
+from flashgen.stages.rows import Row, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
 
 UNJUDGED_PICTURES = 8  # prompts that are drawn where no judge scores pictures
-HUB = "hf:"
-Row = Mapping[str, Any]
+HUB, OPTION = "hf:", "prompts_file="
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class OwnPrompts:
 
 def read_prompts(path: Path, option: str = "--prompt-file ") -> list[str]:
     """The prompts of a text file, one per line; empty lines are skipped. Raises UsageError when there is none."""
-    prompts = [line.strip() for line in _text(path, option) if line.strip()]
+    prompts = [line.strip() for line in text_lines(path, option) if line.strip()]
     if not prompts:
         raise UsageError(f"{option}{path} has no prompts; write one per line")
     return prompts
@@ -71,9 +69,7 @@ def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe) -> 
     """(prompt, weight) of the first `limit` rows with a prompt; rows come with their place, for messages."""
     pairs = []
     for place, row in islice(rows, how.limit or None):
-        for column, field in ((how.column, "column"), (how.weight, "weight")):
-            if column is not None and column not in row:
-                raise UsageError(f"{name}{place} has no column {column!r}; --set prompts.{field}=NAME, one of: {', '.join(map(str, row))}")
+        require_columns(row, {"prompts.column": how.column, "prompts.weight": how.weight}, f"{name}{place}")
         prompt, weight = row[how.column], 1.0 if how.weight is None else row[how.weight]
         if not isinstance(prompt, str | None):
             raise UsageError(f"{name}{place}: column {how.column!r} holds {type(prompt).__name__}, not text; name another, prompts.column=")
@@ -100,61 +96,13 @@ def _rows(source: Path, how: PromptsRecipe) -> Iterator[tuple[str, Row]]:
         return _hub(str(source).removeprefix(HUB), how)
     match source.suffix.lower():
         case ".jsonl":
-            return _jsonl(source)
+            return jsonl_rows(source, OPTION)
         case ".csv" | ".tsv" as suffix:
-            return _table(source, "," if suffix == ".csv" else "\t")
+            return table_rows(source, OPTION, "," if suffix == ".csv" else "\t")
         case ".parquet":
-            return _parquet(source, how)
+            return parquet_rows(source, OPTION, [name for name in (how.column, how.weight) if name is not None])
         case _:
-            return (("", {how.column: line}) for line in _text(source) if line.strip())
-
-
-def _text(path: Path, option: str = "prompts_file=") -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{option}{path} cannot be read as text ({error}); name a file in UTF-8") from error
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(_text(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"prompts_file={path}, line {number} is not JSON ({error}); write one object per line") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"prompts_file={path}, line {number} is no JSON object; write one per line, as in " + '{"prompt": "a cat"}')
-        yield f", line {number}", row
-
-
-def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(_text(path), delimiter=delimiter, strict=True, restval="")
-    try:
-        for row in reader:
-            row.pop(None, None)  # cells beyond the header
-            yield f", line {reader.line_num}", row
-    except csv.Error as error:
-        raise UsageError(
-            f"prompts_file={path} cannot be read behind line {reader.line_num} ({error}); double the quotes inside of cells"
-        ) from error
-
-
-def _parquet(path: Path, how: PromptsRecipe) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            present = set(file.schema_arrow.names)
-            wanted = [name for name in (how.column, how.weight) if name in present]
-            columns = wanted if len(wanted) == 1 + (how.weight is not None) else None  # all of them, for the message
-            for batch in file.iter_batches(columns=columns):
-                yield from (("", row) for row in batch.to_pylist())
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"prompts_file={path} cannot be read as parquet ({error}); write the file again") from error
+            return (("", {how.column: line}) for line in text_lines(source, OPTION) if line.strip())
 
 
 def _hub(name: str, how: PromptsRecipe) -> Iterator[tuple[str, Row]]:

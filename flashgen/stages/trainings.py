@@ -16,7 +16,7 @@ from flashgen.flow.grid import shifted_grid
 from flashgen.flow.guidance import total_forwards
 from flashgen.models.footprint import Tensors
 from flashgen.recipe.base import Training
-from flashgen.recipe.distillation import LoraTraining, MatchingTraining, SkipLayers, TrajectoryTraining
+from flashgen.recipe.distillation import DistillRecipe, LoraTraining, MatchingTraining, SkipLayers, TrajectoryTraining
 from flashgen.recipe.schema import ComputeRecipe
 from flashgen.runtime.accelerator import dtype_of
 from flashgen.runtime.processes import check_batch, world_size
@@ -91,6 +91,13 @@ def regression_state(training: Training) -> int:
 def matching_state(matching: MatchingTraining) -> int:
     """Bytes of matching's checkpoint per learned weight: student, fake score, EMA, moments of two."""
     return 12 + 2 * moment_bytes(matching) + (BEST_STATE if matching.validate_every else 0)
+
+
+def checkpoint_bytes(config: DistillRecipe, keep: int) -> int:
+    """Bytes of all checkpoints of `distill` per learned weight; a checkpoint is written beside the `keep` that stay."""
+    sizes = [regression_state(part) for part in (config.trajectory, config.on_policy) if part.iterations]
+    sizes += [matching_state(config.matching)] if config.matching.iterations else []
+    return keep * sum(sizes) + max(sizes, default=0)
 
 
 def rows_together(stage: Stage, *batches: int) -> int:

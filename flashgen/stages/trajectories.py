@@ -21,6 +21,7 @@ from flashgen.models.footprint import Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.base import Stage
+from flashgen.stages.trainings import guided_forwards
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,19 +48,42 @@ def guided_teacher(teacher: nn.Module, shift: float, recipe: Recipe) -> Trajecto
     return TrajectorySource(teacher, shifted_grid(config.teacher_steps, shift), guidance_of(config, shift), order=2)
 
 
+def cached_sizes(config: DistillRecipe, shift: float, followed: Sampler | None) -> tuple[int, int, int, list[int]]:
+    """(states of trajectories, on-policy states, forward passes, [prompts of matching, of trajectories]) of what is cached.
+
+    `followed` is the sampler of the student whose steps are learned; None: the guided teacher's are, on a grid with `shift`.
+    """
+    trajectory, on_policy = config.trajectory, config.on_policy
+    prompts = config.matching.prompts if config.matching.iterations else 0
+    if not config.needs_trajectories:
+        return 0, 0, 0, [prompts, 0]
+    per_trajectory = followed.num_steps if followed else guided_forwards(trajectory, shift)
+    states, on_policy_states = (config.steps + 1) * trajectory.prompts, 0
+    forwards = per_trajectory * trajectory.prompts
+    if on_policy.iterations:
+        forwards += (per_trajectory + config.steps) * on_policy.prompts
+        on_policy_states = 2 * config.steps * on_policy.prompts  # both ends of each step
+    return states, on_policy_states, forwards, [prompts, trajectory.prompts]
+
+
 def stage_pool(stage: Stage, count: int, seed: int, pipe: Pipeline, sampler: Sampler, cache: Path) -> PromptPool:
     """`count` training prompts of the stage, encoded by `pipe`, which is of its first input; embeddings are kept in `cache`.
 
     Where they would take more than `prompts.cache_gib`, `pipe` encodes prompts as they are drawn.
     """
+    return text_pool(stage, stage.training_prompts(count, seed), count, pipe, sampler, cache)
+
+
+def text_pool(stage: Stage, texts: list[str], count: int, pipe: Pipeline, sampler: Sampler, cache: Path) -> PromptPool:
+    """Like `stage_pool`, of `texts`, whose number of different ones is at most `count`."""
     from flashgen.training.prompts import drawn_pool, prompt_pool
 
     family, how = stage.family, [stage.family.name, sampler.encoder, sampler.tokens]
     encoders = [*family.text_encoders, *(encoder.tokenizer for encoder in family.text_encoders.values())]
-    name, prompts = _name("prompts", stage.source, encoders, how), stage.training_prompts(count, seed)
+    name = cache_name("prompts", stage.source, encoders, how)
     if not stored_prompts(stage, Footprint(stage.source), count):
-        return drawn_pool(prompts, pipe, sampler, name, pipe.device)
-    return prompt_pool(prompts, pipe, sampler, cache / name, pipe.device)
+        return drawn_pool(texts, pipe, sampler, name, pipe.device)
+    return prompt_pool(texts, pipe, sampler, cache / name, pipe.device)
 
 
 def stored_prompts(stage: Stage, footprint: Footprint, *counts: int) -> int:
@@ -90,7 +114,7 @@ def cached_steps(
     guidance, plain = steps_of.guidance, Guidance(steps_of.guidance.scale)
     how = [steps_of.sigmas, guidance.scale, steps_of.order, nodes, shape, stage.seed, pool.key, config.encoder_drop, number, config.compile]
     how += [asdict(guidance)] if guidance != plain else []  # caches from before there was more guidance stay valid
-    return _steps(stage, pool, steps_of, nodes, shape, cache / _name("trajectories", followed, ["transformer"], how))
+    return _steps(stage, pool, steps_of, nodes, shape, cache / cache_name("trajectories", followed, ["transformer"], how))
 
 
 def on_policy_steps(
@@ -105,7 +129,7 @@ def own_steps(stage: Stage, student: nn.Module, pool: PromptPool, shape: tuple[i
     from flashgen.training.recovery import own_trajectories
 
     nodes, number = stage.sampler.sigmas, stage.recipe.compute.precision  # of the weights
-    folder = cache / _name("trajectories", stage.source, ["transformer"], [nodes, shape, stage.seed, pool.key, number])
+    folder = cache / cache_name("trajectories", stage.source, ["transformer"], [nodes, shape, stage.seed, pool.key, number])
     return own_trajectories(student, pool, nodes, shape, stage.seed, folder, stage.recipe.compute.micro_batch)
 
 
@@ -134,7 +158,7 @@ def _steps(
     return cache_trajectories(steps_of, pool, nodes, shape, stage.seed, folder, student=student, micro_batch=micro_batch)
 
 
-def _name(what: str, artifact: Artifact, parts: Iterable[str], how: list[Any]) -> str:
+def cache_name(what: str, artifact: Artifact, parts: Iterable[str], how: list[Any]) -> str:
     """Name of a folder of the cache: a digest over the files of `artifact` in `parts`, the settings `how`, and flashgen's release."""
     files = sorted([file.path, file.sha256] for file in artifact.manifest.files if file.path.split("/")[0] in set(parts))
     return f"{what}-{hash_json([files, how, __version__.split('.')[:2]])[:16]}"

@@ -135,8 +135,9 @@ def cache_trajectories(
     check_nested(nodes, source.sigmas)
     stream, steps = (ON_POLICY_STREAM if student else CACHE_STREAM), len(nodes) - 1
 
-    def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
-        noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, stream, first)))
+    def compute(part: slice) -> list[list[Tensor]]:
+        cond = pool[part]
+        noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, stream, part.start)))
 
         def of(rows: slice) -> list[list[Tensor]]:
             x, own = noise[rows], cond[rows]
@@ -147,9 +148,10 @@ def cache_trajectories(
         return joined([of(rows) for rows in slices(len(cond), micro_batch or len(cond))])
 
     if student is None:
-        (states,), mappings = write_states(folder, {"states.bin": steps + 1}, pool, shape, SHARD, compute, "trajectories")
+        (states,), mappings = write_states(folder, {"states.bin": steps + 1}, len(pool), shape, SHARD, compute, "trajectories")
         return Replay.from_states(states, pool, *mappings)
-    (starts, ends), mappings = write_states(folder, {"starts.bin": steps, "ends.bin": steps}, pool, shape, SHARD, compute, "on_policy")
+    files = {"starts.bin": steps, "ends.bin": steps}
+    (starts, ends), mappings = write_states(folder, files, len(pool), shape, SHARD, compute, "on_policy")
     return Replay(starts, ends, pool, mappings)
 
 
@@ -161,26 +163,26 @@ def joined(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
 def write_states(
     folder: Path,
     files: Mapping[str, int],
-    pool: PromptPool,
+    count: int,
     shape: tuple[int, ...],
     rows: int,
-    compute: Callable[[int, Conditioning], list[list[Tensor]]],
+    compute: Callable[[slice], list[list[Tensor]]],
     label: str,
 ) -> tuple[list[Tensor], tuple[mmap.mmap, ...]]:
-    """(mapped fp16 states [N, count, *shape] per file, their mappings); `files` gives the name and the count of each.
+    """(mapped fp16 states [count, length, *shape] per file, their mappings); `files` gives the name and the length of each.
 
-    `compute(first row, conditioning)` returns a list of states [B, *shape] per file for at most `rows` prompts. Parts that `folder` has are
-    not computed again; the processes share out the others.
+    `compute(slice of at most `rows` rows)` returns a list of states [B, *shape] per file. Parts that `folder` has are not computed again;
+    the processes share out the others.
     """
-    first_rows = range(0, len(pool), rows)
+    first_rows = range(0, count, rows)
     missing = from_first(lambda: _missing_parts(folder, list(files), first_rows))
     if len(missing) < len(first_rows):
         say(f"{label}: {len(first_rows) - len(missing)} of {len(first_rows)} parts are reused from {folder}")
-    mapped = [map_tensor(folder / name, torch.float16, (len(pool), count, *shape)) for name, count in files.items()]
+    mapped = [map_tensor(folder / name, torch.float16, (count, length, *shape)) for name, length in files.items()]
     tensors, mappings = [tensor for tensor, _ in mapped], tuple(memory for _, memory in mapped)
-    of_this_rank = _own_parts(missing, len(pool), rows)
+    of_this_rank = _own_parts(missing, count, rows)
     for first in track(of_this_rank, label, total=len(of_this_rank)):
-        for into, states in zip(tensors, compute(first, pool[slice(first, first + rows)]), strict=True):
+        for into, states in zip(tensors, compute(slice(first, min(first + rows, count))), strict=True):
             into[first : first + rows] = torch.stack(states, 1).half().cpu()
         mark_written(folder / f"{first:06d}.done", "", *mappings)
     wait_for_all()

@@ -30,6 +30,7 @@ from flashgen.training.checkpoint import Stateful
 from flashgen.training.ema import BestWeights, Ema
 from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
+from flashgen.training.pictures import RealPictures
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws, mean_metrics
 from flashgen.training.roles import offloads, unwrap
@@ -45,9 +46,9 @@ MATCHING_STREAM = 12
 class Task:
     """What a matching training runs on: prompts, the student's `nodes`, the shape of latents, and which nodes it trains (default all).
 
-    `net_at(sigma)` is the network that rolls out at a node (default: the student). `replay` is needed by the adversarial and the
-    trajectory term. At most `micro_batch` samples pass together (0: all of a process), and their gradients add up. `shift` is that of the
-    teacher's grid, which `skip_layers` needs.
+    `net_at(sigma)` is the network that rolls out at a node (default: the student). The trajectory term needs `replay`, the
+    adversarial term `pictures` or else `replay`. At most `micro_batch` samples pass together (0: all of a process), and their gradients
+    add up. `shift` is that of the teacher's grid, which `skip_layers` needs.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     net_at: Callable[[float], nn.Module] | None = None
     micro_batch: int = 0
     shift: float = 1.0
+    pictures: RealPictures | None = None
 
     @property
     def device(self) -> torch.device:
@@ -109,13 +111,14 @@ class Matcher:
         adversarial, trajectory = (self.weights[term] for term in ("adversarial", "trajectory"))
         self.adversarial: AdversarialTerm | None = None
         self.trajectory: TrajectoryTerm | None = None
-        if not (adversarial[self.choices].any() or trajectory[self.choices].any()):
-            return
-        if task.replay is None:
-            raise ValueError("node_adversarial and node_trajectory take cached trajectories, and there are none")
         if adversarial[self.choices].any():
-            self.adversarial = AdversarialTerm(config, adversarial, self.fake_score, task.replay, family, task.seed)
+            real = task.pictures or task.replay
+            if real is None:
+                raise ValueError("node_adversarial takes real pictures or cached trajectories, and there are none")
+            self.adversarial = AdversarialTerm(config, adversarial, self.fake_score, real, family, task.seed)
         if trajectory[self.choices].any():
+            if task.replay is None:
+                raise ValueError("node_trajectory takes cached trajectories, and there are none")
             self.trajectory = TrajectoryTerm(trajectory[self.choices], self.choices, self.sigmas, task.replay)
 
     def state(self) -> dict[str, Stateful]:

@@ -41,12 +41,13 @@ def own_trajectories(
     At most `micro_batch` prompts pass together (0: all of a part).
     """
 
-    def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
-        noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, first)))
+    def compute(part: slice) -> list[list[Tensor]]:
+        cond = pool[part]
+        noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, part.start)))
         parts = slices(len(cond), micro_batch or len(cond))
         return joined([[roll_out(lambda _: student, noise[rows], cond[rows], nodes).states] for rows in parts])
 
-    (states,), mappings = write_states(folder, {"states.bin": len(nodes)}, pool, shape, ROLLOUT_BATCH, compute, "own trajectories")
+    (states,), mappings = write_states(folder, {"states.bin": len(nodes)}, len(pool), shape, ROLLOUT_BATCH, compute, "own trajectories")
     return Replay.from_states(states, pool, *mappings)
 
 

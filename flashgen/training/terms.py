@@ -26,6 +26,7 @@ from flashgen.training.cache import Replay
 from flashgen.training.discriminator import Heads, block_features
 from flashgen.training.loop import descend
 from flashgen.training.optimizers import adam
+from flashgen.training.pictures import RealPictures
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws, mean_metrics
 from flashgen.training.roles import unwrap
@@ -131,15 +132,17 @@ class MatchingTerm:
 class AdversarialTerm:
     """Discriminator heads on the fake score's features, their optimizer, and the direction in which the student fools them.
 
-    `weights` are those of the nodes; real pictures are the ends of the trajectories in `replay`.
+    `weights` are those of the nodes; `real` are real pictures, or the ends of the trajectories of a replay.
     """
 
-    def __init__(self, config: MatchingTraining, weights: Tensor, fake_score: nn.Module, replay: Replay, family: Family, seed: int) -> None:
-        self.config, self.weights, self.fake_score, self.replay = config, weights, fake_score, replay
+    def __init__(
+        self, config: MatchingTraining, weights: Tensor, fake_score: nn.Module, real: Replay | RealPictures, family: Family, seed: int
+    ) -> None:
+        self.config, self.weights, self.fake_score, self.real = config, weights, fake_score, real
         num_blocks = len(family.blocks(unwrap(fake_score)))
         blocks = config.adversarial.blocks or [num_blocks // 2 - 1, num_blocks - 1]
         with seeded(seed):
-            self.heads = Heads(blocks, family.width(unwrap(fake_score)), config.adversarial.channels).to(replay.pool.device)
+            self.heads = Heads(blocks, family.width(unwrap(fake_score)), config.adversarial.channels).to(real.pool.device)
         self.optimizer = adam(list(self.heads.parameters()), config.adversarial.lr, config.betas)
 
     def direction(self, c: Comparison, other: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -167,7 +170,7 @@ class AdversarialTerm:
 
     def fit(self, comparisons: Sequence[Comparison], draws: Draws, where: str) -> dict[str, Tensor]:
         """One step of the heads on the micro-batches of a round. Fakes are `x_eval`; real pictures are noised to the same levels."""
-        pictures, noise = draws.randint(len(self.replay.pool)), draws.randn(*comparisons[0].x0.shape[1:])
+        pictures, noise = draws.randint(len(self.real.pool)), draws.randn(*comparisons[0].x0.shape[1:])
         metrics: list[dict[str, Tensor]] = []
 
         def losses() -> Iterator[Tensor]:
@@ -175,7 +178,7 @@ class AdversarialTerm:
                 is_weighted = self.weights[comparison.node] > 0
                 c = comparison[weighted_rows(is_weighted)]
                 rows = pictures[c.rows]  # of trajectories only: on-policy steps end near the student
-                picture, cond = self.replay.pictures(rows), self.replay.pool[rows]
+                picture, cond = self.real.pictures(rows), self.real.pool[rows]
                 real = add_noise(picture, noise[c.rows], c.sigma_eval)
                 logit_real, logit_fake = (self._logits(x, c.sigma_eval, cond) for x, cond in ((real, cond), (c.x_eval, c.cond)))
                 loss = discriminator_loss(logit_real, logit_fake)

@@ -28,6 +28,7 @@ from flashgen.training import loop, matching, terms
 from flashgen.training.cache import Replay
 from flashgen.training.discriminator import Heads, block_features
 from flashgen.training.matching import Matcher, Roles, Task, align, train_matching
+from flashgen.training.pictures import RealPictures
 from flashgen.training.prompts import PromptPool
 from flashgen.training.ranks import Draws
 from flashgen.training.rollout import roll_out
@@ -313,7 +314,7 @@ def test_a_finished_matcher_frees_its_networks_at_once(transformer: Build, pool:
 
 def test_a_term_that_needs_trajectories_says_so(transformer: Build, pool: PromptPool) -> None:
     config = CONFIG.model_copy(update={"node_trajectory": [1.0, 0.0, 0.0, 0.0]})
-    with pytest.raises(ValueError, match="take cached trajectories"):
+    with pytest.raises(ValueError, match="node_trajectory takes cached trajectories"):
         Matcher(task(pool), Roles(trainable(transformer(0)), transformer(0)), config, pool.family)
 
 
@@ -419,6 +420,20 @@ def test_the_adversarial_direction_is_the_gradient_of_the_generators_loss(transf
     assert slope == pytest.approx(2 * float((gradient * step).mean()), rel=0.05) and slope > 0
 
 
+def test_heads_learn_real_pictures_where_they_are_given(transformer: Build, pool: PromptPool) -> None:
+    """Real pictures take the place of the ends of trajectories, of which there are none, each with its own prompt."""
+    latents = torch.randn(9, *SHAPE, generator=generator(0)).half() + 3
+    real = RealPictures(latents, torch.tensor([8, 2, 5]), pool.first(3))
+    config = MatchingTraining.model_validate(
+        CONFIG.model_dump() | {"node_adversarial": [1], "adversarial": {"lr": 1e-2, "refresh": 0.0}, "batch": 8, "lr": 1e-12}
+    )
+    networks = Roles(trainable(transformer(0)), transformer(1), trainable(transformer(2)))
+    m = Matcher(task(pool, encoder_drop=0.0, pictures=real), networks, config, pool.family)
+    assert adversarial(m).real is real and torch.equal(real.pictures(torch.tensor([2, 0])), latents[[5, 8]].float())
+    margins = [row["logit_real"] - row["logit_fake"] for row in map(m.update, range(20))]
+    assert margins[-1] > margins[0] + 0.5 and margins[-1] > 0.5
+
+
 def test_a_student_of_the_adversary_alone_fools_the_heads(transformer: Build, pool: PromptPool) -> None:
     """The same draws again and again, so that its own steps are all that changes."""
     off = {"node_matching": [0], "node_augmentation": [0], "node_adversarial": [0, 0, 1, 0]}
@@ -431,7 +446,9 @@ def test_heads_learn_to_tell_real_from_fake(transformer: Build, pool: PromptPool
     m = matcher_of(
         transformer, pool, node_adversarial=[1], adversarial={"lr": 1e-2, "refresh": 0.0}, lr=1e-12, fake_score_lr=1e-12, batch=8
     )
-    adversarial(m).replay.ends.add_(3)
+    real = adversarial(m).real
+    assert isinstance(real, Replay)
+    real.ends.add_(3)
     margins = [row["logit_real"] - row["logit_fake"] for row in map(m.update, range(20))]
     assert margins[-1] > margins[0] + 0.5 and margins[-1] > 0.5
 

@@ -1,0 +1,81 @@
+"""Rows of text, .jsonl, .csv, .tsv and .parquet files, with messages for what cannot be read.
+
+`option` precedes the file in messages, as in `prompts_file=`. Rows come with their place, for messages, too.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flashgen.errors import UsageError
+
+Row = Mapping[str, Any]
+
+
+def text_lines(path: Path, option: str) -> Iterator[str]:
+    """Lines of a text file in UTF-8, with their ends. Raises UsageError for what cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option}{path} cannot be read as text ({error}); name a file in UTF-8") from error
+
+
+def jsonl_rows(path: Path, option: str) -> Iterator[tuple[str, Row]]:
+    """(place, row) of every line that is not empty. Raises UsageError for a line that is no JSON object."""
+    for number, line in enumerate(text_lines(path, option), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{option}{path}, line {number} is not JSON ({error}); write one object per line") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{option}{path}, line {number} is no JSON object; write one per line, as in " + '{"prompt": "a cat"}')
+        yield f", line {number}", row
+
+
+def table_rows(path: Path, option: str, delimiter: str) -> Iterator[tuple[str, Row]]:
+    """(place, row) of every line of a table whose first line names the columns. Raises UsageError for broken quotes."""
+    reader = csv.DictReader(text_lines(path, option), delimiter=delimiter, strict=True, restval="")
+    try:
+        for row in reader:
+            row.pop(None, None)  # cells beyond the header
+            yield f", line {reader.line_num}", row
+    except csv.Error as error:
+        raise UsageError(
+            f"{option}{path} cannot be read behind line {reader.line_num} ({error}); double the quotes inside of cells"
+        ) from error
+
+
+@contextmanager
+def open_parquet(path: Path, option: str) -> Iterator[Any]:
+    """`path` as pyarrow's ParquetFile. Raises UsageError for what cannot be read inside, and ImportError without pyarrow."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"{option}{path} cannot be read as parquet ({error}); write the file again") from error
+
+
+def parquet_rows(path: Path, option: str, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """(place, row) of every row; of `columns` alone where the file has all of them."""
+    with open_parquet(path, option) as file:
+        wanted = list(columns) if set(columns) <= set(file.schema_arrow.names) else None  # all of them, for the message
+        for batch in file.iter_batches(columns=wanted):
+            yield from (("", row) for row in batch.to_pylist())
+
+
+def require_columns(columns: Iterable[str], wanted: Mapping[str, str | None], where: str) -> None:
+    """Raises UsageError unless every column in `wanted`, whose keys are the settings that name them, is one of `columns`."""
+    for setting, column in wanted.items():
+        if column is not None and column not in columns:
+            raise UsageError(f"{where} has no column {column!r}; --set {setting}=NAME, one of: {', '.join(map(str, columns))}")
