@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -60,7 +61,7 @@ def main(folder: Path) -> None:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-    state = {**roles, "ema": Ema(roles["student"], 0.99), **optimizers}
+    state: dict[str, Any] = {**roles, "ema": Ema(roles["student"], 0.99), **optimizers}
     count, alone = products(ALONE_S)
     saved, rows = Checkpoint(folder, state, recipe.checkpoint), []
     for step in (1, 2, 3):

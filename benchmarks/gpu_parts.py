@@ -28,7 +28,8 @@ from flashgen.recipe.schema import ComputeRecipe, Recipe
 from flashgen.runtime.accelerator import drawing_dtype, dtype_of, total_device_bytes
 from flashgen.runtime.timing import Laps
 from flashgen.stages.distill import Distill
-from flashgen.stages.trainings import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, Networks
+from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING
+from flashgen.stages.trainings import Networks
 from flashgen.stages.trajectories import student_grid
 from flashgen.training.cache import Replay
 from flashgen.training.matching import Matcher, Roles, Task
@@ -105,13 +106,11 @@ def passes(bench: Bench) -> Iterator[Row]:
     sizes, device = bench.sizes, bench.device
     compute = ComputeRecipe.model_validate({"precision": sizes.precision, "activation_checkpointing": True})
     dtype, pool, shape = dtype_of(compute.precision, device), bench.pool(), bench.shape(sizes.sizes_px[0])
-    networks, lora = Networks(device, dtype, compute), LoraTraining(rank=sizes.rank)
+    networks, lora = Networks(device, dtype, compute, bench.family), LoraTraining(rank=sizes.rank)
     one = Footprint(bench.teacher()).forward(Size(sizes.sizes_px[0], sizes.sizes_px[0]))
     kinds: dict[str, Callable[[], nn.Module]] = {
         "frozen": lambda: networks.frozen(bench.transformer(dtype)),
-        f"adapters of rank {sizes.rank} on it": lambda: networks.roles(
-            bench.transformer(dtype), lora, "student", "fake_score", seed=0, targets=bench.family.lora_targets
-        )[1],
+        f"adapters of rank {sizes.rank} on it": lambda: networks.roles(bench.transformer(dtype), lora, "student", "fake_score", seed=0)[1],
         "all weights learn, in fp32": lambda: networks.learning(bench.transformer(torch.float32)),
     }
     for kind, make in kinds.items():
@@ -125,7 +124,7 @@ def passes(bench: Bench) -> Iterator[Row]:
                 with torch.set_grad_enabled(backward):
                     v = velocity(network, x, sigma, cond)
                 if backward:
-                    v.square().mean().backward()
+                    v.square().mean().backward()  # type: ignore[no-untyped-call]  # torch's
                     network.zero_grad(set_to_none=True)
 
             row: Row = {"network": kind, "tokens": one.tokens, "batch": batch, "pass": "F + B" if backward else "F"}

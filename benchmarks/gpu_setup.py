@@ -146,7 +146,7 @@ class Bench:
         found = []
         for index in range(warmup + repeats):
             if self.device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
                 start.record()
                 run(index)
                 end.record()

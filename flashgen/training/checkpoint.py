@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
@@ -125,7 +125,7 @@ class Checkpoint:
             temporary.mkdir(parents=True, exist_ok=True)  # another process may have been faster
         _quiet()
         writer = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)  # syncs its files
-        dcp.save(tensors, storage_writer=writer, process_group=_group(), no_dist=world_size() == 1)
+        state_dict_saver.save(tensors, storage_writer=writer, process_group=_group(), no_dist=world_size() == 1)
         if rank() == 0:  # all processes have written
             (temporary / STATE).write_text(json.dumps(state))
             fsync(temporary / STATE)
@@ -165,7 +165,7 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     _quiet()
     reader = HuggingFaceStorageReader(str(checkpoint))
     try:
-        dcp.load(dict(tensors), storage_reader=reader, process_group=_group(), no_dist=world_size() == 1)
+        state_dict_loader.load(dict(tensors), storage_reader=reader, process_group=_group(), no_dist=world_size() == 1)
     except CheckpointException as error:
         raise _damaged(checkpoint, error) from error
 

@@ -37,7 +37,7 @@ class Backbone:
             for role in roles:
                 with seeded(seed):  # equal A for all: then averages of A and of B, as `align` takes them, are averages of B A
                     transformer.add_adapter(config, adapter_name=role)  # type: ignore[operator]
-        self.layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
+        self.layers: list[Any] = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self.layers:  # autocast casts inputs itself; peft would first cast them to the adapters' float32
             layer.cast_input_dtype_enabled = getattr(transformer, "compute_dtype", None) is None
         for name, parameter in transformer.named_parameters():

@@ -131,7 +131,7 @@ def test_a_picture_is_turned_upright_cropped_in_the_centre_and_resized() -> None
     Image.fromarray(wide[::-1]).save(stream, "PNG", exif=turned)
     pixels = decode(stream.getvalue(), Size(10, 10))
     assert pixels.shape == (10, 10, 3)
-    assert np.abs(pixels[:4] - np.float64((200, 0, 0))).max() < 15 and np.abs(pixels[6:] - np.float64((0, 0, 200))).max() < 15
+    assert np.abs(pixels[:4] - np.array((200.0, 0, 0))).max() < 15 and np.abs(pixels[6:] - np.array((0, 0, 200.0))).max() < 15
     assert decode(stream.getvalue(), Size(8, 24)).shape == (8, 24, 3)
 
 

@@ -80,6 +80,6 @@ def test_trajectories_are_cached_under_the_name_of_before_unless_guidance_has_mo
 
     recipe = load("shapes-demo", []).distill
     before = [[1.0, 0.9, 0.75, 0.5, 0.0], 4.5, 2, [1.0, 0.0], (16, 4, 4), 5, "prompts", recipe.encoder_drop, "float32", recipe.compile]
-    assert folder() == tmp_path / trajectories._name("trajectories", tiny_teacher, ["transformer"], before)
+    assert folder() == tmp_path / trajectories.cache_name("trajectories", tiny_teacher, ["transformer"], before)
     more = ("skip_layers={blocks: [1]}", "skip_layers={blocks: [0]}", "guidance_interval=[0.1, 0.9]")
     assert len({folder(), *(folder(f"distill.trajectory.{setting}") for setting in more)}) == 4

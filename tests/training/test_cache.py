@@ -125,7 +125,7 @@ def test_an_earlier_student_is_followed_by_its_own_euler_steps(
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_micro_batches_change_nothing_but_the_rows_of_a_pass(on_policy: bool, transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     net, nodes, rows = transformer(0), shifted_grid(2, 3.0), list[int]()
-    source, student = TrajectorySource(net, shifted_grid(4, 3.0), 2.0, order=2), transformer(1) if on_policy else None
+    source, student = TrajectorySource(net, shifted_grid(4, 3.0), Guidance(2.0), order=2), transformer(1) if on_policy else None
     whole = cache_trajectories(source, pool, nodes, SHAPE, 0, tmp_path / "whole", student=student)
     net.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True)
     parts = cache_trajectories(source, pool, nodes, SHAPE, 0, tmp_path / "parts", student=student, micro_batch=3)

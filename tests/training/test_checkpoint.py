@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_saver
 
 from flashgen.artifact.files import fsync
 from flashgen.errors import ArtifactError
@@ -85,8 +86,8 @@ def test_checkpoints_are_as_far_apart_as_the_recipe_says_and_their_cost_demands(
 
 
 def test_nothing_is_saved_while_the_last_checkpoint_is_still_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, real = threading.Event(), checkpoint.dcp.save
-    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **o: (go_on.wait(60), real(*a, **o)))
+    go_on, real = threading.Event(), state_dict_saver.save
+    monkeypatch.setattr(state_dict_saver, "save", lambda *a, **o: (go_on.wait(60), real(*a, **o)))
     saved = Checkpoint(tmp_path / "a", {}, CheckpointRecipe(every_s=1e-9, share=1))
     assert saved.due()
     saved.save(1, [])
@@ -115,7 +116,7 @@ def trained(*, steps: int, fused: bool = False) -> dict[str, Any]:
     network = nn.Sequential(first, norm, convolution, unused)
     optimizers: dict[str, torch.optim.Optimizer] = {"muon": Muon([first.weight], lr=0.1)}
     optimizers["adamw"] = torch.optim.AdamW([first.bias, convolution.weight], lr=0.1, fused=fused)
-    optimizers["adam"] = AdamWithoutMomentum([norm.weight, unused.weight], 0.1, 0.99)
+    optimizers["adam"] = AdamWithoutMomentum([p for p in (norm.weight, unused.weight) if isinstance(p, nn.Parameter)], 0.1, 0.99)
     optimizers["sgd"] = torch.optim.SGD([p for p in (convolution.bias,) if p is not None], lr=0.1, momentum=0.9)
     ema = Ema(network, 0.5)
     best = BestWeights(ema)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_saver
 
 from flashgen.artifact.store import open_artifact
 from flashgen.errors import MachineError, NumericsError
@@ -118,13 +118,13 @@ def test_fit_averages_metrics_over_the_rows_window(tmp_path: Path) -> None:
 def test_the_training_goes_on_while_a_checkpoint_is_written_and_another_one_waits_for_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, real = threading.Event(), dcp.save
+    go_on, real = threading.Event(), state_dict_saver.save
 
     def slow(*arguments: Any, **options: Any) -> None:
         assert go_on.wait(60)
         real(*arguments, **options)
 
-    monkeypatch.setattr(dcp, "save", slow)
+    monkeypatch.setattr(state_dict_saver, "save", slow)
     run, step = Regression(), Regression.step
 
     def stepped(self: Regression, number: int) -> dict[str, Metric]:
@@ -144,7 +144,7 @@ def test_the_training_goes_on_while_a_checkpoint_is_written_and_another_one_wait
 def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = dcp.save, list[int]()
+    real, calls = state_dict_saver.save, list[int]()
 
     def full(*arguments: Any, **options: Any) -> None:
         calls.append(1)
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_leaves_the_o
             raise OSError(28, "No space left on device")
         real(*arguments, **options)
 
-    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(state_dict_saver, "save", full)
     with pytest.raises(MachineError, match=r"phase could not be written \(.*No space left on device\); the one before is whole"):
         Regression().fit(tmp_path)
     assert len(checkpoints(tmp_path / "checkpoints" / "phase")) == 1
