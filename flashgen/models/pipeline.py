@@ -16,6 +16,7 @@ from torch import nn
 
 from flashgen.errors import ArtifactError
 from flashgen.families.base import Family
+from flashgen.models.footprint import ALONE, BESIDE
 from flashgen.models.networks import check_networks, has_nf4, is_large, on_disk, with_nf4
 from flashgen.runtime.accelerator import free_bytes
 
@@ -69,15 +70,15 @@ class Pipeline:
 def load_pipeline(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
-    weights: Literal["all", "text", "transformer", "disk"] = "all",
+    weights: Literal["all", "training", "text", "transformer", "disk"] = "all",
     device: torch.device = CPU,
 ) -> Pipeline:
     """A pipeline on `device` in eval mode without gradient, the transformer in `dtype` and the rest in fp32.
 
     Large text encoders compute in bf16, the type that T5-XXL was trained in; they stay on disk (`models.networks.on_disk`) unless they fit
-    into the free memory of an accelerator. With weights "text" or "transformer" all other networks are shapes without weights; with "disk"
-    every network stays on disk, in fp32. Safetensors only; nothing is fetched and no code of the artifact runs. Raises ArtifactError before
-    anything large is read.
+    into the free memory of an accelerator; with weights "training" they always stay there. With weights "text" or "transformer" all other
+    networks are shapes without weights; with "disk" every network stays on disk, in fp32. Safetensors only; nothing is fetched and no code
+    of the artifact runs. Raises ArtifactError before anything large is read.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # one bar per component, gone at once
@@ -105,10 +106,10 @@ def _network(
     if weights == "disk":
         return on_disk(folder, empty, torch.float32, device)
     kind = "transformer" if name == "transformer" else "text" if name in family.text_encoders else "vae"
-    if weights not in ("all", kind):
+    if weights not in ("all", "training", kind):
         return empty
     large = kind == "text" and is_large(folder)
-    if large and not _fits(empty, device, others=weights == "all"):
+    if large and (weights == "training" or not _fits(empty, device, BESIDE if weights == "all" else ALONE)):
         return on_disk(folder, empty, torch.bfloat16, device)
     wanted = torch.bfloat16 if large else dtype if name == "transformer" else torch.float32
     if name == "transformer" and has_nf4(folder):  # diffusers would need bitsandbytes and a GPU
@@ -120,10 +121,10 @@ def _network(
     return network.to(device)
 
 
-def _fits(encoder: nn.Module, device: torch.device, others: bool) -> bool:
-    """Whether an accelerator holds a text encoder in bf16; beside `others` it may take half of what is free."""
+def _fits(encoder: nn.Module, device: torch.device, share: float) -> bool:
+    """Return True if an accelerator holds a text encoder in bf16 in `share` of what is free."""
     free = free_bytes(device)
-    return free is not None and 2 * sum(p.numel() for p in encoder.parameters()) < free * (0.5 if others else 0.8)
+    return free is not None and 2 * sum(p.numel() for p in encoder.parameters()) < free * share
 
 
 def _tokenizer(folder: Path, class_name: str) -> Any:

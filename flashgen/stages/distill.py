@@ -11,28 +11,24 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import UsageError
 from flashgen.families.configs import configs_in
-from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.runtime.processes import sharded
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
 from flashgen.stages.trainings import (
-    FORWARD_AND_BACKWARD,
-    WITH_CHECKPOINTING,
     Networks,
-    adapter_count,
     check_compiler,
     check_matching,
-    guided_forwards,
-    matching_rounds,
-    matching_state,
-    moment_bytes,
     plain_config,
-    regression_state,
-    rows_together,
 )
-from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, prompt_needs, stage_pool, student_grid
+from flashgen.stages.trajectories import (
+    cached_steps,
+    guided_teacher,
+    on_policy_steps,
+    stage_pool,
+    student_grid,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,10 +38,6 @@ if TYPE_CHECKING:
     from flashgen.training.prompts import PromptPool
 
 VALIDATION = {"trajectory": {"validate_every"}, "on_policy": {"validate_every"}}  # changes nothing in the student
-MEMORY_ADVICE = (
-    "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
-    "--set compute.activation_checkpointing=true, or lower compute.micro_batch and distill.size_px"
-)
 
 
 class Distill(Stage):
@@ -82,7 +74,7 @@ class Distill(Stage):
         if not self.follows_start and not config.strides and config.trajectory.teacher_steps % config.steps:
             steps = f"distill.trajectory.teacher_steps={config.trajectory.teacher_steps}"
             raise UsageError(f"{steps} is no multiple of distill.steps={config.steps}; the grids must nest")
-        if sharded():
+        if self.machine.sharded:
             _check_sharded(config)
         self.require_prompts()
         if (start := self.inputs.get("start")) is not None:
@@ -117,59 +109,10 @@ class Distill(Stage):
         precision = {"precision": self.recipe.compute.precision}
         return self.config.model_dump(mode="json", exclude=VALIDATION) | precision | choice | self.prompts_key()
 
-    def plan(self) -> Plan:
-        footprint, config = Footprint(self.source), self.config
-        transformer, lora, matching, costs = footprint.transformer, config.lora, config.matching, footprint.family.costs
-        one, size = footprint.forward(config.size_px), 2 if (lora.base if lora else self.recipe.compute.precision) == "bfloat16" else 4
-        learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
-        checkpointing, per_block = self.recipe.compute.activation_checkpointing, costs.kept_with_adapters if lora else costs.kept
-        blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
-        states, on_policy, cached, prompts = self._trajectory_sizes()
-        train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
-        tables = 0 if lora else footprint.tables  # each copy of the network has its own
-        train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 4.0 * learned}  # one's at a time
-        train |= {"optimizers": float(max(moment_bytes(config.trajectory), 2 * moment_bytes(matching)) * learned), "average": 4.0 * learned}
-        train |= {"temporaries of a step": 8.0 * learned}  # AdamW's in a regression, over all tensors at once
-        train |= {"activations": float(rows_together(self, *config.batches) * one.hidden * blocks_kept * size)}
-        learning = WITH_CHECKPOINTING if checkpointing else FORWARD_AND_BACKWARD
-        per_round = config.steps + learning * matching.fake_score_updates
-        forwards = matching_rounds(matching) * per_round + matching.iterations * (learning + 3)
-        regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
-        forwards = cached + forwards * matching.batch + regressed * learning
-        text, text_adds = footprint.embedding(sum(prompts))
-        transformers = 2 if matching.validate_every and matching.iterations and self.judges else 1  # the best validation's and the last
-        stored, encoders = prompt_needs(self, footprint, *prompts)
-        train |= encoders
-        shared = stored + 2 * states * one.latent
-        disk = shared + 2 * on_policy * one.latent + 2 * transformers * transformer.count
-        disk += learned * (self._checkpoint_bytes() + (2 if lora else 0))  # the LoRA file
-        number = "bf16" if size == 2 else "fp32"
-        work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
-        plan = Plan({"embed": text, "train": train}, disk, forwards, work, {"train": MEMORY_ADVICE}, shared)
-        plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
-        return plan
+    def plan_with(self, micro_batch: int) -> Plan:
+        from flashgen.stages.distill_plan import plan
 
-    def _checkpoint_bytes(self) -> int:
-        """Bytes of all checkpoints per learned weight; a checkpoint is written beside the one that it replaces."""
-        config = self.config
-        sizes = [regression_state(part) for part in (config.trajectory, config.on_policy) if part.iterations]
-        sizes += [matching_state(config.matching)] if config.matching.iterations else []
-        return sum(sizes) + max(sizes, default=0)
-
-    def _trajectory_sizes(self) -> tuple[int, int, int, tuple[int, int]]:
-        """(states of trajectories, on-policy states, forward passes, (prompts of matching, of trajectories)) of what is cached."""
-        config, trajectory, on_policy = self.config, self.config.trajectory, self.config.on_policy
-        prompts = config.matching.prompts if config.matching.iterations else 0
-        if not config.needs_trajectories:
-            return 0, 0, 0, (prompts, 0)
-        followed = self.inputs["start"].manifest.sampler if self.follows_start else None
-        per_trajectory = followed.num_steps if followed else guided_forwards(trajectory)
-        states, on_policy_states = (config.steps + 1) * trajectory.prompts, 0
-        forwards = per_trajectory * trajectory.prompts
-        if on_policy.iterations:
-            forwards += (per_trajectory + config.steps) * on_policy.prompts
-            on_policy_states = 2 * config.steps * on_policy.prompts  # both ends of each step
-        return states, on_policy_states, forwards, (prompts, trajectory.prompts)
+        return plan(self, micro_batch)
 
     def make(self, draft: Draft) -> Result:
         import torch
@@ -187,9 +130,9 @@ class Distill(Stage):
         text = load_pipeline(source, weights="text", device=self.device)  # alone: no transformer is in memory while prompts are encoded
         pools = self._pools(text, draft.cache)
         del text
-        pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, device=self.device)
+        pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, "training", self.device)
         teacher, student, fake_score = self._networks(pipe)
-        micro_batch = self.recipe.compute.micro_batch
+        micro_batch = self.micro_batch
         shape = latent_shape(pipe, self.taught.size_px)
         steps_of = self._trajectory_source(teacher, student)
         nodes = student_grid(config, steps_of.sigmas)
@@ -270,9 +213,7 @@ class Distill(Stage):
         from flashgen.training.shards import gathered_network
 
         teacher, student, fake_score = networks
-        task = Task(
-            "matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay, micro_batch=self.recipe.compute.micro_batch
-        )
+        task = Task("matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay, micro_batch=self.micro_batch)
         matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 
         def keep_last() -> None:

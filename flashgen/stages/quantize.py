@@ -100,7 +100,8 @@ class Quantize(Stage):
             memory["calibrate"], forwards = self._calibration(footprint)
         work = {"fp32": forwards * footprint.forward().multiply_adds, "rounded": num_weights}
         lighter = "without a budget, low_rank_tolerance and step_scales, which streams the weights"
-        plan = Plan(memory, disk, forwards, work, {"calibrate": f"use --set quantize.method=rtn {lighter}, or fewer quantize.prompts"})
+        advice = {"calibrate": f"use --set quantize.method=rtn {lighter}, or fewer quantize.prompts"}
+        plan = Plan(memory, disk, forwards, work, advice, machine=self.machine)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
 

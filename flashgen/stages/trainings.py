@@ -17,7 +17,7 @@ from flashgen.recipe.base import Training
 from flashgen.recipe.distillation import LoraTraining, MatchingTraining, TrajectoryTraining
 from flashgen.recipe.schema import ComputeRecipe
 from flashgen.runtime.accelerator import dtype_of
-from flashgen.runtime.processes import check_batch, world_size
+from flashgen.runtime.processes import check_batch
 from flashgen.stages.base import Stage
 
 if TYPE_CHECKING:
@@ -83,11 +83,6 @@ def matching_state(matching: MatchingTraining) -> int:
     return 12 + 2 * moment_bytes(matching) + (BEST_STATE if matching.validate_every else 0)
 
 
-def rows_together(stage: Stage, *batches: int) -> int:
-    """Samples that pass together in one process in the largest training."""
-    return max((min(batch // world_size(), stage.recipe.compute.micro_batch or batch) for batch in batches), default=0)
-
-
 def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int]) -> None:
     """Raises UsageError for blocks that the transformer does not have and batches that the processes cannot share."""
     source = stage.source
@@ -98,7 +93,7 @@ def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int])
     if not matching.min_sigma < matching.max_sigma:
         raise UsageError(f"{stage.name}.matching.min_sigma={matching.min_sigma} must be below max_sigma={matching.max_sigma}")
     for batch in batches:
-        check_batch(batch)
+        check_batch(batch, stage.machine.processes)
 
 
 def check_compiler(without: str) -> None:

@@ -16,6 +16,7 @@ from flashgen.families.conditioning import Conditioning
 from flashgen.flow.convert import move
 from flashgen.flow.grid import check_nested
 from flashgen.flow.ode import second_order
+from flashgen.pixels import slices
 from flashgen.progress import say, track
 from flashgen.randomness import generator
 from flashgen.runtime.processes import from_first, rank, wait_for_all, world_size
@@ -120,27 +121,39 @@ def cache_trajectories(
     folder: Path,
     *,
     student: nn.Module | None = None,
+    micro_batch: int = 0,
 ) -> Replay:
     """Steps of `source` between the student's `nodes`, which its grid must contain, from one noise [*shape] per prompt.
 
     From the source's own states, or from those that `student` visits (DAgger, 1011.0686; for a sampler our choice): the student's next
     state then follows from its own step, and the source's step is only the target. Written to `folder`, one file [N, ...] of states or of
-    starts and one of ends, in parts that the processes share out; a resumed run computes the missing parts.
+    starts and one of ends, in parts that the processes share out; a resumed run computes the missing parts. At most `micro_batch` prompts
+    pass together (0: a whole part).
     """
     check_nested(nodes, source.sigmas)
     stream, steps = (ON_POLICY_STREAM if student else CACHE_STREAM), len(nodes) - 1
 
     def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
         noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, stream, first)))
-        visited = roll_out(lambda _: student, noise, cond, nodes[:-1]).states if student else None
-        ends = source.ends(visited or noise, cond, pool.empty_for(cond), nodes)
-        return [visited, ends] if visited else [[noise, *ends]]
+
+        def some(rows: slice) -> list[list[Tensor]]:
+            visited = roll_out(lambda _: student, noise[rows], cond[rows], nodes[:-1]).states if student else None
+            ends = source.ends(visited or noise[rows], cond[rows], pool.empty_for(cond[rows]), nodes)
+            return [visited, ends] if visited else [[noise[rows], *ends]]
+
+        return in_micro_batches(some, len(cond), micro_batch)
 
     if student is None:
         (states,), mappings = write_states(folder, {"states.bin": steps + 1}, pool, shape, SHARD, compute, "trajectories")
         return Replay.from_states(states, pool, *mappings)
     (starts, ends), mappings = write_states(folder, {"starts.bin": steps, "ends.bin": steps}, pool, shape, SHARD, compute, "on_policy")
     return Replay(starts, ends, pool, mappings)
+
+
+def in_micro_batches(compute: Callable[[slice], list[list[Tensor]]], count: int, micro_batch: int) -> list[list[Tensor]]:
+    """Lists of states [count, ...] of `compute(rows)`, which computes `micro_batch` rows at a time (0: all)."""
+    parts = [compute(rows) for rows in slices(count, micro_batch or count)]
+    return [[torch.cat(states) for states in zip(*lists, strict=True)] for lists in zip(*parts, strict=True)]
 
 
 def write_states(

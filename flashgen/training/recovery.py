@@ -15,7 +15,7 @@ from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.randomness import generator
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.recipe.schema import CheckpointRecipe
-from flashgen.training.cache import Replay, write_states
+from flashgen.training.cache import Replay, in_micro_batches, write_states
 from flashgen.training.ema import Ema
 from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
@@ -32,12 +32,17 @@ Ids = Mapping[str, Tensor]  # keyword arguments of a text encoder, [N, L] each, 
 
 
 @torch.no_grad()
-def own_trajectories(student: nn.Module, pool: PromptPool, nodes: list[float], shape: tuple[int, ...], seed: int, folder: Path) -> Replay:
-    """Steps of the student's own rollouts, from one noise [*shape] per prompt (our choice of states); written to `folder` and mapped."""
+def own_trajectories(
+    student: nn.Module, pool: PromptPool, nodes: list[float], shape: tuple[int, ...], seed: int, folder: Path, micro_batch: int = 0
+) -> Replay:
+    """Steps of the student's own rollouts, from one noise [*shape] per prompt (our choice of states); written to `folder` and mapped.
+
+    At most `micro_batch` prompts pass together (0: a whole part).
+    """
 
     def compute(first: int, cond: Conditioning) -> list[list[Tensor]]:
         noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, first)))
-        return [roll_out(lambda _: student, noise, cond, nodes).states]
+        return in_micro_batches(lambda rows: [roll_out(lambda _: student, noise[rows], cond[rows], nodes).states], len(cond), micro_batch)
 
     (states,), mappings = write_states(folder, {"states.bin": len(nodes)}, pool, shape, ROLLOUT_BATCH, compute, "own trajectories")
     return Replay.from_states(states, pool, *mappings)

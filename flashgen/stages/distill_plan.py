@@ -1,0 +1,103 @@
+"""What `flashgen distill` needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flashgen.families.base import Forward
+from flashgen.models.footprint import Footprint
+from flashgen.recipe.distillation import DistillRecipe
+from flashgen.stages.needs import Held, has_heads, passing, term_forwards
+from flashgen.stages.planning import Plan
+from flashgen.stages.trainings import (
+    FORWARD_AND_BACKWARD,
+    WITH_CHECKPOINTING,
+    adapter_count,
+    guided_forwards,
+    matching_rounds,
+    matching_state,
+    moment_bytes,
+    regression_state,
+)
+from flashgen.stages.trajectories import embedding_room, prompt_needs
+
+if TYPE_CHECKING:
+    from flashgen.stages.distill import Distill
+
+MEMORY_ADVICE = (
+    "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
+    "--set compute.activation_checkpointing=true, or lower compute.micro_batch and distill.size_px"
+)
+
+
+def plan(stage: Distill, micro_batch: int) -> Plan:
+    """What `stage` needs with `micro_batch` samples that pass together (0: all of a process)."""
+    footprint, config = Footprint(stage.source), stage.config
+    lora, matching, one = config.lora, config.matching, footprint.forward(config.size_px)
+    held, (states, on_policy, cached, prompts) = _held(stage, footprint, one), _trajectory_sizes(stage)
+    stored, encoders = prompt_needs(stage, footprint, *prompts)
+    rows = max((passing(stage, micro_batch, batch) for batch in config.batches), default=0)
+    text, text_adds = footprint.embedding(sum(prompts), embedding_room(stage))
+    memory = {"embed": text, "train": held.training(rows) | encoders}
+    if cached:
+        guided = not stage.follows_start and config.trajectory.guidance != 1
+        memory["trajectories"] = held.sampling(micro_batch, config.steps + 1, guided) | encoders
+    learning = WITH_CHECKPOINTING if stage.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
+    per_round = config.steps + learning * matching.fake_score_updates
+    forwards = matching_rounds(matching) * per_round
+    forwards += matching.iterations * (learning + 3 + term_forwards(matching, config.steps, learning))
+    regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
+    forwards = cached + round(forwards * matching.batch) + regressed * learning
+    if encoders:  # the text of every sample, not of every prompt
+        drawn = matching_rounds(matching) * matching.batch + regressed + (prompts[1] if cached else 0)
+        text_adds = drawn * footprint.embedding(1)[1]
+    transformers = 2 if matching.validate_every and matching.iterations and stage.judges else 1  # the best validation's and the last
+    shared = stored + 2 * states * one.latent
+    disk = shared + 2 * on_policy * one.latent + 2 * transformers * footprint.transformer.count
+    disk += held.learned * (_checkpoint_bytes(config) + (2 if lora else 0))  # the LoRA file
+    number = "bf16" if held.bytes_each == 2 else "fp32"
+    work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
+    advice = {"train": MEMORY_ADVICE, "trajectories": MEMORY_ADVICE}
+    needed = Plan(memory, disk, forwards, work, advice, shared, stage.machine, rows)
+    needed.add_validation(footprint, stage.recipe.bench, stage.num_validation_pictures)
+    return needed
+
+
+def _held(stage: Distill, footprint: Footprint, one: Forward) -> Held:
+    """What the larger one of the trainings holds."""
+    config, lora, matching = stage.config, stage.config.lora, stage.config.matching
+    frozen = 2 if (lora.base if lora else stage.recipe.compute.precision) == "bfloat16" else 4
+    count = footprint.transformer.count
+    learned = adapter_count(footprint.transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
+    moments = [moment_bytes(part) for part in (config.trajectory, config.on_policy) if part.iterations]
+    moments += [2 * moment_bytes(matching)] if matching.iterations else []
+    parts = [part for part in (config.trajectory, config.on_policy, matching) if part.iterations]
+    return Held(
+        stage, footprint, one, float(frozen * count + 4 * count * stage.follows_start), 2 if lora or matching.iterations else 1, learned,
+        max(moments, default=0), lora is not None, 2 if stage.recipe.compute.precision == "bfloat16" else frozen,
+        config.steps, matching.batch if matching.iterations else 0, has_heads(matching, config.steps),
+        any(part.validate_every for part in parts),
+    )  # fmt: skip
+
+
+def _checkpoint_bytes(config: DistillRecipe) -> int:
+    """Bytes of all checkpoints per learned weight; a checkpoint is written beside the one that it replaces."""
+    sizes = [regression_state(part) for part in (config.trajectory, config.on_policy) if part.iterations]
+    sizes += [matching_state(config.matching)] if config.matching.iterations else []
+    return sum(sizes) + max(sizes, default=0)
+
+
+def _trajectory_sizes(stage: Distill) -> tuple[int, int, int, tuple[int, int]]:
+    """(states of trajectories, on-policy states, forward passes, (prompts of matching, of trajectories)) of what is cached."""
+    config, trajectory, on_policy = stage.config, stage.config.trajectory, stage.config.on_policy
+    prompts = config.matching.prompts if config.matching.iterations else 0
+    if not config.needs_trajectories:
+        return 0, 0, 0, (prompts, 0)
+    followed = stage.inputs["start"].manifest.sampler if stage.follows_start else None
+    per_trajectory = followed.num_steps if followed else guided_forwards(trajectory)
+    states, on_policy_states = (config.steps + 1) * trajectory.prompts, 0
+    forwards = per_trajectory * trajectory.prompts
+    if on_policy.iterations:
+        forwards += (per_trajectory + config.steps) * on_policy.prompts
+        on_policy_states = 2 * config.steps * on_policy.prompts  # both ends of each step
+    return states, on_policy_states, forwards, (prompts, trajectory.prompts)
