@@ -16,7 +16,6 @@ from flashgen.pixels import Size
 
 Parts = dict[str, float]  # bytes by component
 PROGRAM = 440 << 20  # python with torch, diffusers and transformers
-ALONE, BESIDE = 0.8, 0.5  # share of an accelerator's free memory that a large text encoder may take: alone, and beside other networks
 NOT_LINEAR = re.compile(r"(embedding|shared|embed_tokens|attention_bias)$")
 
 

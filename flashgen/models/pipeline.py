@@ -16,9 +16,8 @@ from torch import nn
 
 from flashgen.errors import ArtifactError
 from flashgen.families.base import Family
-from flashgen.models.footprint import ALONE, BESIDE
 from flashgen.models.networks import check_networks, has_nf4, is_large, on_disk, with_nf4
-from flashgen.runtime.accelerator import free_bytes
+from flashgen.runtime.accelerator import ALONE, BESIDE, free_bytes
 
 CPU = torch.device("cpu")
 

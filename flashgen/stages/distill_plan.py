@@ -42,6 +42,8 @@ def plan(stage: Distill, micro_batch: int) -> Plan:
     if cached:
         guided = not stage.follows_start and config.trajectory.guidance != 1
         memory["trajectories"] = held.sampling(micro_batch, config.steps + 1, guided) | encoders
+    if stage.machine.sharded:  # each process reads full networks in float32 before it keeps its part
+        memory["load"] = held.fixed() | {"three networks": 12.0 * footprint.transformer.count}
     learning = WITH_CHECKPOINTING if stage.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
     per_round = config.steps + learning * matching.fake_score_updates
     forwards = matching_rounds(matching) * per_round

@@ -131,7 +131,7 @@ class Finetune(Stage):
         return Held(
             self, footprint, one, float((size + 4 * students) * count), 4 if config.lora else 3, learned, 2 * moment_bytes(matching),
             config.lora is not None, size, self.sampler.num_steps, matching.batch, has_heads(matching, self.sampler.num_steps),
-            matching.validate_every > 0,
+            matching.validate_every > 0, ("student and teacher", "branches and fake scores"),
         )  # fmt: skip
 
     def make(self, draft: Draft) -> Result:

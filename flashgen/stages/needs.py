@@ -32,17 +32,20 @@ class Held:
     matching: int = 0
     adversarial: bool = False
     validates: bool = False
+    names: tuple[str, str] = ("teacher", "student and fake score")  # of what is frozen and of what learns
+
+    def fixed(self) -> Parts:
+        """What is there from beginning to end and does not depend on the training."""
+        small = [name for name in self.footprint.encoders if not self.footprint.is_large(name)]
+        parts = Parts(program=PROGRAM, vae=4.0 * self.footprint.parts["vae"].count)
+        return parts | {"small text encoders": 4.0 * sum(self.footprint.parts[name].count for name in small)}
 
     def weights(self) -> Parts:
         """Networks without gradients, as they are when trajectories are computed."""
-        machine, footprint = self.stage.machine, self.footprint
-        small = [name for name in footprint.encoders if not footprint.is_large(name)]
-        parts = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count)
-        parts["small text encoders"] = 4.0 * sum(footprint.parts[name].count for name in small)
-        tables = 0 if self.adapters else 4.0 * self.networks * footprint.tables  # each copy of the network has its own
-        parts["teacher"] = self.frozen / machine.shards
-        parts["student and fake score"] = 4.0 * self.networks * self.learned / machine.shards + tables
-        return parts
+        shards = self.stage.machine.shards
+        tables = 0 if self.adapters else 4.0 * self.networks * self.footprint.tables  # each copy of the network has its own
+        sizes = (self.frozen / shards, 4.0 * self.networks * self.learned / shards + tables)
+        return self.fixed() | dict(zip(self.names, sizes, strict=True))
 
     def training(self, rows: int) -> Parts:
         """Everything while `rows` samples pass together."""

@@ -7,6 +7,7 @@ the sums with measurements.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from flashgen.artifact.draft import cache_folder
 from flashgen.artifact.files import check_disk, disk_bytes
 from flashgen.errors import MachineError
-from flashgen.models.footprint import BESIDE, Footprint, Parts
+from flashgen.models.footprint import Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.schema import BenchRecipe
+from flashgen.runtime.accelerator import BESIDE, free_bytes
 from flashgen.runtime.machines import DRIVER, PEAK_SHARE, Machine
 from flashgen.runtime.memory import total_bytes
 
@@ -91,10 +93,10 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """The plan as JSON data, for `--plan`; memory is that of one process."""
-        machine, plain = self.machine, {phase: dict(parts) for phase, parts in self.limited.items()}
+        machine = self.machine
         host = {phase: {n: int(size) for n, size in parts.items() if _on_cpu(n)} for phase, parts in self.memory.items()}
         return {
-            "memory": {phase: {name: int(size) for name, size in parts.items()} for phase, parts in plain.items()},
+            "memory": {phase: {name: int(size) for name, size in parts.items()} for phase, parts in self.limited.items()},
             "memory_bytes": int(self.peak),
             **({"host_memory": host} if machine.accelerated else {}),
             "machine_bytes": None if machine.bytes is None else int(machine.bytes),
@@ -135,12 +137,13 @@ def largest_micro_batch(stage: Stage) -> int:
 
     1 where nothing fits: the plan's own check then says what is lacking.
     """
-    from flashgen.runtime.accelerator import free_bytes
-
     free = stage.machine.bytes if stage.on else free_bytes(stage.device) or stage.machine.bytes
-    sizes = (0, *(1 << power for power in range(LARGEST_POWER, 0, -1)))
-    plans = ((size, stage.plan_with(size)) for size in sizes)
-    chosen = next((size for size, plan in plans if plan is None or free is None or plan.peak <= ROOM * free), 1)
+
+    def is_too_large(size: int) -> bool:
+        plan = stage.plan_with(size)
+        return plan is not None and free is not None and plan.peak > ROOM * free
+
+    chosen = 1 << bisect_left(range(1, LARGEST_POWER + 1), True, key=lambda power: is_too_large(1 << power)) if is_too_large(0) else 0
     say(f"{stage.name}: compute.micro_batch=auto is {chosen or 'all samples of a process'}")
     return chosen
 

@@ -102,7 +102,18 @@ class RestructureEncoder(Stage):
         """What the training holds: the student in float32, and what takes over."""
         count, size = footprint.transformer.count, 2 if self.recipe.compute.precision == "bfloat16" else 4
         learned = footprint.learnable if self.mode == "prune" else footprint.parts[self.how.encoder].count // 8
-        return Held(self, footprint, footprint.forward(), 4.0 * count, 1, learned, moment_bytes(self.config), False, size)
+        return Held(
+            self,
+            footprint,
+            footprint.forward(),
+            4.0 * count,
+            1,
+            learned,
+            moment_bytes(self.config),
+            False,
+            size,
+            names=("student", "successor"),
+        )
 
     def make(self, draft: Draft) -> Result:
         from flashgen.models.save import save_changed

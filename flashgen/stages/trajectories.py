@@ -16,9 +16,10 @@ from flashgen import __version__
 from flashgen.artifact.manifest import Sampler, hash_json
 from flashgen.artifact.store import Artifact
 from flashgen.flow.grid import shifted_grid
-from flashgen.models.footprint import ALONE, Footprint, Parts
+from flashgen.models.footprint import Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.recipe.schema import Recipe
+from flashgen.runtime.accelerator import ALONE
 from flashgen.stages.base import Stage
 
 if TYPE_CHECKING:
