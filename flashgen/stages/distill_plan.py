@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flashgen.stages.distill import Distill
 
 MEMORY_ADVICE = (
-    "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
+    "use --recipe sd35-medium-24gb (on a GPU sd35-medium-lora), or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
     "--set compute.activation_checkpointing=true, or lower compute.micro_batch and distill.size_px"
 )
 
