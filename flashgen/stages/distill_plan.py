@@ -46,10 +46,10 @@ def plan(stage: Distill, micro_batch: int) -> Plan:
         memory["load"] = held.fixed() | {"three networks": 12.0 * footprint.transformer.count}
     learning = WITH_CHECKPOINTING if stage.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
     per_round = config.steps + learning * matching.fake_score_updates
-    forwards = matching_rounds(matching) * per_round
-    forwards += matching.iterations * (learning + 3 + term_forwards(matching, config.steps, learning))
+    per_student = learning + 3 + term_forwards(matching, config.steps, learning)
+    matched = (matching_rounds(matching) * per_round + matching.iterations * per_student) * matching.batch
     regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
-    forwards = cached + round(forwards * matching.batch) + regressed * learning
+    forwards = cached + round(matched) + regressed * learning
     if encoders:  # the text of every sample, not of every prompt
         drawn = matching_rounds(matching) * matching.batch + regressed + (prompts[1] if cached else 0)
         text_adds = drawn * footprint.embedding(1)[1]

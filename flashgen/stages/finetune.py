@@ -98,9 +98,9 @@ class Finetune(Stage):
         held, steps, rows = self._held(footprint, one), self.sampler.num_steps, passing(self, micro_batch, matching.batch)
         learning = WITH_CHECKPOINTING if self.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
         per_round = steps + learning * matching.fake_score_updates
-        forwards = 2 * matching_rounds(matching) * per_round
-        forwards += 2 * matching.iterations * (learning + 3 + term_forwards(matching, steps, learning))
-        forwards, prompts, states = round(forwards * matching.batch), [matching.prompts], 0
+        per_student = learning + 3 + term_forwards(matching, steps, learning)
+        forwards = round(2 * (matching_rounds(matching) * per_round + matching.iterations * per_student) * matching.batch)
+        prompts, states = [matching.prompts], 0
         memory: dict[str, Parts] = {}
         if self.follows_teacher:
             trajectory = self.recipe.distill.trajectory

@@ -109,9 +109,9 @@ class Plan:
 
     def _on_named(self) -> dict[str, Any]:
         """What a plan for a machine that is not this one says in addition."""
-        machine, class_ = self.machine, "" if self.machine.like in self.machine.name.lower() else f" of the class {self.machine.like},"
+        machine = self.machine
         peaks = " and ".join(f"{peak / 1e12:g} TFLOP/s in {number}" for number, peak in machine.peak.items())
-        assumed = f"hours assume {PEAK_SHARE:.0%} of the peak of {machine.processes} accelerators,{class_} {peaks} each"
+        assumed = f"hours assume {PEAK_SHARE:.0%} of the peak of {machine.processes} x {machine.like}, {peaks} each"
         return {
             "machine": machine.name,
             "processes": machine.processes,

@@ -112,7 +112,7 @@ def test_text_alone_and_networks_on_disk_give_what_memory_gives(folder: Path, mo
 def test_large_encoders_stay_on_disk_while_a_network_trains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "is_large", lambda _: True)
     monkeypatch.setattr(pipeline, "free_bytes", lambda _: 1 << 40)  # an accelerator with room for all of them
-    drawing, training = (load_pipeline(folder, weights=weights) for weights in ("all", "training"))  # type: ignore[arg-type]
+    drawing, training = (load_pipeline(folder, weights=weights) for weights in ("all", "training"))
     for encoder in drawing.family.text_encoders:
         assert not any(p.is_meta for p in drawing[encoder].parameters()) and all(p.is_meta for p in training[encoder].parameters())
     assert not any(p.is_meta for p in (*training.transformer.parameters(), *training.vae.parameters()))

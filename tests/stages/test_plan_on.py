@@ -95,8 +95,8 @@ def test_hours_follow_from_the_stated_share_of_the_peak(medium: Artifact) -> Non
     seconds = sum(2 * amount / peak[number] for number, amount in plan.work.items() if number in peak)
     assert said["seconds"] == pytest.approx(seconds, rel=1e-3) and said["hours"] == pytest.approx(seconds / 3600, abs=0.01)
     assert 2 * sum(plan.work.values()) > 5e19  # 50 EFLOP
-    assert "40% of the peak of 8 accelerators, 989.4 TFLOP/s in bf16" in said["assumption"] and "nobody has measured" in said["assumption"]
-    assert "of the class a100" in planned(medium, DENSE, "8x80GB")["assumption"]
+    assert "40% of the peak of 8 x h100, 989.4 TFLOP/s in bf16" in said["assumption"] and "nobody has measured" in said["assumption"]
+    assert "of 8 x a100, 312 TFLOP/s" in planned(medium, DENSE, "8x80GB")["assumption"]
 
 
 def test_adapters_fit_24_gb_with_a_whole_batch_of_16(medium: Artifact) -> None:
