@@ -28,7 +28,7 @@ from flashgen.recipe.schema import ComputeRecipe, Recipe
 from flashgen.runtime.accelerator import drawing_dtype, dtype_of, total_device_bytes
 from flashgen.runtime.timing import Laps
 from flashgen.stages.distill import Distill
-from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING
+from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, round_forwards
 from flashgen.stages.trainings import Networks
 from flashgen.stages.trajectories import student_grid
 from flashgen.training.cache import Replay
@@ -160,20 +160,16 @@ def _matcher(bench: Bench, recipe: Recipe) -> tuple[Distill, Matcher, Pipeline]:
     pool, shape = bench.pool(), bench.shape(stage.taught.size_px.height)
     states = torch.randn((len(pool), len(nodes), *shape), generator=torch.Generator().manual_seed(1)).half()
     replay = Replay.from_states(states, pool) if config.matching.needs_trajectories(config.steps) else None
-    task = Task("matching", pool, nodes, shape, 0, config.encoder_drop, replay, micro_batch=recipe.compute.micro_batch)
+    rows, shift = stage.micro_batch, stage.taught.shift
+    task = Task("matching", pool, nodes, shape, 0, config.encoder_drop, replay, micro_batch=rows, shift=shift)
     matcher = Matcher(task, Roles(student, teacher, fake_score), config.matching, bench.family)
     bench.forget_peak()  # of making random weights
     return stage, matcher, pipe
 
 
-def _forwards(matching: MatchingTraining, steps: int, learning: int) -> int:
-    """Forward passes per sample of a round, as the stage's plan counts them."""
-    return steps + learning * matching.fake_score_updates + learning + 3
-
-
-def _memory(bench: Bench, stage: Distill) -> Row:
-    """Measured peak of the device, the plan's, and their ratio."""
-    planned = sum(size for part, size in stage.plan().memory["train"].items() if part != "program")
+def _memory(bench: Bench, stage: Distill, micro_batch: int) -> Row:
+    """Measured peak of the device's tensors, the plan's, and their ratio."""
+    planned = sum(size for part, size in stage.plan_with(micro_batch).limited["train"].items() if part not in ("program", "driver"))
     peak = bench.peak_bytes()
     return {"peak_bytes": peak, "plan_bytes": int(planned), "plan_over_peak": planned / peak if peak else None}
 
@@ -185,7 +181,7 @@ def lora(bench: Bench) -> Iterator[Row]:
     laps = summary(bench.seconds(lambda index: matcher.update(first + index), bench.sizes.repeats - 1))
     one = Footprint(stage.source).forward(stage.config.size_px)
     executed, needed = (
-        2 * one.multiply_adds * config.batch * _forwards(config, stage.config.steps, learning) / laps["seconds"]
+        2 * one.multiply_adds * config.batch * round_forwards(config, stage.config.steps, learning)[1] / laps["seconds"]
         for learning in (WITH_CHECKPOINTING, FORWARD_AND_BACKWARD)
     )
     row: Row = {"batch": config.batch, "micro_batch": matcher.task.micro_batch, "tokens": one.tokens}
@@ -195,7 +191,7 @@ def lora(bench: Bench) -> Iterator[Row]:
         "share": bench.share(executed),
         "share_needed": bench.share(needed),
     }
-    yield row | laps | speed | _memory(bench, stage)
+    yield row | laps | speed | _memory(bench, stage, matcher.task.micro_batch)
 
 
 def full(bench: Bench) -> Iterator[Row]:
@@ -210,7 +206,6 @@ def full(bench: Bench) -> Iterator[Row]:
     stage, matcher, _pipe = _matcher(bench, recipe)
     first = matcher.config.fake_score_warmup
     for micro_batch in bench.sizes.micro_batches:
-        stage.recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"micro_batch": micro_batch})})
         matcher.task.micro_batch = micro_batch
         bench.forget_peak()
         row: Row = {"micro_batch": micro_batch, "batch": largest, "size_px": bench.sizes.sizes_px[1]}
@@ -219,7 +214,7 @@ def full(bench: Bench) -> Iterator[Row]:
         except torch.OutOfMemoryError:
             yield row | {"note": "out of memory"}
             return
-        yield row | {"seconds": laps[0]} | _memory(bench, stage) | {"host_gib": host_gib()}
+        yield row | {"seconds": laps[0]} | _memory(bench, stage, micro_batch) | {"host_gib": host_gib()}
 
 
 # ---- drawing

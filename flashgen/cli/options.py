@@ -25,6 +25,7 @@ class Options:
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="seed of all randomness")] = 0
     device: Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]|mps", help="where to compute")] = "auto"
     plan: Annotated[bool, typer.Option("--plan", help="print recipe, inputs, output and estimates; start nothing")] = False
+    on: Annotated[str | None, typer.Option("--on", metavar="8x80GB|rtx4090", help="with --plan: a machine that is not this one")] = None
     force: Annotated[bool, typer.Option("--force", help="make a new version even if the latest is up to date")] = False
     json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashgen.errors import FlashgenError
+from flashgen.errors import FlashgenError, MachineError, UsageError
 from flashgen.progress import say
 from flashgen.runtime.memory import peak_rss_mib
 from flashgen.runtime.processes import rank
@@ -92,17 +92,26 @@ def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[s
 
 
 def run_stage(options: Options, stage: str, refs: Mapping[str, str], **fields: Any) -> None:
-    """Run stage MODULE.CLASS of `flashgen.stages` on the inputs `refs`, or print its plan; print the artifact that it returns."""
+    """Run stage MODULE.CLASS of `flashgen.stages` on the inputs `refs`, or print its plan; print the artifact that it returns.
+
+    Raises MachineError after printing the plan for a machine that is too small for it.
+    """
     started = time.perf_counter()
+    if options.on and not options.plan:
+        raise UsageError(f"--on {options.on} names a machine to plan for, and nothing can start there from here; add --plan")
+    from flashgen.runtime.machines import machine_named
     from flashgen.stages.base import execute, prepare
     from flashgen.stages.describe import describe
 
     module, _, name = stage.partition(".")
     kind = getattr(importlib.import_module(f"flashgen.stages.{module}"), name)
-    prepared = prepare(kind, refs, choice_of(options), options.seed, device=options.device, **fields)
+    on = machine_named(options.on) if options.on else None
+    prepared = prepare(kind, refs, choice_of(options), options.seed, device=options.device, on=on, **fields)
     if options.plan:
         planned = {"stage": kind.name, "seed": options.seed, **fields, **describe(prepared, options.out)}
         print(json.dumps(planned, indent=None if options.json else 2))
+        if lacking := planned.get("lacking"):
+            raise MachineError(lacking)
         return
     artifact = execute(prepared, options.out, options.force)
     emit(options, str(artifact.path), record_of(artifact, artifact.manifest.stage, started, artifact.manifest.metrics))

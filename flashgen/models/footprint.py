@@ -90,17 +90,25 @@ class Footprint:
         """Size of one pass of the transformer over one picture."""
         return self.family.forward_size(self.configs, self.transformer.linears, size or self.sampler.size_px, self.sampler.tokens)
 
-    def embedding(self, prompts: int) -> tuple[Parts, float]:
-        """Bytes and multiply-adds of encoding prompts: small encoders in fp32, large ones one layer at a time in bf16."""
+    def is_large(self, encoder: str) -> bool:
+        """Return True if a text encoder computes in bf16, and from disk where memory is short."""
         from flashgen.models.networks import LARGE_BYTES
+
+        return self.parts[encoder].bytes > LARGE_BYTES
+
+    def embedding(self, prompts: int, room: float = 0) -> tuple[Parts, float]:
+        """Bytes and multiply-adds of encoding prompts: small encoders in fp32, large ones in bf16.
+
+        Large ones that are smaller than `room` bytes are in memory, as on an accelerator; others are there one layer at a time.
+        """
         from flashgen.models.prompts import BATCH
 
         memory, multiply_adds, activations, rows = Parts(program=PROGRAM), 0.0, 0.0, min(BATCH, prompts)
         for name in self.encoders:
             config, part = self.configs(name), self.parts[name]
-            tokens, large = self.sampler.tokens[self.family.text_encoders[name].tokens], part.bytes > LARGE_BYTES
+            tokens, large = self.sampler.tokens[self.family.text_encoders[name].tokens], self.is_large(name)
             size = 2 if large else 4
-            memory[name] = part.largest * 2 * size if large else 4.0 * part.count
+            memory[name] = part.largest * 2 * size if large and 2 * part.count >= room else float(size * part.count)
             heads, inner, width = (
                 int(config.get(key) or config[other])
                 for key, other in (("num_heads", "num_attention_heads"), ("d_ff", "intermediate_size"), ("d_model", "hidden_size"))
@@ -124,7 +132,5 @@ class Footprint:
 
     def conditioning_bytes(self) -> int:
         """Bytes of disk per prompt while a stage trains: bf16 where an encoder is large (`training.prompts`), else fp32."""
-        from flashgen.models.networks import LARGE_BYTES
-
-        size = 2 if any(self.parts[name].bytes > LARGE_BYTES for name in self.encoders) else 4
+        size = 2 if any(map(self.is_large, self.encoders)) else 4
         return size * self.family.conditioning_numbers(self.configs, self.sampler.tokens)

@@ -17,7 +17,7 @@ from torch import nn
 from flashgen.errors import ArtifactError
 from flashgen.families.base import Family
 from flashgen.models.networks import check_networks, has_nf4, is_large, on_disk, with_nf4
-from flashgen.runtime.accelerator import free_bytes
+from flashgen.runtime.accelerator import ALONE, BESIDE, free_bytes
 
 CPU = torch.device("cpu")
 
@@ -108,7 +108,7 @@ def _network(
     if weights not in ("all", "training", kind):
         return empty
     large = kind == "text" and is_large(folder)
-    if large and (weights == "training" or not _fits(empty, device, others=weights == "all")):
+    if large and (weights == "training" or not _fits(empty, device, BESIDE if weights == "all" else ALONE)):
         return on_disk(folder, empty, torch.bfloat16, device)
     wanted = torch.bfloat16 if large else dtype if name == "transformer" else torch.float32
     if name == "transformer" and has_nf4(folder):  # diffusers would need bitsandbytes and a GPU
@@ -120,10 +120,10 @@ def _network(
     return network.to(device)
 
 
-def _fits(encoder: nn.Module, device: torch.device, others: bool) -> bool:
-    """Whether an accelerator holds a text encoder in bf16; beside `others` it may take half of what is free."""
+def _fits(encoder: nn.Module, device: torch.device, share: float) -> bool:
+    """Return True if an accelerator holds a text encoder in bf16 in `share` of what is free."""
     free = free_bytes(device)
-    return free is not None and 2 * sum(p.numel() for p in encoder.parameters()) < free * (0.5 if others else 0.8)
+    return free is not None and 2 * sum(p.numel() for p in encoder.parameters()) < free * share
 
 
 def _tokenizer(folder: Path, class_name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,7 +37,9 @@ class ComputeRecipe(Model):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast over float32 weights that learn, bfloat16 weights that do not; losses stay in float32"
     )
-    micro_batch: int = Field(0, ge=0, description="samples that pass together, whose gradients add up to a batch; 0: all of a process")
+    micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0, description="samples that pass together, whose gradients add up to a batch; 0: all of a process; auto: as many as fit by plan"
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more time")
 
 

@@ -10,6 +10,7 @@ from flashgen.runtime.processes import local_rank, world_size
 if TYPE_CHECKING:
     import torch
 
+ALONE, BESIDE = 0.8, 0.5  # share of an accelerator's free memory that a large text encoder may take: alone, and beside other networks
 Precision = Literal["float32", "bfloat16"]
 
 

@@ -32,10 +32,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
-def check_batch(batch: int) -> None:
-    """Raises UsageError when the processes cannot share a batch evenly."""
-    if batch % world_size():
-        raise UsageError(f"a batch of {batch} cannot be shared by {world_size()} processes; give a multiple of {world_size()}")
+def check_batch(batch: int, processes: int | None = None) -> None:
+    """Raises UsageError when the processes, those of this launch by default, cannot share a batch evenly."""
+    count = processes or world_size()
+    if batch % count:
+        raise UsageError(f"a batch of {batch} cannot be shared by {count} processes; give a multiple of {count}")
 
 
 def sharded() -> bool:

@@ -10,7 +10,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,15 +19,17 @@ from flashgen import families
 from flashgen.artifact import draft as drafts
 from flashgen.artifact.draft import Draft, Origin
 from flashgen.artifact.files import locked
-from flashgen.artifact.manifest import Kind, Parent, Sampler, hash_json
+from flashgen.artifact.manifest import Kind, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
+from flashgen.runtime.accelerator import device_of
+from flashgen.runtime.machines import Machine, this_machine
 from flashgen.runtime.processes import check_launch, compute_on, from_first, rank, sharded, wait_for_all
 from flashgen.stages.checkpoints import describes_student
 from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
-from flashgen.stages.planning import Plan
-from flashgen.stages.prompts import HUB, UNJUDGED_PICTURES, OwnPrompts, own_prompts
+from flashgen.stages.planning import Plan, largest_micro_batch
+from flashgen.stages.prompts import UNJUDGED_PICTURES, OwnPrompts, own_prompts, prompts_key
 from flashgen.stages.tracking import check_trackers, tracked
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Stage(ABC):
     recipe: Recipe
     seed: int
     device_name: str = field(default="auto", kw_only=True)  # of the command line
+    on: Machine | None = field(default=None, kw_only=True)  # that a plan is for; None: this one
 
     name: ClassVar[str]  # in manifests and messages
     takes: ClassVar[Takes]  # in the order of the command line
@@ -75,9 +78,12 @@ class Stage(ABC):
     @cached_property
     def device(self) -> torch.device:
         """Where this process computes."""
-        from flashgen.runtime.accelerator import device_of
-
         return device_of(self.device_name)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """The machine that the plan is for."""
+        return self.on or this_machine(self.device)
 
     @cached_property
     def family(self) -> Family:
@@ -123,7 +129,17 @@ class Stage(ABC):
 
     def plan(self) -> Plan | None:
         """What the run needs; None where nothing can be said before it starts."""
+        return self.plan_with(self.micro_batch)
+
+    def plan_with(self, micro_batch: int) -> Plan | None:
+        """The plan of a stage that trains, with `micro_batch` samples that pass together (0: all of a process)."""
         return None
+
+    @cached_property
+    def micro_batch(self) -> int:
+        """Samples that pass together in one process, 0 for all of them: `compute.micro_batch`, or for `auto` what fits by plan."""
+        asked = self.recipe.compute.micro_batch
+        return largest_micro_batch(self) if asked == "auto" else asked
 
     @abstractmethod
     def make(self, draft: Draft) -> Result:
@@ -139,13 +155,7 @@ class Stage(ABC):
 
     def prompts_key(self) -> dict[str, Any]:
         """The part of `settings` that stands for the training prompts."""
-        from flashgen.artifact.files import sha256
-
-        file, how = self.recipe.prompts_file, self.recipe.prompts.model_dump(exclude_defaults=True)
-        if file is None or self.prompts is None:
-            return {}
-        contents = hash_json(asdict(self.prompts)) if str(file).startswith(HUB) else sha256(file)
-        return {"prompts_file": contents} | ({"prompts_read": how} if how else {})
+        return {} if self.prompts is None else prompts_key(self.recipe, self.prompts)
 
     def judge_key(self) -> dict[str, Any]:
         """The part of `settings` on which a choice by score depends."""
@@ -172,6 +182,7 @@ def prepare(
     seed: int = 0,
     *,
     device: str = "auto",
+    on: Machine | None = None,
     **options: Any,
 ) -> Stage:
     """Open the inputs, resolve the recipe and check everything that can be checked before work. `options` are fields of `kind`."""
@@ -179,8 +190,6 @@ def prepare(
     if kind.cpu_only and device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}: {kind.name} computes on the CPU; leave the option out")
     if not kind.cpu_only:
-        from flashgen.runtime.accelerator import device_of
-
         compute_on(device_of(device).type)
     if sharded() and not kind.shards:
         raise UsageError(f"{kind.name} does not shard networks with FSDP; launch with --multi_gpu, which shares out batches")
@@ -188,7 +197,7 @@ def prepare(
     source = next(iter(inputs.values()), None)
     if isinstance(recipe, RecipeChoice):
         recipe = recipe.resolve(source) if kind.needs_recipe else Recipe(name="none")
-    stage = kind(inputs, recipe, seed, device_name=device, **options)
+    stage = kind(inputs, recipe, seed, device_name=device, on=on, **options)
     if source is not None:
         if recipe.family not in (None, source.manifest.family):
             raise UsageError(
@@ -221,6 +230,7 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
         done = from_first(lambda: _start(stage, out, origin, force, lock))
         if done is not None:
             return open_artifact(done)
+        stage.micro_batch = from_first(lambda: stage.micro_batch)  # all processes pass alike
         if rank():
             return _follow(stage, out, origin)
         draft = drafts.begin(out, origin)
@@ -232,8 +242,6 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
 
 def _start(stage: Stage, out: Path, origin: Origin, force: bool, lock: ExitStack) -> Path | None:
     """Lock `out` and check the plan; the path of the latest version if it is up to date. An `out` that is refused is left as it was."""
-    from flashgen.runtime.accelerator import total_device_bytes
-
     drafts.check_out(out)
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
     unlocked = not (out / ".lock").exists()
@@ -243,7 +251,7 @@ def _start(stage: Stage, out: Path, origin: Origin, force: bool, lock: ExitStack
         if not force and (artifact := drafts.up_to_date(out, origin)) is not None:
             return artifact.path
         if (plan := stage.plan()) is not None:
-            plan.check(stage.name, out, drafts.work_folder(out, origin), total_device_bytes(stage.device))
+            plan.check(stage.name, out, drafts.work_folder(out, origin))
     except BaseException:
         lock.close()
         if unlocked:

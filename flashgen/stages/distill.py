@@ -12,30 +12,22 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import UsageError
 from flashgen.families.configs import configs_in
-from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.checkpoints import describe_student
-from flashgen.stages.pictures import SETTINGS, PictureSource, add_pictures, picture_source, real_pictures
+from flashgen.stages.pictures import SETTINGS, PictureSource, picture_source, real_pictures
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
-from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, matching_forwards
 from flashgen.stages.trainings import (
     Networks,
-    adapter_count,
     check_compiler,
     check_matching,
-    checkpoint_bytes,
-    moment_bytes,
     plain_config,
-    rows_together,
 )
 from flashgen.stages.trajectories import (
-    cached_sizes,
     cached_steps,
     guided_teacher,
     on_policy_steps,
-    prompt_needs,
     stage_pool,
     student_grid,
 )
@@ -51,10 +43,6 @@ if TYPE_CHECKING:
 UNKEYED: dict[str, Any] = {  # `validate_every` changes nothing in the student; a digest stands for the pictures
     "trajectory": {"validate_every"}, "on_policy": {"validate_every"}, "matching": {"adversarial": SETTINGS},
 }  # fmt: skip
-MEMORY_ADVICE = (
-    "use --recipe sd35-medium-24gb, or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
-    "--set compute.activation_checkpointing=true, or lower compute.micro_batch and distill.size_px"
-)
 
 
 class Distill(Stage):
@@ -131,39 +119,10 @@ class Distill(Stage):
         pictures = {"pictures": self.pictures.digest} if self.pictures else {}
         return self.config.model_dump(mode="json", exclude=UNKEYED) | precision | choice | pictures | self.prompts_key()
 
-    def plan(self) -> Plan:
-        footprint, config = Footprint(self.source), self.config
-        transformer, lora, matching, costs = footprint.transformer, config.lora, config.matching, footprint.family.costs
-        one, size = footprint.forward(config.size_px), 2 if (lora.base if lora else self.recipe.compute.precision) == "bfloat16" else 4
-        learned = adapter_count(transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
-        checkpointing, per_block = self.recipe.compute.activation_checkpointing, costs.kept_with_adapters if lora else costs.kept
-        blocks_kept = per_block + one.blocks if checkpointing else per_block * one.blocks
-        states, on_policy, cached, prompts = cached_sizes(
-            config, self.taught.shift, self.inputs["start"].manifest.sampler if self.follows_start else None
-        )
-        prompts += [self.pictures.num_captions] if self.pictures else []
-        train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, teacher=float(size * transformer.count))
-        tables = 0 if lora else footprint.tables  # each copy of the network has its own
-        train |= {"student and fake score": 8.0 * (learned + tables), "gradients": 4.0 * learned}  # one's at a time
-        train |= {"optimizers": float(max(moment_bytes(config.trajectory), 2 * moment_bytes(matching)) * learned), "average": 4.0 * learned}
-        train |= {"temporaries of a step": 8.0 * learned}  # AdamW's in a regression, over all tensors at once
-        train |= {"activations": float(rows_together(self, *config.batches) * one.hidden * blocks_kept * size)}
-        learning = WITH_CHECKPOINTING if checkpointing else FORWARD_AND_BACKWARD
-        regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
-        forwards = cached + matching_forwards(matching, config.steps, learning) * matching.batch + regressed * learning
-        text, text_adds = footprint.embedding(sum(prompts))
-        transformers = 2 if matching.validate_every and matching.iterations and self.judges else 1  # the best validation's and the last
-        stored, encoders = prompt_needs(self, footprint, *prompts)
-        train |= encoders
-        shared = stored + 2 * states * one.latent
-        disk = shared + 2 * on_policy * one.latent + 2 * transformers * transformer.count
-        disk += learned * (checkpoint_bytes(config, self.recipe.checkpoint.keep) + (2 if lora else 0))  # the LoRA file
-        number = "bf16" if size == 2 else "fp32"
-        work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
-        plan = Plan({"embed": text, "train": train}, disk, forwards, work, {"train": MEMORY_ADVICE}, shared)
-        add_pictures(plan, footprint, self.pictures)
-        plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
-        return plan
+    def plan_with(self, micro_batch: int) -> Plan:
+        from flashgen.stages.distill_plan import plan
+
+        return plan(self, micro_batch)
 
     def make(self, draft: Draft) -> Result:
         import torch
@@ -184,7 +143,7 @@ class Distill(Stage):
         del text
         pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, "training", self.device)
         teacher, student, fake_score = self._networks(pipe)
-        micro_batch, checkpoint = self.recipe.compute.micro_batch, self.recipe.checkpoint
+        micro_batch, checkpoint = self.micro_batch, self.recipe.checkpoint
         shape = latent_shape(pipe, self.taught.size_px)
         steps_of = self._trajectory_source(teacher)
         nodes = student_grid(config, steps_of.sigmas)
@@ -266,8 +225,10 @@ class Distill(Stage):
         from flashgen.training.shards import gathered_network
 
         teacher, student, fake_score = networks
-        micro_batch, drop, shift = self.recipe.compute.micro_batch, self.config.encoder_drop, self.taught.shift
-        task = Task("matching", pool, nodes, shape, self.seed, drop, replay, micro_batch=micro_batch, shift=shift, pictures=pictures)
+        task = Task(
+            "matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay,
+            micro_batch=self.micro_batch, shift=self.taught.shift, pictures=pictures,
+        )  # fmt: skip
         matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 
         def keep_last() -> None:

@@ -11,13 +11,14 @@ from flashgen.artifact.draft import Draft
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.flow.grid import check_nested, shifted_grid
-from flashgen.models.footprint import PROGRAM, Footprint, Parts
+from flashgen.models.footprint import Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.distillation import FinetuneRecipe, MatchingTraining
 from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.needs import Held, has_heads, passing
 from flashgen.stages.pictures import SETTINGS, PictureSource, add_pictures, picture_source, real_pictures
 from flashgen.stages.planning import Plan
-from flashgen.stages.tracking import FORWARD_AND_BACKWARD, matching_forwards
+from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, matching_forwards
 from flashgen.stages.trainings import (
     Networks,
     adapter_count,
@@ -26,13 +27,13 @@ from flashgen.stages.trainings import (
     guided_forwards,
     matching_state,
     moment_bytes,
-    rows_together,
 )
-from flashgen.stages.trajectories import cached_steps, guided_teacher, prompt_needs, stage_pool
+from flashgen.stages.trajectories import cached_steps, embedding_room, guided_teacher, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from flashgen.families.base import Forward
     from flashgen.models.pipeline import Pipeline
     from flashgen.training.cache import Replay
 
@@ -103,40 +104,47 @@ class Finetune(Stage):
         unkeyed: dict[str, Any] = {"allow_worse": True, "matching": {"adversarial": SETTINGS}}
         return self.config.model_dump(mode="json", exclude=unkeyed) | borrowed | self.prompts_key()
 
-    def plan(self) -> Plan:
-        footprint, config, matching = Footprint(self.source), self.config, self.config.matching
-        transformer, one, costs = footprint.transformer, footprint.forward(), footprint.family.costs
-        learned = adapter_count(transformer, config.lora, footprint.family.lora_targets) if config.lora else footprint.learnable
-        networks = 3 if config.lora else 2  # student, its copy under the adapters, teacher
-        steps = self.sampler.num_steps
-        forwards = 2 * matching_forwards(matching, steps, FORWARD_AND_BACKWARD) * matching.batch
+    def plan_with(self, micro_batch: int) -> Plan:
+        footprint, matching, one = Footprint(self.source), self.config.matching, Footprint(self.source).forward()
+        held, steps, rows = self._held(footprint, one), self.sampler.num_steps, passing(self, micro_batch, matching.batch)
+        learning = WITH_CHECKPOINTING if self.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
+        forwards = round(2 * matching_forwards(matching, steps, learning) * matching.batch)
         prompts, states = [matching.prompts], 0
+        memory: dict[str, Parts] = {}
         if self.follows_teacher:
             trajectory = self.recipe.distill.trajectory
             prompts.append(trajectory.prompts)
             forwards += guided_forwards(trajectory, self.sampler.shift) * trajectory.prompts
             states = (steps + 1) * trajectory.prompts
+            memory["trajectories"] = held.sampling(micro_batch, steps + 1, trajectory.guidance != 1)
         if self.pictures:
             prompts.append(self.pictures.num_captions)
-        train = Parts(program=PROGRAM, vae=8.0 * footprint.parts["vae"].count, networks=4.0 * networks * transformer.count)
-        tables = 0 if config.lora else footprint.tables
-        train |= {"branches and fake scores": 16.0 * (learned + tables), "gradients": 4.0 * learned}
-        train |= {
-            "optimizers": 2.0 * moment_bytes(matching) * learned,
-            "average": 4.0 * learned,
-            "activations": 4.0 * rows_together(self, matching.batch) * one.hidden * costs.kept * one.blocks,
-        }
-        text, _ = footprint.embedding(sum(prompts))
+        text, text_adds = footprint.embedding(sum(prompts), embedding_room(self))
         stored, encoders = prompt_needs(self, footprint, *prompts)
-        train |= encoders
+        if self.machine.accelerated:  # the pipeline's stay beside the networks where there is room
+            encoders = {name: text[name] for name in footprint.encoders if footprint.is_large(name)}
+        memory |= {"embed": text, "train": held.training(rows) | encoders}
         shared = stored + 2 * states * one.latent
-        disk = shared + 2 * transformer.count
-        disk += (2 * self.recipe.checkpoint.keep + 1) * matching_state(matching) * learned  # per branch, and one that is being written
-        advice = {"train": "use --set finetune.lora.rank=64, or run it where more memory is free"}
-        plan = Plan({"embed": text, "train": train}, disk, forwards, {"fp32": forwards * one.multiply_adds}, advice, shared)
+        disk = shared + 2 * footprint.transformer.count
+        disk += (2 * self.recipe.checkpoint.keep + 1) * matching_state(matching) * held.learned  # per branch, and one that is being written
+        number = "bf16" if held.bytes_each == 2 else "fp32"
+        work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
+        advice = "use --set compute.activation_checkpointing=true and a lower compute.micro_batch, or --set finetune.lora.rank=64"
+        plan = Plan(memory, disk, forwards, work, {"train": advice, "trajectories": advice}, shared, self.machine, rows)
         add_pictures(plan, footprint, self.pictures)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
+
+    def _held(self, footprint: Footprint, one: Forward) -> Held:
+        """What the training of a branch holds: the student, both branches, the teacher and one dense fake score, or all adapters."""
+        config, matching, count = self.config, self.config.matching, footprint.transformer.count
+        learned = adapter_count(footprint.transformer, config.lora, footprint.family.lora_targets) if config.lora else footprint.learnable
+        size, students = 2 if self.recipe.compute.precision == "bfloat16" else 4, 2 if config.lora else 1
+        return Held(
+            self, footprint, one, float((size + 4 * students) * count), 4 if config.lora else 3, learned, 2 * moment_bytes(matching),
+            config.lora is not None, size, self.sampler.num_steps, matching.batch, has_heads(matching, self.sampler.num_steps),
+            matching.validate_every > 0, ("student and teacher", "branches and fake scores"),
+        )  # fmt: skip
 
     def make(self, draft: Draft) -> Result:
         from flashgen.models.pipeline import load_pipeline
@@ -201,7 +209,7 @@ class Finetune(Stage):
             if train_nodes and matching.iterations:  # with two steps the low branch has no node and keeps its weights
                 task = Task(
                     name, pool, nodes, shape, self.seed + 10 + number, self.recipe.distill.encoder_drop, replay, train_nodes,
-                    lambda sigma: high if sigma > config.split else low, self.recipe.compute.micro_batch, sampler.shift, pictures,
+                    lambda sigma: high if sigma > config.split else low, self.micro_batch, sampler.shift, pictures,
                 )  # fmt: skip
                 fake_score = fake_scores[number] if config.lora else networks.learning(self._teacher())
                 matcher = Matcher(task, Roles(branch, teacher, fake_score), matching, self.family)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from flashgen.artifact.files import sha256
+from flashgen.artifact.manifest import hash_json
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import PromptsRecipe, Recipe
 from flashgen.stages.rows import Row, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
@@ -63,6 +65,14 @@ def own_prompts(recipe: Recipe) -> OwnPrompts | None:
     if weights is not None and not sum(weights):
         raise UsageError(f"{name}: the weights in column {how.weight!r} are all 0, so nothing can be drawn; --set prompts.weight=null")
     return OwnPrompts([prompt for prompt, _ in pairs], weights, held_out)
+
+
+def prompts_key(recipe: Recipe, own: OwnPrompts) -> dict[str, Any]:
+    """What a run's key says about its prompts: the contents of their file or data set, and the settings that read them."""
+    how = recipe.prompts.model_dump(exclude_defaults=True)
+    assert recipe.prompts_file is not None
+    contents = hash_json(asdict(own)) if str(recipe.prompts_file).startswith(HUB) else sha256(recipe.prompts_file)
+    return {"prompts_file": contents} | ({"prompts_read": how} if how else {})
 
 
 def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe) -> list[tuple[str, float]]:

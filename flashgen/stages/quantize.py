@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from math import prod
@@ -100,7 +100,8 @@ class Quantize(Stage):
             memory["calibrate"], forwards = self._calibration(footprint)
         work = {"fp32": forwards * footprint.forward().multiply_adds, "rounded": num_weights}
         lighter = "without a budget, low_rank_tolerance and step_scales, which streams the weights"
-        plan = Plan(memory, disk, forwards, work, {"calibrate": f"use --set quantize.method=rtn {lighter}, or fewer quantize.prompts"})
+        advice = {"calibrate": f"use --set quantize.method=rtn {lighter}, or fewer quantize.prompts"}
+        plan = Plan(memory, disk, forwards, work, advice, machine=replace(self.machine, processes=1))  # they share nothing
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
 

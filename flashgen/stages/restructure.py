@@ -16,9 +16,10 @@ from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.needs import Held, passing
 from flashgen.stages.planning import Plan
-from flashgen.stages.trainings import Networks, rows_together
-from flashgen.stages.trajectories import own_steps, prompt_needs, stage_pool
+from flashgen.stages.trainings import Networks, moment_bytes
+from flashgen.stages.trajectories import embedding_room, own_steps, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,31 +76,45 @@ class RestructureEncoder(Stage):
             | {"precision": self.recipe.compute.precision}
         )
 
-    def plan(self) -> Plan:
-        footprint, config = Footprint(self.source), self.config
-        plan = Plan({"link": Parts(program=PROGRAM)}, 1 << 20)
+    def plan_with(self, micro_batch: int) -> Plan:
+        footprint, config, steps = Footprint(self.source), self.config, self.sampler.num_steps
+        plan = Plan({"link": Parts(program=PROGRAM)}, 1 << 20, machine=self.machine)
         if self.trains:
-            transformer, one = footprint.transformer, footprint.forward()
-            learned = footprint.learnable if self.mode == "prune" else footprint.parts[self.how.encoder].count // 8
-            train = Parts(program=PROGRAM, vae=4.0 * footprint.parts["vae"].count, student=4.0 * transformer.count)
-            train |= {"successor": 4.0 * (transformer.count if self.mode == "prune" else learned), "gradients": 4.0 * learned}
-            train |= {"optimizers": 8.0 * learned, "average": 4.0 * learned}
-            train |= {"activations": 4.0 * rows_together(self, config.batch) * one.hidden * footprint.family.costs.kept * one.blocks}
-            forwards = config.iterations * config.batch * 8 + config.prompts * self.sampler.num_steps
-            text, adds = footprint.embedding(config.prompts)
-            states = config.prompts * (self.sampler.num_steps + 1) if config.iterations else 0
+            held, rows = self._held(footprint), passing(self, micro_batch, config.batch)
+            forwards = config.iterations * config.batch * 8 + config.prompts * steps
+            text, adds = footprint.embedding(config.prompts, embedding_room(self))
+            states = config.prompts * (steps + 1) if config.iterations else 0
             stored, encoders = prompt_needs(self, footprint, config.prompts)
-            train |= encoders
-            shared = stored + 2 * states * one.latent
-            disk = shared + 2 * learned + (self.recipe.checkpoint.keep + 1) * 16 * learned  # one more while it is being written
-            advice = {"train": "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"}
-            adds += (
-                config.embedding * config.batch * 3 * learned * self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]
-            )
-            work = {"fp32": forwards * one.multiply_adds, "bf16": adds}
-            plan = Plan({"embed": text, "train": train}, disk, forwards, work, advice, shared)
+            memory = {"embed": text, "train": held.training(rows) | encoders}
+            if config.iterations:
+                memory["trajectories"] = held.sampling(micro_batch, steps + 1, False) | encoders
+            shared = stored + 2 * states * held.one.latent
+            disk = shared + 2 * held.learned + (self.recipe.checkpoint.keep + 1) * 16 * held.learned  # one more while it is being written
+            advice = "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"
+            tokens = self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]
+            adds += config.embedding * config.batch * 3 * held.learned * tokens
+            number = "bf16" if held.bytes_each == 2 else "fp32"
+            work = {"bf16": adds, number: adds * (number == "bf16") + forwards * held.one.multiply_adds}
+            plan = Plan(memory, disk, forwards, work, {"train": advice, "trajectories": advice}, shared, self.machine, rows)
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
         return plan
+
+    def _held(self, footprint: Footprint) -> Held:
+        """What the training holds: the student in float32, and what takes over."""
+        count, size = footprint.transformer.count, 2 if self.recipe.compute.precision == "bfloat16" else 4
+        learned = footprint.learnable if self.mode == "prune" else footprint.parts[self.how.encoder].count // 8
+        return Held(
+            self,
+            footprint,
+            footprint.forward(),
+            4.0 * count,
+            1,
+            learned,
+            moment_bytes(self.config),
+            False,
+            size,
+            names=("student", "successor"),
+        )
 
     def make(self, draft: Draft) -> Result:
         from flashgen.models.save import save_changed
@@ -136,7 +151,7 @@ class RestructureEncoder(Stage):
         pool = stage_pool(self, config.prompts, self.seed + 3, text, self.sampler, draft.cache)
         del text
         networks, pipe = Networks.of(self), load_pipeline(self.source.path, weights="training", device=self.device)
-        options: dict[str, Any] = {"device": self.device, "micro_batch": self.recipe.compute.micro_batch}
+        options: dict[str, Any] = {"device": self.device, "micro_batch": self.micro_batch}
         shape = latent_shape(pipe, self.sampler.size_px)
         slim = networks.learning(copy.deepcopy(pipe.transformer)) if self.mode == "prune" else None
         student = networks.frozen(pipe.transformer)

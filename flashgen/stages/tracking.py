@@ -64,7 +64,7 @@ def step_costs(stage: Stage) -> dict[str, StepCost]:
     distill = stage.recipe.distill if stage.name == "distill" else None
     costs = {}
     for name, training in trainings(stage).items():
-        passes, first = 0, 0
+        passes, first = 0.0, 0
         if isinstance(training, MatchingTraining):
             steps = distill.steps if distill else stage.sampler.num_steps
             passes, first = round_forwards(training, steps, learning)[1], training.fake_score_warmup
@@ -75,16 +75,22 @@ def step_costs(stage: Stage) -> dict[str, StepCost]:
     return costs
 
 
-def round_forwards(matching: MatchingTraining, steps: int, learning: int) -> tuple[int, int]:
+def _term_forwards(matching: MatchingTraining, steps: int, learning: int) -> float:
+    """Forward passes per sample of the terms beside matching: the adversarial one and its heads, and trajectory guidance."""
+    weights = matching.node_weights(steps)
+    return (learning + 2) * sum(map(bool, weights["adversarial"])) / steps + learning * any(weights["trajectory"])
+
+
+def round_forwards(matching: MatchingTraining, steps: int, learning: int) -> tuple[int, float]:
     """Forward passes per sample of (a warm-up round, another round) of a student of `steps` steps; a pass that learns costs `learning`.
 
     Skip-layer guidance counts as one pass, although only samples at its noise levels take it.
     """
     fake_score = steps + learning * matching.fake_score_updates
-    return fake_score, fake_score + learning + 3 + (matching.skip_layers is not None)
+    return fake_score, fake_score + learning + 3 + (matching.skip_layers is not None) + _term_forwards(matching, steps, learning)
 
 
-def matching_forwards(matching: MatchingTraining, steps: int, learning: int) -> int:
+def matching_forwards(matching: MatchingTraining, steps: int, learning: int) -> float:
     """Forward passes per sample of a matching training."""
     warmup, other = round_forwards(matching, steps, learning)
     return matching.fake_score_warmup * warmup + matching.iterations * other if matching.iterations else 0

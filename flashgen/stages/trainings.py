@@ -19,7 +19,7 @@ from flashgen.recipe.base import Training
 from flashgen.recipe.distillation import DistillRecipe, LoraTraining, MatchingTraining, SkipLayers, TrajectoryTraining
 from flashgen.recipe.schema import ComputeRecipe
 from flashgen.runtime.accelerator import dtype_of
-from flashgen.runtime.processes import check_batch, world_size
+from flashgen.runtime.processes import check_batch
 from flashgen.stages.base import Stage
 
 if TYPE_CHECKING:
@@ -100,11 +100,6 @@ def checkpoint_bytes(config: DistillRecipe, keep: int) -> int:
     return keep * sum(sizes) + max(sizes, default=0)
 
 
-def rows_together(stage: Stage, *batches: int) -> int:
-    """Samples that pass together in one process in the largest training."""
-    return max((min(batch // world_size(), stage.recipe.compute.micro_batch or batch) for batch in batches), default=0)
-
-
 def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int]) -> None:
     """Raises UsageError for blocks that the transformer does not have and batches that the processes cannot share."""
     _check_blocks(stage, f"{stage.name}.matching.adversarial.blocks", matching.adversarial.blocks)
@@ -113,7 +108,7 @@ def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int])
     if not matching.min_sigma < matching.max_sigma:
         raise UsageError(f"{stage.name}.matching.min_sigma={matching.min_sigma} must be below max_sigma={matching.max_sigma}")
     for batch in batches:
-        check_batch(batch)
+        check_batch(batch, stage.machine.processes)
 
 
 def _check_skip_layers(stage: Stage, setting: str, skip: SkipLayers | None) -> None:

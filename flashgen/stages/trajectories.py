@@ -20,6 +20,7 @@ from flashgen.flow.guidance import Guidance
 from flashgen.models.footprint import Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.recipe.schema import Recipe
+from flashgen.runtime.accelerator import ALONE
 from flashgen.stages.base import Stage
 from flashgen.stages.trainings import guided_forwards
 
@@ -96,9 +97,14 @@ def prompt_needs(stage: Stage, footprint: Footprint, *counts: int) -> tuple[floa
     """(bytes of disk, memory while the stage trains) of pools of `counts` prompts."""
     from flashgen.models.prompts import BATCH
 
-    stored = stored_prompts(stage, footprint, *counts)
-    drawn = {name: size for name, size in footprint.embedding(BATCH)[0].items() if name in footprint.encoders}
+    stored, held = stored_prompts(stage, footprint, *counts), footprint.embedding(BATCH, embedding_room(stage))[0]
+    drawn = {name: size for name, size in held.items() if name in footprint.encoders}
     return stored * footprint.conditioning_bytes(), Parts() if stored == sum(counts) else drawn
+
+
+def embedding_room(stage: Stage) -> float:
+    """Bytes that a large text encoder may take on the accelerator, 0 without one, while no other network is there."""
+    return ALONE * (stage.machine.bytes or 0) if stage.machine.accelerated else 0.0
 
 
 def cached_steps(
@@ -130,7 +136,7 @@ def own_steps(stage: Stage, student: nn.Module, pool: PromptPool, shape: tuple[i
 
     nodes, number = stage.sampler.sigmas, stage.recipe.compute.precision  # of the weights
     folder = cache / cache_name("trajectories", stage.source, ["transformer"], [nodes, shape, stage.seed, pool.key, number])
-    return own_trajectories(student, pool, nodes, shape, stage.seed, folder, stage.recipe.compute.micro_batch)
+    return own_trajectories(student, pool, nodes, shape, stage.seed, folder, stage.micro_batch)
 
 
 def _steps(
@@ -154,8 +160,7 @@ def _steps(
     if config.compile:
         compiled: Any = torch.compile(steps_of.net, dynamic=False)
         steps_of = replace(steps_of, net=compiled)
-    micro_batch = stage.recipe.compute.micro_batch
-    return cache_trajectories(steps_of, pool, nodes, shape, stage.seed, folder, student=student, micro_batch=micro_batch)
+    return cache_trajectories(steps_of, pool, nodes, shape, stage.seed, folder, student=student, micro_batch=stage.micro_batch)
 
 
 def cache_name(what: str, artifact: Artifact, parts: Iterable[str], how: list[Any]) -> str:

@@ -130,7 +130,7 @@ def cache_trajectories(
     From the source's own states, or from those that `student` visits (DAgger, 1011.0686; for a sampler our choice): the student's next
     state then follows from its own step, and the source's step is only the target. Written to `folder`, one file [N, ...] of states or of
     starts and one of ends, in parts that the processes share out; a resumed run computes the missing parts. At most `micro_batch` prompts
-    pass together (0: all of a part).
+    pass together (0: a whole part).
     """
     check_nested(nodes, source.sigmas)
     stream, steps = (ON_POLICY_STREAM if student else CACHE_STREAM), len(nodes) - 1
@@ -139,13 +139,13 @@ def cache_trajectories(
         cond = pool[part]
         noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, stream, part.start)))
 
-        def of(rows: slice) -> list[list[Tensor]]:
+        def some(rows: slice) -> list[list[Tensor]]:
             x, own = noise[rows], cond[rows]
             visited = roll_out(lambda _: student, x, own, nodes[:-1]).states if student else None
             ends = source.ends(visited or x, own, pool.empty_for(own), nodes)
             return [visited, ends] if visited else [[x, *ends]]
 
-        return joined([of(rows) for rows in slices(len(cond), micro_batch or len(cond))])
+        return in_micro_batches(some, len(cond), micro_batch)
 
     if student is None:
         (states,), mappings = write_states(folder, {"states.bin": steps + 1}, len(pool), shape, SHARD, compute, "trajectories")
@@ -155,8 +155,9 @@ def cache_trajectories(
     return Replay(starts, ends, pool, mappings)
 
 
-def joined(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
-    """Lists of states [B, ...] of micro-batches as lists of states of all of them."""
+def in_micro_batches(compute: Callable[[slice], list[list[Tensor]]], count: int, micro_batch: int) -> list[list[Tensor]]:
+    """Lists of states [count, ...] of `compute(rows)`, which computes `micro_batch` rows at a time (0: all)."""
+    parts = [compute(rows) for rows in slices(count, micro_batch or count)]
     return [[torch.cat(states) for states in zip(*lists, strict=True)] for lists in zip(*parts, strict=True)]
 
 

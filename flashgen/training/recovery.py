@@ -12,11 +12,10 @@ from torch.nn.functional import mse_loss
 from flashgen.families.base import Restructuring, velocity
 from flashgen.families.conditioning import Conditioning
 from flashgen.objectives.trajectory import trajectory_loss
-from flashgen.pixels import slices
 from flashgen.randomness import generator
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.recipe.schema import CheckpointRecipe
-from flashgen.training.cache import Replay, joined, write_states
+from flashgen.training.cache import Replay, in_micro_batches, write_states
 from flashgen.training.ema import Ema
 from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.optimizers import muon_and_adamw, named
@@ -38,14 +37,13 @@ def own_trajectories(
 ) -> Replay:
     """Steps of the student's own rollouts, from one noise [*shape] per prompt (our choice of states); written to `folder` and mapped.
 
-    At most `micro_batch` prompts pass together (0: all of a part).
+    At most `micro_batch` prompts pass together (0: a whole part).
     """
 
     def compute(part: slice) -> list[list[Tensor]]:
         cond = pool[part]
         noise = pool.placed(torch.randn((len(cond), *shape), generator=generator(seed, ROLLOUT_STREAM, part.start)))
-        parts = slices(len(cond), micro_batch or len(cond))
-        return joined([[roll_out(lambda _: student, noise[rows], cond[rows], nodes).states] for rows in parts])
+        return in_micro_batches(lambda rows: [roll_out(lambda _: student, noise[rows], cond[rows], nodes).states], len(cond), micro_batch)
 
     (states,), mappings = write_states(folder, {"states.bin": len(nodes)}, len(pool), shape, ROLLOUT_BATCH, compute, "own trajectories")
     return Replay.from_states(states, pool, *mappings)

@@ -119,9 +119,9 @@ def test_random_writes_a_teacher_that_says_its_world(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "phases"),
     [
-        ("distill TEACHER", {"embed", "train", "validate"}),
+        ("distill TEACHER", {"embed", "trajectories", "train", "validate"}),
         ("finetune STUDENT", {"embed", "train", "validate"}),
-        ("restructure-encoder STUDENT --mode prune", {"embed", "train", "validate"}),
+        ("restructure-encoder STUDENT --mode prune", {"embed", "trajectories", "train", "validate"}),
         ("restructure-encoder STUDENT --mode zeros --set bench.per_task=0", {"link"}),
         ("quantize STUDENT --set bench.per_task=0", None),
         ("export STUDENT", None),

@@ -20,6 +20,7 @@ from flashgen.models.sample import latent_shape
 from flashgen.pixels import Size
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
+from flashgen.runtime import machines
 from flashgen.stages import planning
 from flashgen.stages.base import prepare
 from flashgen.stages.distill import Distill
@@ -217,12 +218,12 @@ def test_what_cannot_fit_is_refused_before_any_work_with_what_lowers_that_phase(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(planning, "total_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(machines, "total_bytes", lambda: 1 << 20)
     source = str((tiny_teacher if stage == "distill" else tiny_student).path)
     with pytest.raises(MachineError, match=rf"needs \d+\.\d GiB of memory in its {told.replace(' .*', ' .*0.0 are there; .*', 1)}"):
         getattr(runs, stage)(source, tmp_path / "out", demo(*settings))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(planning, "total_bytes", lambda: None)  # unknown: nothing is refused
+    monkeypatch.setattr(machines, "total_bytes", lambda: None)  # unknown: nothing is refused
     plan_of(stage, tiny_teacher if stage == "distill" else tiny_student, demo(*settings)).check(stage, tmp_path, tmp_path / "work")
 
 

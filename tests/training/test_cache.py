@@ -27,10 +27,18 @@ Build = Callable[[int], nn.Module]
 
 
 def cached(
-    net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0, student: nn.Module | None = None
+    net: nn.Module,
+    pool: PromptPool,
+    work: Path,
+    *,
+    steps: int = 2,
+    fine: int = 4,
+    seed: int = 0,
+    student: nn.Module | None = None,
+    micro_batch: int = 0,
 ) -> Replay:
-    nodes, grid = shifted_grid(steps, 3.0), shifted_grid(fine, 3.0)
-    return cache_trajectories(TrajectorySource(net, grid, Guidance(2.0), order=2), pool, nodes, SHAPE, seed, work, student=student)
+    nodes, source = shifted_grid(steps, 3.0), TrajectorySource(net, shifted_grid(fine, 3.0), Guidance(2.0), order=2)
+    return cache_trajectories(source, pool, nodes, SHAPE, seed, work, student=student, micro_batch=micro_batch)
 
 
 def cache(net: nn.Module, pool: PromptPool, work: Path, *, steps: int = 2, fine: int = 4, seed: int = 0) -> Tensor:
@@ -55,6 +63,20 @@ def test_cached_states_are_the_fine_trajectorys_at_the_students_nodes(transforme
     expected = torch.stack([visited[s] for s in shifted_grid(2, 3.0)], 1)
     assert states.shape == (8, 3, *SHAPE) and states.dtype == torch.float16
     assert torch.allclose(states.float(), expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_prompts_pass_in_micro_batches_and_end_where_they_would_together(
+    on_policy: bool, transformer: Build, pool: PromptPool, tmp_path: Path
+) -> None:
+    net, student, batches = transformer(0), transformer(1) if on_policy else None, list[int]()
+    whole = cached(net, pool, tmp_path / "whole", student=student)
+    for network in (net, *([student] if student else [])):
+        network.register_forward_hook(lambda module, inputs, output: batches.append(len(output[0])))
+    parts = cached(net, pool, tmp_path / "parts", student=student, micro_batch=3)
+    assert max(batches) == 6 and min(batches) >= 2  # 3 prompts with and without guidance; 8 prompts leave 2
+    torch.testing.assert_close(parts.starts, whole.starts, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(parts.ends, whole.ends, rtol=1e-3, atol=2e-3)
 
 
 def test_grids_nest_exactly_for_every_multiple_and_are_refused_otherwise(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
