@@ -217,15 +217,8 @@ def prepare(
 def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
     """Run a prepared stage into `out`; returns the published version, or the latest one if it is up to date (unless `force`)."""
     world = stage.world
-    origin = Origin(
-        kind=stage.kind,
-        stage=stage.name,
-        family=stage.family.name,
-        world=world.name if world else None,
-        settings=stage.settings(),
-        seed=stage.seed,
-        parents=stage.parents(),
-    )
+    world_name = world.name if world else None
+    origin = Origin(stage.kind, stage.name, stage.family.name, world_name, stage.settings(), stage.seed, stage.parents())
     with tracked(stage, origin.settings), ExitStack() as lock:
         done = from_first(lambda: _start(stage, out, origin, force, lock))
         if done is not None:
