@@ -18,7 +18,9 @@ from flashgen.stages.base import Stage, prepare
 from flashgen.stages.describe import describe
 from flashgen.stages.distill import Distill
 from flashgen.stages.planning import ROOM
+from tests import runs
 from tests.cli.command import flashgen, refused
+from tests.stages.chain import Chain, micro
 from tests.stages.sparse import sparse_teacher
 
 DENSE, LORA = "sd35-medium", "sd35-medium-lora"
@@ -120,6 +122,18 @@ def test_networks_are_shared_out_where_only_that_fits(medium: Artifact) -> None:
     for part in ("teacher", "gradients", "optimizers"):
         assert 8 * train[part] == pytest.approx(alone[part], rel=1e-6)
     assert "average" in train  # not on the CPU: each process keeps its part
+
+
+@pytest.mark.parametrize("name", ["finetune", "restructure", "quantize"])
+def test_later_stages_are_planned_for_other_machines(name: str, chain: Chain) -> None:
+    recipe, on = micro("finetune.merge_high=[0.7]", "quantize.method=gptq"), machine_named("2x24GB")
+    plan = describe(prepare(runs.stage(name), {"student": chain.student.path}, recipe, on=on), Path("out"))
+    assert plan["fits"] and plan["machine"] == "2x24GB" and plan["seconds"] >= 0
+    phase = "calibrate" if name == "quantize" else "train"
+    assert "program" not in plan["memory"][phase] and "program" in plan["host_memory"][phase]
+    assert plan["processes"] == (1 if name == "quantize" else 2)  # quantize shares nothing out
+    if phase == "train":
+        assert plan["micro_batch"] == 2 and "average (CPU)" in plan["host_memory"]["train"]  # half of a batch of 4
 
 
 def test_a_plan_that_does_not_fit_is_printed_and_ends_with_5_and_advice(medium: Artifact, tmp_path: Path) -> None:
