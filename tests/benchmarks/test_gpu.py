@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_page import page
-from benchmarks.gpu_setup import Bench
+from benchmarks.gpu_setup import TINY, Bench
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {
@@ -78,7 +78,8 @@ def test_parts_that_fail_or_take_too_long_are_on_the_page_and_run_again_alone(tm
     path, row = tmp_path / "gpu.md", {"numbers": "fp32", "what": "picture", "psnr_db": 50.0}
     broken = fake(row, error=RuntimeError("CUDA error: it broke\nmore"))
     monkeypatch.setattr(gpu, "PARTS", {"full": (broken, 9), "compare": (fake(row, seconds=9), 0.2), "lora": (fake(), 9)})
-    assert gpu.main(["--tiny", "--page", str(path)]) == 1
+    facts, bench = gpu.about(torch.device("cpu"), None), Bench(torch.device("cpu"), TINY, tmp_path, None)
+    assert not gpu.measure(bench, path, facts)
     parts, text = numbers(path)["parts"], path.read_text()
     assert parts["compare"]["rows"] == [row] and parts["compare"]["error"] == "TimeoutError: stopped after its 0.2 seconds"
     assert "seconds" in parts["lora"] and "RuntimeError: CUDA error: it broke" in text and "| fp32 | picture |  |  | 50.0 |" in text
