@@ -32,6 +32,7 @@ from benchmarks.gpu_page import page
 from benchmarks.gpu_setup import SD35_MEDIUM, TINY, Bench
 from flashgen.errors import MachineError
 from flashgen.runtime.accelerator import device_of
+from flashgen.runtime.machines import bf16_peak
 from flashgen.stages.bench import machine
 
 ROOT = Path(__file__).parents[1]
@@ -44,21 +45,6 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[dict[str, Any]]], float]] = {
     "full": (gpu_parts.full, 120),
     "drawing": (gpu_parts.drawing, 120),
 }
-# TFLOP/s of dense bf16 products with fp32 sums by a device's name, from the vendors' data sheets (half of what they give for sparse ones).
-PEAK_TFLOPS: dict[str, float] = {
-    "NVIDIA B200": 2250, "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA GH200 480GB": 989, "NVIDIA H800": 989,
-    "NVIDIA H200 NVL": 835, "NVIDIA H100 NVL": 835, "NVIDIA H100 PCIe": 756, "NVIDIA H20": 148,
-    "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA A100-PCIE-40GB": 312,
-    "NVIDIA L40S": 362, "NVIDIA L40": 181, "NVIDIA L4": 121, "NVIDIA A40": 150, "NVIDIA A30": 165, "NVIDIA A10": 125,
-    "NVIDIA GeForce RTX 5090": 209.5, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 4080": 97.5, "NVIDIA GeForce RTX 3090": 71,
-    "AMD Instinct MI300X": 1307,
-}  # fmt: skip
-
-
-def peak_flop_per_s(name: str, given: float | None) -> float | None:
-    """FLOP/s that the device called `name` could reach: `given` TFLOP/s, or the data sheet's; None for an unknown device."""
-    tflops = given or PEAK_TFLOPS.get(name)
-    return tflops * 1e12 if tflops else None
 
 
 def about(device: torch.device, given: float | None) -> dict[str, Any]:
@@ -72,7 +58,7 @@ def about(device: torch.device, given: float | None) -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] if on_gpu else "",
         "host": f"{machine()['cpu']}, {platform.platform()}, Python {platform.python_version()}",
         "torch": torch.__version__,
-        "peak_flop_per_s": peak_flop_per_s(name, given),
+        "peak_flop_per_s": given * 1e12 if given else bf16_peak(name),
         "code": _code(),
     }
 

@@ -17,16 +17,25 @@ if TYPE_CHECKING:
 PEAK_SHARE = 0.4  # of the peak, for hours on a machine that is not this one; nobody has measured it
 DRIVER = 6e8  # bytes of an accelerator that its driver and torch's libraries take (our estimate)
 
-# Memory in GB, and peak TFLOP/s of dense matrix products on tensor cores that sum in fp32, from NVIDIA's data sheets and architecture
-# papers (those name twice the number for sparse matrices). fp32 is TF32, which flashgen uses on CUDA. H100 and H200 are the SXM modules.
-ACCELERATORS: Mapping[str, tuple[float, float, float]] = {
-    "rtx3090": (24, 71.2, 35.6),
-    "rtx4090": (24, 165.2, 82.6),
-    "rtx5090": (32, 209.5, 104.8),
-    "l40s": (48, 362.0, 183.0),
-    "a100": (80, 312.0, 156.0),
-    "h100": (80, 989.4, 494.7),
-    "h200": (141, 989.4, 494.7),
+# Peak TFLOP/s of dense bf16 products on tensor cores that sum in fp32, by the device's name: from data sheets and architecture papers,
+# which also name twice the number, for sparse matrices. TF32, in which flashgen computes fp32 on CUDA, has half of it.
+PEAK_TFLOPS: Mapping[str, float] = {
+    "NVIDIA B200": 2250, "NVIDIA H200": 989.4, "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA GH200 480GB": 989.4, "NVIDIA H800": 989.4,
+    "NVIDIA H200 NVL": 835, "NVIDIA H100 NVL": 835, "NVIDIA H100 PCIe": 756, "NVIDIA H20": 148,
+    "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA L40S": 362, "NVIDIA L40": 181, "NVIDIA L4": 121, "NVIDIA A40": 150, "NVIDIA A30": 165, "NVIDIA A10": 125,
+    "NVIDIA GeForce RTX 5090": 209.5, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 4080": 97.5, "NVIDIA GeForce RTX 3090": 71.2,
+    "AMD Instinct MI300X": 1307,
+}  # fmt: skip
+# Memory in GB, and the device. H100 and H200 are the SXM modules.
+ACCELERATORS: Mapping[str, tuple[float, str]] = {
+    "rtx3090": (24, "NVIDIA GeForce RTX 3090"),
+    "rtx4090": (24, "NVIDIA GeForce RTX 4090"),
+    "rtx5090": (32, "NVIDIA GeForce RTX 5090"),
+    "l40s": (48, "NVIDIA L40S"),
+    "a100": (80, "NVIDIA A100-SXM4-80GB"),
+    "h100": (80, "NVIDIA H100 80GB HBM3"),
+    "h200": (141, "NVIDIA H200"),
 }
 BY_MEMORY = {24: "rtx3090", 32: "rtx5090", 48: "l40s", 80: "a100", 141: "h200"}  # the slowest one of a size; hours are then at most that
 
@@ -82,5 +91,10 @@ def machine_named(text: str) -> Machine:
     if not count or not size:
         known = ", ".join(ACCELERATORS)
         raise UsageError(f"--on {text}: write a number of accelerators and their memory or name, as in 24GB, 8x80GB or 8xh100 ({known})")
-    _, bf16, fp32 = ACCELERATORS[like]
-    return Machine(size, count, True, False, {"bf16": bf16 * 1e12, "fp32": fp32 * 1e12}, text, like)
+    bf16 = 1e12 * PEAK_TFLOPS[ACCELERATORS[like][1]]
+    return Machine(size, count, True, False, {"bf16": bf16, "fp32": bf16 / 2}, text, like)
+
+
+def bf16_peak(device: str) -> float | None:
+    """FLOP/s of dense bf16 products that the device of this name could reach; None where no data sheet was read."""
+    return 1e12 * PEAK_TFLOPS[device] if device in PEAK_TFLOPS else None

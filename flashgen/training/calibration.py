@@ -142,7 +142,7 @@ class Calibration:
             members = [layers[name] for name in groups[group]]
             with restored(members):
                 for layer in members:
-                    layer.weight.data = dequantize(quantize(layer, bits))
+                    layer.weight.data.copy_(dequantize(quantize(layer, bits)))
                 errors.setdefault(group, {})[str(bits)] = self.latent_error()
             if rank() == 0:
                 path.with_suffix(".tmp").write_text(json.dumps(errors))
@@ -192,9 +192,9 @@ def observed(layers: Mapping[str, nn.Linear], look: Callable[[str, Tensor], None
 @contextmanager
 def restored(layers: Sequence[nn.Linear]) -> Iterator[None]:
     """Give the layers their weights back on leaving."""
-    weights = [layer.weight.data for layer in layers]
+    weights = [layer.weight.detach().clone() for layer in layers]
     try:
         yield
     finally:
         for layer, weight in zip(layers, weights, strict=True):
-            layer.weight.data = weight
+            layer.weight.data.copy_(weight)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from flashgen.errors import MachineError
 from flashgen.recipe.schema import LogRecipe
+from flashgen.runtime.machines import bf16_peak
 from flashgen.runtime.processes import rank, world_size
 from flashgen.training.checkpoint import truncate_stats
 
@@ -101,7 +102,9 @@ class Log:
             return machine
         rate = (step - self.step) / seconds
         operations = 2 * rate * cost.multiply_adds if self.step >= cost.first else 0.0
-        return {"samples_s": rate * cost.samples} | ({"tflop_s": operations / 1e12} if operations else {}) | machine
+        speed = {"samples_s": rate * cost.samples} | ({"tflop_s": operations / 1e12} if operations else {})
+        peak = bf16_peak(torch.cuda.get_device_name()) if on_gpu and operations else None
+        return speed | ({"peak_share": operations / peak / world_size()} if peak else {}) | machine
 
 
 def start_trackers(logging: Logging, work: Path, name: str, start: int) -> list[Any]:

@@ -27,7 +27,7 @@ def save_lora(folder: Path, role: Role, prefix: str, sigmas: Sequence[float], ba
     tensors = {}
     for name, value in role.state_dict().items():
         scaled = full(value) * (config.lora_alpha / config.r if ".lora_B." in name else 1)
-        tensors[f"{prefix}.{name.replace(f'.{role.adapter}.', '.')}"] = to_half(scaled, f"lora: {name}").contiguous()
+        tensors[f"{prefix}.{name.replace(f'.{role.adapter}.', '.')}"] = to_half(scaled, f"lora: {name}").cpu().contiguous()
     facts = {"format": "pt", "rank": str(config.r), "alpha": str(config.r), "sigmas": json.dumps(list(sigmas))}
     folder.mkdir()
     save_file(tensors, folder / NAME, metadata=facts | {"base_digest": base_digest, "flashgen_version": __version__})

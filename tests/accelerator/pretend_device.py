@@ -9,6 +9,8 @@ process, so tests/accelerator/test_stages.py runs what imports it in processes o
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ import torch.utils.backend_registration as registration
 from torch.utils._pytree import tree_flatten, tree_map
 
 registration._setup_privateuseone_for_python_backend("pretend")
+module: Any = registration._DummyBackendModule  # torch.distributed.checkpoint asks for streams, even for tensors on the CPU
+stream = SimpleNamespace(synchronize=lambda: None)
+module.current_stream, module.stream = lambda self: stream, lambda self, stream: nullcontext()
 DEVICE = torch.device("pretend", 0)
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 

@@ -28,6 +28,6 @@ def test_a_stage_gives_on_an_accelerator_what_it_gives_on_the_cpu(case: str, fol
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_tensor_that_stays_on_the_cpu_fails_there(folder: Path) -> None:
-    done = run("dense", folder, "--planted")
+def test_a_tensor_that_stays_on_the_cpu_fails_there(tmp_path: Path) -> None:
+    done = run("dense", tmp_path, "--planted")
     assert done.returncode != 0 and "tensors on pretend:0 and on the CPU" in done.stderr

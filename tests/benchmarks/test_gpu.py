@@ -16,6 +16,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu_page import page
 from benchmarks.gpu_setup import TINY, Bench
+from flashgen.runtime.machines import bf16_peak
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {
@@ -29,6 +30,7 @@ from pathlib import Path
 from tests.accelerator.pretend_device import DEVICE
 from benchmarks.gpu import PARTS
 from benchmarks.gpu_setup import TINY, Bench
+from flashgen.runtime.machines import bf16_peak
 bench = Bench(DEVICE, replace(TINY, precision="float32", batches=(1,), micro_batches=(1,)), Path(sys.argv[1]), None)
 rows = {name: list(part(bench)) for name, (part, _) in PARTS.items()}
 assert all(rows.values()), rows
@@ -106,9 +108,11 @@ def test_the_committed_page_is_that_of_the_committed_numbers() -> None:
 
 
 def test_a_peak_is_the_data_sheets_or_the_users_and_never_a_guess() -> None:
-    assert gpu.peak_flop_per_s("NVIDIA GeForce RTX 4090", None) == 165.2e12
-    assert gpu.peak_flop_per_s("NVIDIA GeForce RTX 4090 Laptop GPU", None) is None
-    assert gpu.peak_flop_per_s("NVIDIA GeForce RTX 4090", 300) == gpu.peak_flop_per_s("another", 300) == 300e12
+    assert bf16_peak("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert bf16_peak("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+    assert (
+        gpu.about(torch.device("cpu"), None)["peak_flop_per_s"] is None and gpu.about(torch.device("cpu"), 300)["peak_flop_per_s"] == 300e12
+    )
 
 
 def test_the_page_marks_missed_goals() -> None:

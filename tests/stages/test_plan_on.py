@@ -12,7 +12,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.errors import UsageError
 from flashgen.models.footprint import Footprint
 from flashgen.recipe.load import load
-from flashgen.runtime.machines import ACCELERATORS, BY_MEMORY, DRIVER, PEAK_SHARE, Machine, machine_named
+from flashgen.runtime.machines import ACCELERATORS, BY_MEMORY, DRIVER, PEAK_SHARE, PEAK_TFLOPS, Machine, bf16_peak, machine_named
 from flashgen.stages import base
 from flashgen.stages.base import Stage, prepare
 from flashgen.stages.describe import describe
@@ -60,7 +60,7 @@ def planned(teacher: Artifact, recipe: str, on: str, *settings: str) -> dict[str
 def test_machines_are_read_by_name_and_by_memory(text: str, processes: int, gigabytes: int, like: str) -> None:
     machine = machine_named(text)
     assert (machine.processes, machine.bytes, machine.like, machine.accelerated) == (processes, gigabytes * 1e9, like, True)
-    assert machine.peak == {"bf16": ACCELERATORS[like][1] * 1e12, "fp32": ACCELERATORS[like][2] * 1e12}
+    assert machine.peak == {"bf16": bf16_peak(ACCELERATORS[like][1]), "fp32": PEAK_TFLOPS[ACCELERATORS[like][1]] * 1e12 / 2}
 
 
 @pytest.mark.parametrize("text", ["", "0x24GB", "0GB", "8x", "x24GB", "24", "a100s", "8 x 80GB x"])
@@ -71,7 +71,7 @@ def test_other_words_for_a_machine_are_refused(text: str) -> None:
 
 def test_a_size_stands_for_its_slowest_accelerator() -> None:
     for size, name in BY_MEMORY.items():
-        assert ACCELERATORS[name][1] == min(bf16 for gb, bf16, _ in ACCELERATORS.values() if gb == size)
+        assert PEAK_TFLOPS[ACCELERATORS[name][1]] == min(PEAK_TFLOPS[device] for gb, device in ACCELERATORS.values() if gb == size)
 
 
 def test_full_training_fits_80_gb_with_at_most_24_bytes_per_weight_and_its_average_on_the_cpu(medium: Artifact) -> None:
