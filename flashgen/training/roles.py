@@ -42,8 +42,8 @@ class Backbone:
             layer.cast_input_dtype_enabled = getattr(transformer, "compute_dtype", None) is None
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(".lora_" in name)
-            if ".lora_" in name:
-                parameter.data = parameter.data.float()  # small updates are lost in bf16
+            if ".lora_" in name and parameter.dtype != torch.float32:  # small updates are lost in bf16
+                torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().float()))
         if checkpointing:
             transformer.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
         self.switch(None)

@@ -78,7 +78,7 @@ def test_every_part_keeps_its_tensors_on_the_device(tmp_path: Path) -> None:
 
 def test_parts_that_fail_or_take_too_long_are_on_the_page_and_run_again_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, row = tmp_path / "gpu.md", {"numbers": "fp32", "what": "picture", "psnr_db": 50.0}
-    broken = fake(row, error=RuntimeError("CUDA error: it broke\nmore"))
+    broken = fake(error=RuntimeError("CUDA error: it broke\nmore"))
     monkeypatch.setattr(gpu, "PARTS", {"full": (broken, 9), "compare": (fake(row, seconds=9), 0.2), "lora": (fake(), 9)})
     facts, bench = gpu.about(torch.device("cpu"), None), Bench(torch.device("cpu"), TINY, tmp_path, None)
     assert not gpu.measure(bench, path, facts)

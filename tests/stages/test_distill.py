@@ -218,9 +218,7 @@ def test_regression_is_validated_without_a_judge_and_ends_the_same(chain: Chain,
     assert runs.distill(str(chain.teacher.path), tmp_path / "unseen", validated).path == unseen.path  # up to date
 
 
-def test_on_policy_regression_changes_the_student_and_a_sharded_run_refuses_it(
-    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_policy_regression_changes_the_student(chain: Chain, tmp_path: Path) -> None:
     recipe = micro("distill.on_policy.iterations=2", "distill.on_policy.batch=4", "distill.on_policy.prompts=8")
     student = runs.distill(str(chain.teacher.path), tmp_path, recipe)
     assert digests(student)[TRANSFORMER] != digests(chain.student)[TRANSFORMER]
@@ -228,9 +226,6 @@ def test_on_policy_regression_changes_the_student_and_a_sharded_run_refuses_it(
     assert phases == ["trajectory", "on_policy", "matching"]
     with pytest.raises(UsageError, match=r"on_policy\.prompts=17 are the first of trajectory\.prompts=16"):
         micro("distill.on_policy.iterations=2", "distill.on_policy.prompts=17")
-    monkeypatch.setattr(distill, "sharded", lambda: True)
-    with pytest.raises(UsageError, match=r"distill\.on_policy\.iterations=0"):
-        runs.distill(str(chain.teacher.path), tmp_path, recipe)
 
 
 def test_strides_say_which_of_the_teachers_steps_the_student_takes(chain: Chain, tmp_path: Path) -> None:
