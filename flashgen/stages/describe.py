@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from flashgen.artifact.store import versions
-from flashgen.errors import UsageError
 from flashgen.stages.base import Stage
 from flashgen.stages.planning import Plan
 
@@ -44,9 +43,5 @@ def best_plan(stage: Stage) -> Plan | None:
     if plan is None or plan.fits or stage.on is None or stage.on.processes == 1 or not stage.shards:
         return plan
     sharded = replace(stage, on=replace(stage.on, sharded=True))
-    try:
-        sharded.check()
-    except UsageError:
-        return plan
     other = sharded.plan()
     return plan if other is None or (not other.fits and plan.peak <= other.peak) else other

@@ -121,8 +121,6 @@ class Finetune(Stage):
             prompts.append(self.pictures.num_captions)
         text, text_adds = footprint.embedding(sum(prompts), embedding_room(self))
         stored, encoders = prompt_needs(self, footprint, *prompts)
-        if self.machine.accelerated:  # the pipeline's stay beside the networks where there is room
-            encoders = {name: text[name] for name in footprint.encoders if footprint.is_large(name)}
         memory |= {"embed": text, "train": held.training(rows) | encoders}
         shared = stored + 2 * states * one.latent
         disk = shared + 2 * footprint.transformer.count

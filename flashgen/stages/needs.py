@@ -55,6 +55,8 @@ class Held:
         parts = self.weights() | {"gradients": 4.0 * learned, "optimizers": float(self.moments * learned)}  # gradients of one at a time
         offloaded = machine.accelerated and not self.adapters and not machine.sharded  # as `training.roles.offloads`
         kept = 4.0 * learned * (1 + (self.validates and self.stage.judges))  # and the best validation's
+        saved = 4.0 * self.networks + self.moments + kept / max(learned, 1)  # bytes per weight of a checkpoint, each process a part of it
+        parts[f"copy for a checkpoint{ON_CPU}"] = saved * self.learned / machine.processes
         copies = offloaded or self.validates  # of the weights, while they are averaged or while the average is drawn with
         parts[f"average{ON_CPU if offloaded else ''}"] = kept + 4.0 * learned * copies
         parts["temporaries of a step"] = 8.0 * min(learned, BUCKET)

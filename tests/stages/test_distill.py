@@ -261,9 +261,6 @@ def test_compiling_wants_a_compiler_and_networks_of_their_own(chain: Chain, tmp_
         runs.train(micro("teacher.flow.compile=true"), tmp_path / "teacher")
     with pytest.raises(UsageError, match="compile=true does not go with lora"):
         micro("distill.compile=true", "distill.lora.rank=4")
-    monkeypatch.setattr(distill, "sharded", lambda: True)
-    with pytest.raises(UsageError, match=r"distill\.compile=false"):
-        runs.distill(str(chain.teacher.path), tmp_path / "out", recipe)
 
 
 def test_distill_stops_before_a_step_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:
