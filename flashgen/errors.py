@@ -7,6 +7,7 @@ class FlashgenError(Exception):
     """Base class; the exit code of a plain one says that it is a bug of flashgen."""
 
     exit_code = 1
+    is_shared = False  # whether every process of a launch raises it, so that the first one speaks for all
 
 
 class UsageError(FlashgenError):

@@ -29,6 +29,7 @@ from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say, warn
 
 CHECKPOINTS = "checkpoints"  # folder of the trainings' checkpoints in the resume state
+TENSORBOARD = "tensorboard"  # that of their logs
 PACKAGES = ("accelerate", "diffusers", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -119,11 +120,12 @@ class Draft:
         fsync(self.out)
         point_latest(self.out, manifest.version)
         fsync(self.out)
-        if keep_checkpoints:
-            kept = self.work.parent / manifest.version
-            shutil.rmtree(kept, ignore_errors=True)  # of a version with that number that was removed
-            kept.mkdir()
-            os.rename(self.work / CHECKPOINTS, kept / CHECKPOINTS)
+        kept = self.work.parent / manifest.version
+        shutil.rmtree(kept, ignore_errors=True)  # of a version with that number that was removed
+        for name in [CHECKPOINTS, TENSORBOARD] if keep_checkpoints else [TENSORBOARD]:
+            if (self.work / name).exists():
+                kept.mkdir(exist_ok=True)
+                os.rename(self.work / name, kept / name)
         shutil.rmtree(self.work)
         if not any(self.work.parent.iterdir()):
             self.work.parent.rmdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ import typer
 from flashgen.errors import FlashgenError, MachineError, UsageError
 from flashgen.progress import say
 from flashgen.runtime.memory import peak_rss_mib
-from flashgen.runtime.processes import rank
+from flashgen.runtime.processes import rank, speaks_for_itself
 
 if TYPE_CHECKING:
     from flashgen.artifact.store import Artifact
@@ -44,6 +45,8 @@ def exit_codes(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         code, message = explain(error)
         say(message if code == 130 else f"error: {message}")
+        if speaks_for_itself(error):
+            print(f"error in process {rank()}: {message}", file=sys.stderr, flush=True)
         raise typer.Exit(code) from error
 
 

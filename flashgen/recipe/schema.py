@@ -32,7 +32,8 @@ class LogRecipe(Model):
 
 
 class ComputeRecipe(Model):
-    """How the trainings of `distill`, `finetune` and `restructure-encoder` use a machine. Only `precision` changes what they learn."""
+    """How the trainings of `distill`, `finetune` and `restructure-encoder` use a machine. Only `precision` changes what they learn,
+    up to the order of sums."""
 
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast over float32 weights that learn, bfloat16 weights that do not; losses stay in float32"
@@ -46,7 +47,7 @@ class ComputeRecipe(Model):
 class BenchRecipe(Model):
     """`bench`, and the pictures that stages draw to validate their result."""
 
-    per_task: int = Field(20, ge=0, description="prompts per task of the world's judge; 0: stages draw and score nothing")
+    per_task: int = Field(20, ge=0, description="prompts per task of the world's judge; 0: nothing is scored, and a result is not drawn")
     warmup: int = Field(1, ge=0, description="pictures drawn before the measured ones")
     repeats: int = Field(5, ge=1, description="pictures measured, one at a time")
     batch: int = Field(30, ge=1, description="pictures drawn together for a quality score")

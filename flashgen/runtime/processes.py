@@ -79,6 +79,11 @@ def join() -> PartialState:
     return state
 
 
+def speaks_for_itself(error: BaseException) -> bool:
+    """Return True if `error` may be this process's alone: another one than the first that works with the others, and did not get it there."""
+    return rank() > 0 and join.cache_info().currsize > 0 and not getattr(error, "is_shared", False)
+
+
 def from_first(function: Callable[[], T]) -> T:
     """Result of `function`, which process 0 alone calls, in every process. A FlashgenError is raised in all of them."""
     if world_size() == 1:
@@ -91,6 +96,7 @@ def from_first(function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except FlashgenError as error:
+            error.is_shared = True
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:

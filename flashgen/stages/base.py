@@ -189,7 +189,7 @@ def prepare(
     check_launch()
     if kind.cpu_only and device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}: {kind.name} computes on the CPU; leave the option out")
-    if not kind.cpu_only:
+    if not kind.cpu_only and on is None:
         compute_on(device_of(device).type)
     if sharded() and not kind.shards:
         raise UsageError(f"{kind.name} does not shard networks with FSDP; launch with --multi_gpu, which shares out batches")

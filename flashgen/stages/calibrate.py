@@ -14,6 +14,7 @@ from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say
 from flashgen.quant.layer import Rounding, layer_bits, quantize_layer, stored_bytes
 from flashgen.recipe.compression import QuantizeRecipe
+from flashgen.runtime import processes
 from flashgen.runtime.accelerator import exact
 from flashgen.stages.base import Stage
 
@@ -124,7 +125,8 @@ def _factor(calibration: Calibration, family: Family, config: QuantizeRecipe, wo
         largest = f"up to half of {len(down)} in groups of {config.group}"
         errors = ", ".join(tried) or "a group is wider than that"
         say(f"adaLN stays whole: no shared basis of {largest} has an error of {config.low_rank_tolerance:g} or less ({errors})")
-    save_state(result, path)
+    if processes.rank() == 0:
+        save_state(result, path)
     return dict(result["metrics"])
 
 
@@ -152,7 +154,7 @@ def _allocate(
             f"quantize.group={config.group} the smallest is {smallest:.0f} bytes, {8 * smallest / num_weights:.3f} mean bits"
         )
     path = draft.work / "sensitivity.json"
-    if not path.exists() and (known := _known_errors(draft)):
+    if processes.rank() == 0 and not path.exists() and (known := _known_errors(draft)):
         path.write_text(json.dumps(known))
     nearest = replace(rounding, method="rtn")  # without data: GPTQ gains about as much in every group (our choice)
     error = calibration.sensitivity(groups, choices, lambda layer, bits: quantize_layer(layer.weight, bits, nearest), path)

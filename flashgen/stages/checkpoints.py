@@ -68,6 +68,8 @@ def open_checkpoint(out: Path, name: str) -> StudentCheckpoint:
 
     Raises UsageError when there is none, and ArtifactError when the artifact that the training began with is gone.
     """
+    if not (out / ".work").is_dir():
+        raise UsageError(f"--checkpoint {name}: {out} has no .work; give the folder that holds the versions, the --out of flashgen distill")
     training, _, step = name.rpartition("/")
     students = (out / ".work").glob(f"*/{STUDENT}")
     steps = {folder: int(folder.name.removeprefix("step-")) for student in students for folder in student.parent.glob("*/step-*")}

@@ -38,8 +38,8 @@ def plan(stage: Distill, micro_batch: int) -> Plan:
     if cached:
         guided = not stage.follows_start and config.trajectory.guidance != 1
         memory["trajectories"] = held.sampling(micro_batch, config.steps + 1, guided) | encoders
-    if stage.machine.sharded:  # a process reads the teacher and copies it, in float32, before it keeps its part
-        memory["load"] = held.fixed() | {"two networks": 8.0 * footprint.transformer.count}
+    if stage.machine.sharded:  # before a process keeps its part it has read the teacher and, without adapters, copied it in float32
+        memory["load"] = held.fixed() | {"full networks": held.frozen if lora else 8.0 * footprint.transformer.count}
     learning = WITH_CHECKPOINTING if stage.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
     matched = matching_forwards(matching, config.steps, learning) * matching.batch
     regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))

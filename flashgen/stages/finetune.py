@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from flashgen.families.base import Forward
     from flashgen.models.pipeline import Pipeline
     from flashgen.training.cache import Replay
+    from flashgen.training.prompts import PromptPool
 
 
 class Finetune(Stage):
@@ -121,7 +122,7 @@ class Finetune(Stage):
             prompts.append(self.pictures.num_captions)
         text, text_adds = footprint.embedding(sum(prompts), embedding_room(self))
         stored, encoders = prompt_needs(self, footprint, *prompts)
-        memory |= {"embed": text, "train": held.training(rows) | encoders}
+        memory |= {"embed": text | {"student": 4.0 * footprint.transformer.count}, "train": held.training(rows) | encoders}
         shared = stored + 2 * states * one.latent
         disk = shared + 2 * footprint.transformer.count
         disk += (2 * self.recipe.checkpoint.keep + 1) * matching_state(matching) * held.learned  # per branch, and one that is being written
@@ -141,7 +142,7 @@ class Finetune(Stage):
         return Held(
             self, footprint, one, float((size + 4 * students) * count), 4 if config.lora else 3, learned, 2 * moment_bytes(matching),
             config.lora is not None, size, self.sampler.num_steps, matching.batch, has_heads(matching, self.sampler.num_steps),
-            matching.validate_every > 0, ("student and teacher", "branches and fake scores"),
+            matching.validate_every > 0, ("student and teacher", "branches and fake scores"), 4.0 * count,
         )  # fmt: skip
 
     def make(self, draft: Draft) -> Result:
@@ -191,10 +192,12 @@ class Finetune(Stage):
         networks, text = Networks.of(self), load_pipeline(self.source.path, weights="text", device=self.device)
         pictures = real_pictures(self, self.pictures, config.matching, sampler, text, draft.cache) if self.pictures else None
         pool = stage_pool(self, config.matching.prompts, self.seed + 2, text, sampler, draft.cache)
+        trajectories = self.recipe.distill.trajectory
+        steps_pool = stage_pool(self, trajectories.prompts, self.seed, text, sampler, draft.cache) if self.follows_teacher else None
         shape = latent_shape(pipe, sampler.size_px)
-        high, low, teacher, fake_scores = self._branches(networks, pipe.transformer)
-        replay = self._replay(text, teacher, shape, draft.cache) if self.follows_teacher else None
         del text  # its memory is for the training
+        high, low, teacher, fake_scores = self._branches(networks, pipe.transformer)
+        replay = self._replay(steps_pool, teacher, shape, draft.cache) if steps_pool else None
         validator, middle = Validator(self, pipe, sampler, work), sorted(config.merge_high)[len(config.merge_high) // 2]
 
         def validate(name: str, _: nn.Module) -> float | None:
@@ -231,9 +234,8 @@ class Finetune(Stage):
             return [("control", high, above + below, longer)]
         return [("high", high, above, config.matching), ("low", low, below, config.matching)]
 
-    def _replay(self, pipe: Pipeline, teacher: nn.Module, shape: tuple[int, ...], cache: Path) -> Replay:
-        """The teacher's cached trajectories over the student's nodes."""
-        pool = stage_pool(self, self.recipe.distill.trajectory.prompts, self.seed, pipe, self.sampler, cache)
+    def _replay(self, pool: PromptPool, teacher: nn.Module, shape: tuple[int, ...], cache: Path) -> Replay:
+        """The teacher's cached trajectories over the student's nodes, of the prompts in `pool`."""
         steps_of = guided_teacher(teacher, self.sampler.shift, self.recipe)
         return cached_steps(self, pool, steps_of, self.sampler.sigmas, shape, cache, self.inputs["teacher"])
 

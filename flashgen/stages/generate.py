@@ -95,7 +95,7 @@ def _begin_folder(out: Path, request: Request, settings: dict[str, Any]) -> list
             temporary = listing.with_suffix(".tmp")
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, listing)
-        elif listing.read_text(encoding="utf-8") != text:
+        elif listing.read_bytes() != text.encode():
             raise UsageError(f"--out {out} holds pictures of another artifact, or of other prompts, seeds or settings; name another folder")
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}; name a folder that can be written to") from error

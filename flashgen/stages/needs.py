@@ -33,6 +33,7 @@ class Held:
     adversarial: bool = False
     validates: bool = False
     names: tuple[str, str] = ("teacher", "student and fake score")  # of what is frozen and of what learns
+    whole: float = 0.0  # of the frozen bytes, those that every process keeps though it shards the others
 
     def fixed(self) -> Parts:
         """What is there from beginning to end and does not depend on the training."""
@@ -44,7 +45,7 @@ class Held:
         """Networks without gradients, as they are when trajectories are computed."""
         shards = self.stage.machine.shards
         tables = 0 if self.adapters else 4.0 * self.networks * self.footprint.tables  # each copy of the network has its own
-        sizes = (self.frozen / shards, 4.0 * self.networks * self.learned / shards + tables)
+        sizes = (self.whole + (self.frozen - self.whole) / shards, 4.0 * self.networks * self.learned / shards + tables)
         return self.fixed() | dict(zip(self.names, sizes, strict=True))
 
     def training(self, rows: int) -> Parts:

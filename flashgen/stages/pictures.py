@@ -15,6 +15,7 @@ from flashgen.models.footprint import Footprint
 from flashgen.pixels import Size, from_uint8
 from flashgen.progress import warn
 from flashgen.recipe.distillation import AdversarialTraining, MatchingTraining
+from flashgen.runtime.processes import from_first
 from flashgen.stages.base import Stage
 from flashgen.stages.picture_files import FORMATS, Listing, Picture, decode
 from flashgen.stages.planning import Plan
@@ -48,7 +49,7 @@ class PictureSource:
     @cached_property
     def digest(self) -> str:
         """Digest over the contents of all files, their names, and the columns that are read."""
-        contents = [[name, sha256(file)] for name, file in self.files.items()]
+        contents = from_first(lambda: [[name, sha256(file)] for name, file in self.files.items()])
         return hash_json([contents, self.config.picture_column, self.config.caption_column])
 
 

@@ -62,14 +62,15 @@ def own_prompts(recipe: Recipe) -> OwnPrompts | None:
     apart = set(held_out)
     pairs = [pair for pair in pairs if pair[0] not in apart]
     weights = [weight for _, weight in pairs] if how.weight is not None else None
-    if weights is not None and not sum(weights):
-        raise UsageError(f"{name}: the weights in column {how.weight!r} are all 0, so nothing can be drawn; --set prompts.weight=null")
+    if weights is not None and not 0 < sum(weights) < math.inf:
+        total = "are all 0" if not any(weights) else "are too large for their sum"
+        raise UsageError(f"{name}: the weights in column {how.weight!r} {total}, so nothing can be drawn; --set prompts.weight=null")
     return OwnPrompts([prompt for prompt, _ in pairs], weights, held_out)
 
 
 def prompts_key(recipe: Recipe, own: OwnPrompts) -> dict[str, Any]:
     """What a run's key says about its prompts: the contents of their file or data set, and the settings that read them."""
-    how = recipe.prompts.model_dump(exclude_defaults=True)
+    how = recipe.prompts.model_dump(exclude_defaults=True, exclude={"cache_gib"})
     assert recipe.prompts_file is not None
     contents = hash_json(asdict(own)) if str(recipe.prompts_file).startswith(HUB) else sha256(recipe.prompts_file)
     return {"prompts_file": contents} | ({"prompts_read": how} if how else {})
@@ -93,7 +94,7 @@ def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe) -> 
 def _weight(value: Any, where: str) -> float:
     try:
         weight = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 <= weight < math.inf:
         raise UsageError(f"{where} holds {value!r}; a weight is a number of at least 0")

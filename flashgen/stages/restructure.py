@@ -18,7 +18,7 @@ from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.needs import Held, passing
 from flashgen.stages.planning import Plan
-from flashgen.stages.trainings import Networks, moment_bytes
+from flashgen.stages.trainings import Networks, moment_bytes, regression_state
 from flashgen.stages.trajectories import embedding_room, own_steps, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class RestructureEncoder(Stage):
             if config.iterations:
                 memory["trajectories"] = held.sampling(micro_batch, steps + 1, False) | encoders
             shared = stored + 2 * states * held.one.latent
-            disk = shared + 2 * held.learned + (self.recipe.checkpoint.keep + 1) * 16 * held.learned  # one more while it is being written
+            kept = self.recipe.checkpoint.keep * (2 if self.mode == "compact" and config.iterations else 1)
+            disk = shared + 2 * held.learned + (kept + 1) * regression_state(config) * held.learned  # one more while it is being written
             advice = "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"
             tokens = self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]
             adds += config.embedding * config.batch * 3 * held.learned * tokens
@@ -100,14 +101,14 @@ class RestructureEncoder(Stage):
         return plan
 
     def _held(self, footprint: Footprint) -> Held:
-        """What the training holds: the student in float32, and what takes over."""
+        """What the training holds: the student, and what takes over."""
         count, size = footprint.transformer.count, 2 if self.recipe.compute.precision == "bfloat16" else 4
         learned = footprint.learnable if self.mode == "prune" else footprint.parts[self.how.encoder].count // 8
         return Held(
             self,
             footprint,
             footprint.forward(),
-            4.0 * count,
+            float(size * count),
             1,
             learned,
             moment_bytes(self.config),

@@ -87,7 +87,9 @@ def round_forwards(matching: MatchingTraining, steps: int, learning: int) -> tup
     Skip-layer guidance counts as one pass, although only samples at its noise levels take it.
     """
     fake_score = steps + learning * matching.fake_score_updates
-    return fake_score, fake_score + learning + 3 + (matching.skip_layers is not None) + _term_forwards(matching, steps, learning)
+    return fake_score, fake_score + learning + 3 + (matching.augmentation == "decoupled") + (
+        matching.skip_layers is not None
+    ) + _term_forwards(matching, steps, learning)
 
 
 def matching_forwards(matching: MatchingTraining, steps: int, learning: int) -> float:

@@ -16,7 +16,6 @@ from flashgen import __version__
 from flashgen.artifact.manifest import Sampler, hash_json
 from flashgen.artifact.store import Artifact
 from flashgen.flow.grid import shifted_grid
-from flashgen.flow.guidance import Guidance
 from flashgen.models.footprint import Footprint, Parts
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.recipe.schema import Recipe
@@ -116,10 +115,9 @@ def cached_steps(
     """
     config = stage.recipe.distill
     assert pool.key, "a pool whose prompts are not known"
-    number = config.lora.base if config.lora and stage.name == "distill" else stage.recipe.compute.precision  # of the weights
-    guidance, plain = steps_of.guidance, Guidance(steps_of.guidance.scale)
-    how = [steps_of.sigmas, guidance.scale, steps_of.order, nodes, shape, stage.seed, pool.key, config.encoder_drop, number, config.compile]
-    how += [asdict(guidance)] if guidance != plain else []  # caches from before there was more guidance stay valid
+    numbers = [config.lora.base if config.lora and stage.name == "distill" else None, stage.recipe.compute.precision]  # weights, passes
+    how = [steps_of.sigmas, asdict(steps_of.guidance), steps_of.order, nodes, shape, stage.seed, pool.key, config.encoder_drop, numbers]
+    how.append(config.compile)
     return _steps(stage, pool, steps_of, nodes, shape, cache / cache_name("trajectories", followed, ["transformer"], how))
 
 

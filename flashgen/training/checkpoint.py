@@ -146,9 +146,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Step, numbers and metrics of a checkpoint. Raises ArtifactError if it is damaged."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    except (OSError, ValueError) as error:
+        return {key: state[key] for key in ("step", "window", "numbers")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(checkpoint, error) from error
-    return state
 
 
 def read_sizes(checkpoint: Path) -> dict[str, torch.Size]:

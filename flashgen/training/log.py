@@ -16,6 +16,7 @@ import psutil
 import torch
 from PIL import Image
 
+from flashgen.artifact.draft import TENSORBOARD
 from flashgen.errors import MachineError
 from flashgen.recipe.schema import LogRecipe
 from flashgen.runtime.machines import bf16_peak
@@ -123,7 +124,7 @@ def start_trackers(logging: Logging, work: Path, name: str, start: int) -> list[
         PartialState(cpu=True)  # Accelerate's loggers ask for a state; this one starts no process group
     trackers = []
     for tracker in names:
-        options: dict[str, Any] = {"run_name": name, "logging_dir": work / "tensorboard", "purge_step": start + 1}
+        options: dict[str, Any] = {"run_name": name, "logging_dir": work / TENSORBOARD, "purge_step": start + 1}
         if tracker == "wandb":
             options = {"run_name": logging.recipe.project, "name": f"{logging.run} {name}", "group": logging.run, "dir": str(work)}
             options |= {"id": _run_id(work / f"wandb-{name}.id"), "resume": "allow", "config": dict(logging.settings)}

@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from flashgen.artifact.draft import CHECKPOINTS
@@ -19,6 +18,7 @@ from flashgen.runtime.processes import wait_for_all, world_size
 from flashgen.training.checkpoint import Checkpoint, Stateful
 from flashgen.training.log import RATE, Log
 from flashgen.training.ranks import average_, summarise, summarise_ranks
+from flashgen.training.shards import full
 
 DEFAULT = CheckpointRecipe()
 Metric = float | Tensor  # a tensor holds one number and is read when metrics are logged
@@ -89,8 +89,7 @@ def descend(
         total = loss.detach().clone() if total is None else total + loss.detach()
     assert total is not None
     average_([total, *(p.grad for p in parameters if p.grad is not None)])
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = full(nn.utils.clip_grad_norm_(parameters, clip))
     if norm.device.type == "cpu":
         check_finite(where, {"loss": total.item(), "grad_norm": norm.item()}, "the optimizer step")
     for optimizer in optimizers:

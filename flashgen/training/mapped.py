@@ -38,7 +38,7 @@ def mark_written(mark: Path, text: str, *mappings: mmap.mmap) -> None:
     for memory in mappings:
         memory.flush()
     release(*mappings)
-    temporary = mark.with_suffix(".tmp")
+    temporary = mark.with_suffix(f".{os.getpid()}.tmp")  # another process may be writing the same part
     temporary.write_text(text)
     fsync(temporary)
     os.replace(temporary, mark)

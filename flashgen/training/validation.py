@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from flashgen.runtime.processes import from_first
 from flashgen.training.ema import Ema
 
 Validate = Callable[[str, nn.Module], float | None]  # (name of the moment, network) -> its score, None where nothing judges
@@ -26,5 +27,6 @@ class Validation:
         if self.validate is None or not self.every or ((step + 1) % self.every and step + 1 < self.steps):
             return {}
         with ema.applied_to(network):
-            score = self.validate(f"{self.name}-{step + 1:06d}", network)
+            own = self.validate(f"{self.name}-{step + 1:06d}", network)
+        score = from_first(lambda: own)  # all processes choose the same weights
         return {} if score is None else {"score": score}

@@ -49,7 +49,11 @@ def walks(config: Mapping[str, Any], sigmas: Sequence[float]) -> bool:
     """Return True if diffusers' scheduler with `config` walks `sigmas` when it is told only their number."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if config.get("_class_name") != FlowMatchEulerDiscreteScheduler.__name__ or config.get("use_dynamic_shifting") or config["shift"] <= 0:
+    if (
+        config.get("_class_name") != FlowMatchEulerDiscreteScheduler.__name__
+        or config.get("use_dynamic_shifting")
+        or config.get("shift", 1.0) <= 0
+    ):
         return False
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
     scheduler.set_timesteps(len(sigmas) - 1)
