@@ -80,7 +80,7 @@ def join() -> PartialState:
 
 
 def speaks_for_itself(error: BaseException) -> bool:
-    """Return True if `error` may be this process's alone: another one than the first that works with the others, and did not get it there."""
+    """Return True if the first process does not know `error`: another one got it while it worked with the others."""
     return rank() > 0 and join.cache_info().currsize > 0 and not getattr(error, "is_shared", False)
 
 

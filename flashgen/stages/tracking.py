@@ -87,9 +87,8 @@ def round_forwards(matching: MatchingTraining, steps: int, learning: int) -> tup
     Skip-layer guidance counts as one pass, although only samples at its noise levels take it.
     """
     fake_score = steps + learning * matching.fake_score_updates
-    return fake_score, fake_score + learning + 3 + (matching.augmentation == "decoupled") + (
-        matching.skip_layers is not None
-    ) + _term_forwards(matching, steps, learning)
+    scores = 3 + (matching.augmentation == "decoupled") + (matching.skip_layers is not None)
+    return fake_score, fake_score + learning + scores + _term_forwards(matching, steps, learning)
 
 
 def matching_forwards(matching: MatchingTraining, steps: int, learning: int) -> float:

@@ -84,7 +84,7 @@ def test_a_run_in_progress_draws_and_what_is_not_there_is_said_in_one_sentence(
     assert done.exit_code == 0 and "matching/step-000001" in done.stderr and (tmp_path / "a.png").exists()
     done = flashgen("generate", out, "a red circle", "--checkpoint", "999", "-o", tmp_path / "b.png")
     assert done.exit_code == 2 and "there are: matching/1, trajectory/" in done.stderr and "checkpoint.keep=3" in done.stderr
-    with pytest.raises(UsageError, match="there are: none"):
+    with pytest.raises(UsageError, match=r"has no \.work; give the folder that holds the versions"):
         open_checkpoint(tmp_path, "1")
     facts = next(out.glob(".work/*/checkpoints/student.json"))
     text = facts.read_text()
