@@ -55,9 +55,9 @@ class PromptPool:
     """Prompts as conditioning: `cond` is a table of distinct prompts, `empty` that of the empty prompt (one row).
 
     `index` [N] is the row of each prompt in the table; None: N rows in their order. `dropped`, bool [N] or None, says whose droppable text
-    encoder is dropped. The tensors of `cond` may be mapped from files, by `mappings`: `pool[rows]` reads those rows alone. They may lie
-    on the CPU; what the pool returns is on `device`. `key` names the contents; "" where nobody named them. With `texts` there is no table of
-    prompts: `cond` is the empty prompt alone, and `index` points into `texts`, which are encoded as they are drawn.
+    encoder is dropped. The tensors of `cond` may lie on the CPU, mapped from files by `mappings`: `pool[rows]` reads those rows alone; what
+    the pool returns is on `device`. `key` names the contents; "" where nobody named them. With `texts` there is no table of prompts: `cond`
+    is the empty prompt alone, and `index` points into `texts`, which are encoded as they are drawn.
     """
 
     cond: Conditioning

@@ -43,7 +43,7 @@ class Backbone:
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(".lora_" in name)
             if ".lora_" in name and parameter.dtype != torch.float32:  # small updates are lost in bf16
-                torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().float()))
+                torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().float()))  # type: ignore[no-untyped-call]  # torch's
         if checkpointing:
             transformer.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
         self.switch(None)
