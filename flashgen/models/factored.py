@@ -43,7 +43,10 @@ def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
 
 def factor(transformer: nn.Module, basis: Tensor, ups: Mapping[str, Tensor], biases: Mapping[str, Tensor] | None = None) -> None:
     """Replace the Linears that `ups` names by factors on `basis` [K, r], in place; they keep their biases unless others are given."""
-    shared = nn.Parameter(basis.to(next(transformer.parameters()).device), requires_grad=False)
+    device = next(transformer.parameters()).device
+    if device.type != "meta":  # as it is for a network that reads its weights when it runs
+        basis = basis.to(device)
+    shared = nn.Parameter(basis, requires_grad=False)
     for name, up in ups.items():
         layer: Any = transformer.get_submodule(name)
         bias = biases[name] if biases is not None else layer.bias

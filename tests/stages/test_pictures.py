@@ -294,6 +294,6 @@ def test_the_plan_counts_latents_captions_and_the_vaes_encoder(chain: Chain, tmp
 
     without, real = planned("distill.trajectory.iterations=0"), planned(*ADVERSARY, f"{FIELD}.pictures={folder(tmp_path / 'p')}")
     added = 5 * 2 * 16 * 8 * 8 + 4 * 4224  # fp16 latents, and an embedding per different caption
-    assert real.disk - without.disk == real.cached - without.cached == added and real.forwards == without.forwards
+    assert real.disk - without.disk == real.cached - without.cached == added and real.forwards > without.forwards
     assert real.memory["pictures"]["vae"] > 0 and real.memory["pictures"]["activations"] >= 4 * SIDE**2 and "pictures" not in without.memory
     assert real.work["fp32"] > without.work["fp32"]

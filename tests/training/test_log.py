@@ -17,6 +17,7 @@ from torch import nn
 
 from flashgen.errors import MachineError
 from flashgen.recipe.schema import CheckpointRecipe, LogRecipe
+from flashgen.training.checkpoint import Checkpoint
 from flashgen.training.log import LOGGING, Logging, StepCost
 from flashgen.training.loop import Metric, descend, fit
 
@@ -95,6 +96,7 @@ def test_trackers_get_metrics_rates_and_pictures_and_a_resumed_run_continues_the
         return made[-1]
 
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", make)
+    monkeypatch.setattr(Checkpoint, "due", lambda self: self.wait() is None)  # every step is saved, however slow the disk is
     logged("wandb", costs={"phase": StepCost(64, 5e11, 2)}, settings={"steps": 4})
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, 6, fail_at=5)

@@ -148,7 +148,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_leaves_the_o
 
     def full(*arguments: Any, **options: Any) -> None:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:  # two at least are written, one of them after the last step
             raise OSError(28, "No space left on device")
         real(*arguments, **options)
 

@@ -555,7 +555,7 @@ def test_muon_takes_matrices_on_both_sides_and_the_students_rates_fall(
     }
     matcher = train(student, teacher, CONFIG.model_copy(update=rates), tmp_path, task(pool))
     assert watch.steps == ["fake_score", "fake_score"] + ["fake_score", "fake_score", "student"] * 4
-    kinds = ["Muon", "AdamW"]
+    kinds = ["Muon", "AdamWithoutMomentum"]
     assert [type(o).__name__ for o in matcher.optimizers] == [type(o).__name__ for o in matcher.fake_score_optimizers] == kinds
     last = CONFIG.lr_floor + (1 - CONFIG.lr_floor) * 0.5  # update 3 of 4, of which the last two decay
     assert [o.param_groups[0]["lr"] for o in matcher.optimizers] == pytest.approx([1e-2 * last, 1e-3 * last])
