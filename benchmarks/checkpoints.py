@@ -1,4 +1,4 @@
-"""What checkpoints cost a training of SD3.5-Medium's adapters: the share of the time that it waits, and that it loses beside a write.
+"""Cost of checkpoints in a training of SD3.5-Medium's adapters: the share of the time that it waits, and that it loses beside a write.
 
 python -m benchmarks.checkpoints FOLDER          # a folder on the disk to measure; needs 4 GB of memory and of disk
 """

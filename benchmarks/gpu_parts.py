@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` measures. A part is a generator of rows, each written as soon as it is there."""
+"""The measurements of `benchmarks.gpu`. A part is a generator of rows, each written as soon as it is there."""
 
 from __future__ import annotations
 

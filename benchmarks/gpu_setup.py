@@ -1,4 +1,4 @@
-"""What the parts of `benchmarks.gpu` share: sizes, random networks on the device, a teacher without numbers, clocks and memory."""
+"""Shared by the parts of `benchmarks.gpu`: sizes, random networks on the device, a teacher without numbers, clocks and memory."""
 
 from __future__ import annotations
 

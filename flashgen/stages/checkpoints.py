@@ -59,7 +59,7 @@ def describe_student(work: Path, source: Artifact, sampler: Sampler, lora: LoraT
 
 
 def describes_student(work: Path) -> bool:
-    """Whether `generate` can draw from the checkpoints in `work`."""
+    """Return True if `generate` can draw from the checkpoints in `work`."""
     return (work / STUDENT).exists()
 
 

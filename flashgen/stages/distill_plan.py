@@ -9,7 +9,7 @@ from flashgen.models.footprint import Footprint
 from flashgen.stages.needs import Held, has_heads, passing
 from flashgen.stages.pictures import add_pictures
 from flashgen.stages.planning import Plan
-from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, matching_forwards
+from flashgen.stages.tracking import learning_cost, matching_forwards
 from flashgen.stages.trainings import adapter_count, checkpoint_bytes, moment_bytes
 from flashgen.stages.trajectories import cached_sizes, embedding_room, prompt_needs
 
@@ -40,7 +40,7 @@ def plan(stage: Distill, micro_batch: int) -> Plan:
         memory["trajectories"] = held.sampling(micro_batch, config.steps + 1, guided) | encoders
     if stage.machine.sharded:  # before a process keeps its part it has read the teacher and, without adapters, copied it in float32
         memory["load"] = held.fixed() | {"full networks": held.frozen if lora else 8.0 * footprint.transformer.count}
-    learning = WITH_CHECKPOINTING if stage.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
+    learning = learning_cost(stage)
     matched = matching_forwards(matching, config.steps, learning) * matching.batch
     regressed = sum(part.iterations * part.batch for part in (config.trajectory, config.on_policy))
     forwards = cached + round(matched) + regressed * learning

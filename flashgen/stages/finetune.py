@@ -18,7 +18,7 @@ from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.needs import Held, has_heads, passing
 from flashgen.stages.pictures import SETTINGS, PictureSource, add_pictures, picture_source, real_pictures
 from flashgen.stages.planning import Plan
-from flashgen.stages.tracking import FORWARD_AND_BACKWARD, WITH_CHECKPOINTING, matching_forwards
+from flashgen.stages.tracking import learning_cost, matching_forwards
 from flashgen.stages.trainings import (
     Networks,
     adapter_count,
@@ -108,8 +108,7 @@ class Finetune(Stage):
     def plan_with(self, micro_batch: int) -> Plan:
         footprint, matching, one = Footprint(self.source), self.config.matching, Footprint(self.source).forward()
         held, steps, rows = self._held(footprint, one), self.sampler.num_steps, passing(self, micro_batch, matching.batch)
-        learning = WITH_CHECKPOINTING if self.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
-        forwards = round(2 * matching_forwards(matching, steps, learning) * matching.batch)
+        forwards = round(2 * matching_forwards(matching, steps, learning_cost(self)) * matching.batch)
         prompts, states = [matching.prompts], 0
         memory: dict[str, Parts] = {}
         if self.follows_teacher:

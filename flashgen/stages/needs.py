@@ -55,11 +55,11 @@ class Held:
         machine, learned = self.stage.machine, self.learned / self.stage.machine.shards
         parts = self.weights() | {"gradients": 4.0 * learned, "optimizers": float(self.moments * learned)}  # gradients of one at a time
         offloaded = machine.accelerated and not self.adapters and not machine.sharded  # as `training.roles.offloads`
-        kept = 4.0 * learned * (1 + (self.validates and self.stage.judges))  # and the best validation's
-        saved = 4.0 * self.networks + self.moments + kept / max(learned, 1)  # bytes per weight of a checkpoint, each process a part of it
+        averages = 4.0 * (1 + (self.validates and self.stage.judges))  # bytes per weight, with the best validation's
+        saved = 4.0 * self.networks + self.moments + averages  # of a checkpoint, of which each process copies a part
         parts[f"copy for a checkpoint{ON_CPU}"] = saved * self.learned / machine.processes
         copies = offloaded or self.validates  # of the weights, while they are averaged or while the average is drawn with
-        parts[f"average{ON_CPU if offloaded else ''}"] = kept + 4.0 * learned * copies
+        parts[f"average{ON_CPU if offloaded else ''}"] = (averages + 4.0 * copies) * learned
         parts["temporaries of a step"] = 8.0 * min(learned, BUCKET)
         if self.stage.recipe.compute.precision == "bfloat16" and not self.adapters:
             parts["bf16 copies in autocast"] = 2.0 * self.learned  # torch keeps them until a forward pass ends

@@ -60,7 +60,7 @@ def step_costs(stage: Stage) -> dict[str, StepCost]:
     """Cost of one step of each training, by its name. Multiply-adds are those of `stage.plan`, which knows regressions and matching."""
     from flashgen.training.log import StepCost
 
-    learning = WITH_CHECKPOINTING if stage.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
+    learning = learning_cost(stage)
     distill = stage.recipe.distill if stage.name == "distill" else None
     costs = {}
     for name, training in trainings(stage).items():
@@ -73,6 +73,11 @@ def step_costs(stage: Stage) -> dict[str, StepCost]:
         one = Footprint(stage.source).forward(distill.size_px if distill else None).multiply_adds if passes else 0.0
         costs[name] = StepCost(training.batch, passes * training.batch * one, first)
     return costs
+
+
+def learning_cost(stage: Stage) -> int:
+    """Cost of a pass that learns in the trainings of `stage`, in forward passes."""
+    return WITH_CHECKPOINTING if stage.recipe.compute.activation_checkpointing else FORWARD_AND_BACKWARD
 
 
 def _term_forwards(matching: MatchingTraining, steps: int, learning: int) -> float:
