@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from flashgen.pixels import SizePx
+from flashgen.pixels import Size, SizePx
 from flashgen.recipe.base import Beta, Model, Training
 
 
@@ -163,6 +164,7 @@ class DistillRecipe(Model):
 
     steps: int = Field(4, ge=1, le=16, description="student steps")
     size_px: SizePx | None = Field(None, description="of the training pictures: 512, or WIDTHxHEIGHT; null: the teacher's")
+    sizes: list[SizePx] = Field([], description="several sizes instead of one: each batch has a random one of them; none: `size_px`")
     strides: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="steps of the teacher (or of `start`) that each student step covers; none: as many each"
     )
@@ -176,6 +178,11 @@ class DistillRecipe(Model):
     trajectory: TrajectoryTraining = TrajectoryTraining()
     on_policy: OnPolicyTraining = OnPolicyTraining()
     matching: MatchingTraining = MatchingTraining()
+
+    @property
+    def all_sizes(self) -> Sequence[Size | None]:
+        """Sizes of the training pictures; None is the teacher's size."""
+        return self.sizes or [self.size_px]
 
     @property
     def batches(self) -> list[int]:
@@ -202,9 +209,21 @@ class DistillRecipe(Model):
             raise ValueError("compile=true does not go with lora, whose roles take turns in one network; set compile=false")
         if self.start and self.lora:
             raise ValueError("lora learns adapters of the teacher's own weights; leave it or start out")
+        self._sizes_fit()
         if self.on_policy.iterations and self.on_policy.prompts > self.trajectory.prompts:
             raise ValueError(f"on_policy.prompts={self.on_policy.prompts} are the first of trajectory.prompts={self.trajectory.prompts}")
         return self
+
+    def _sizes_fit(self) -> None:
+        names = [str(size) for size in self.sizes]
+        if self.sizes and self.size_px is not None:
+            raise ValueError(f"size_px={self.size_px} and sizes=[{', '.join(names)}] do not go together; set size_px=null or sizes=[]")
+        if len(set(names)) < len(names):
+            raise ValueError(f"sizes=[{', '.join(names)}] names a size twice; name each once")
+        if len(names) > 1 and self.follow == "start":
+            raise ValueError(f"follow=start learns the steps of a student of one size, not of sizes=[{', '.join(names)}]; set sizes=[]")
+        if self.needs_trajectories and self.trajectory.prompts < len(names):
+            raise ValueError(f"trajectory.prompts={self.trajectory.prompts} are too few for {len(names)} sizes; give each size one or more")
 
 
 class FinetuneRecipe(Model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import UsageError
 from flashgen.families.configs import configs_in
+from flashgen.pixels import Size
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.checkpoints import describe_student
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flashgen.models.pipeline import Pipeline
-    from flashgen.training.cache import Replay, TrajectorySource
-    from flashgen.training.pictures import RealPictures
+    from flashgen.training.cache import TrajectorySource
+    from flashgen.training.matching import Bucket
     from flashgen.training.prompts import PromptPool
 
 UNKEYED: dict[str, Any] = {  # `validate_every` changes nothing in the student; a digest stands for the pictures
@@ -65,13 +67,18 @@ class Distill(Stage):
 
     @property
     def taught(self) -> Sampler:
-        """The teacher's sampler at the size of the training pictures."""
-        return self.sampler.model_copy(update={"size_px": self.config.size_px or self.sampler.size_px})
+        """The teacher's sampler at the size of the training pictures, the first one of several."""
+        return self.sampler.model_copy(update={"size_px": self.sizes[0]})
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Sizes of the training pictures."""
+        return [size or self.sampler.size_px for size in self.config.all_sizes]
 
     @cached_property
     def pictures(self) -> PictureSource | None:
         """Real pictures for the adversarial term. Raises UsageError for pictures that cannot be used."""
-        return picture_source(self, self.config.matching, self.taught.size_px)
+        return picture_source(self, self.config.matching, self.sizes)
 
     def open_more(self) -> None:
         if self.config.start:
@@ -93,6 +100,8 @@ class Distill(Stage):
                 self._check_followed(start)
         if config.size_px:
             check_size(self.family, configs_in(self.source.path), self.sampler, config.size_px, "distill.size_px=")
+        for size in config.sizes:
+            check_size(self.family, configs_in(self.source.path), self.sampler, size, "distill.sizes=")
         check_matching(self, config.matching, config.batches)
         self.pictures  # noqa: B018  one that cannot be used is an error now
         if config.compile and config.needs_trajectories:
@@ -117,7 +126,8 @@ class Distill(Stage):
         choice = self.judge_key() if self.config.matching.validate_every else {}  # the best round depends on it
         precision = {"precision": self.recipe.compute.precision}
         pictures = {"pictures": self.pictures.digest} if self.pictures else {}
-        return self.config.model_dump(mode="json", exclude=UNKEYED) | precision | choice | pictures | self.prompts_key()
+        unkeyed = UNKEYED if self.config.sizes else UNKEYED | {"sizes": True}  # students from before there were sizes stay up to date
+        return self.config.model_dump(mode="json", exclude=unkeyed) | precision | choice | pictures | self.prompts_key()
 
     def plan_with(self, micro_batch: int) -> Plan:
         from flashgen.stages.distill_plan import plan
@@ -132,39 +142,47 @@ class Distill(Stage):
         from flashgen.models.save import save_changed, save_tensors
         from flashgen.stages.report import Validator
         from flashgen.training.lora import save_lora
+        from flashgen.training.matching import Bucket
         from flashgen.training.regression import regress
         from flashgen.training.roles import Role
         from flashgen.training.shards import gathered_network
 
         config, source, work = self.config, self.source.path, draft.work
         text = load_pipeline(source, weights="text", device=self.device)  # alone: no transformer is in memory while prompts are encoded
-        pictures = real_pictures(self, self.pictures, config.matching, self.taught, text, draft.cache) if self.pictures else None
+        pictures = real_pictures(self, self.pictures, config.matching, self.taught, text, draft.cache) if self.pictures else []
         pools = self._pools(text, draft.cache)
         del text
         pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, "training", self.device)
         teacher, student, fake_score = self._networks(pipe)
         micro_batch, checkpoint = self.micro_batch, self.recipe.checkpoint
-        shape = latent_shape(pipe, self.taught.size_px)
+        shapes = [latent_shape(pipe, size) for size in self.sizes]
+        if config.compile:  # torch would give up compiling after eight shapes of all networks
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(shapes))
         steps_of = self._trajectory_source(teacher)
         nodes = student_grid(config, steps_of.sigmas)
         sampler = Sampler(**{**self.taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
         describe_student(work, self.source, sampler, config.lora)
         validate = Validator(self, pipe, sampler, work)
         pool, followed = pools.get("trajectory"), self.inputs["start"] if self.follows_start else self.source
-        replay = cached_steps(self, pool, steps_of, nodes, shape, draft.cache, followed) if pool else None
-        if replay and config.trajectory.iterations:
+        parts = list(zip(pool.shared_out(len(shapes)), shapes, strict=True)) if pool else []
+        replays = [cached_steps(self, part, steps_of, nodes, shape, draft.cache, followed) for part, shape in parts]
+        if replays and config.trajectory.iterations:
             regress(
-                student, replay, nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate, micro_batch
-            )
-        if replay and pool and config.on_policy.iterations:
-            replay = replay.extended(on_policy_steps(self, pool, steps_of, nodes, shape, work, student))
+                student, replays[0], nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate,
+                micro_batch, replays[1:],
+            )  # fmt: skip
+        if replays and config.on_policy.iterations:
+            visited = [on_policy_steps(self, part, steps_of, nodes, shape, work, student) for part, shape in parts]
+            replays = [replay.extended(other) for replay, other in zip(replays, visited, strict=True)]
             regress(
-                student, replay, nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", config.compile, validate, micro_batch
-            )
+                student, replays[0], nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", config.compile, validate,
+                micro_batch, replays[1:],
+            )  # fmt: skip
         del steps_of  # one more network where it is a student
         metrics = {}
         if config.matching.iterations:
-            metrics = self._match(draft, pools["matching"], (teacher, student, fake_score), nodes, shape, replay, pictures, validate)
+            buckets = [Bucket(*of_one_size) for of_one_size in zip_longest(shapes, replays, pictures)]
+            metrics = self._match(draft, pools["matching"], (teacher, student, fake_score), nodes, buckets, validate)
         if isinstance(student, Role):
             save_tensors(draft.path / "transformer", source / "transformer", student.merged)
             save_lora(draft.path / "lora", student, self.family.lora_prefix, nodes, self.source.manifest.digest)
@@ -213,9 +231,7 @@ class Distill(Stage):
         pool: PromptPool,
         networks: tuple[nn.Module, nn.Module, nn.Module | None],
         nodes: list[float],
-        shape: tuple[int, ...],
-        replay: Replay | None,
-        pictures: RealPictures | None,
+        buckets: list[Bucket],
         validate: Any,
     ) -> dict[str, float]:
         """Distribution matching. Where validations choose, the weights of the last round are written to `last/` too."""
@@ -224,10 +240,10 @@ class Distill(Stage):
         from flashgen.training.roles import Role
         from flashgen.training.shards import gathered_network
 
-        teacher, student, fake_score = networks
+        (teacher, student, fake_score), (first, *others) = networks, buckets
         task = Task(
-            "matching", pool, nodes, shape, self.seed, self.config.encoder_drop, replay,
-            micro_batch=self.micro_batch, shift=self.taught.shift, pictures=pictures,
+            "matching", pool, nodes, first.shape, self.seed, self.config.encoder_drop, first.replay,
+            micro_batch=self.micro_batch, shift=self.taught.shift, pictures=first.pictures, others=others,
         )  # fmt: skip
         matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from flashgen.families.base import Forward
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
 
 MEMORY_ADVICE = (
     "use --recipe sd35-medium-24gb (on a GPU sd35-medium-lora), or --set distill.lora.rank=64 --set distill.lora.base=bfloat16 "
-    "--set compute.activation_checkpointing=true, or lower compute.micro_batch and distill.size_px"
+    "--set compute.activation_checkpointing=true, or lower compute.micro_batch and distill.size_px (or distill.sizes)"
 )
 
 
 def plan(stage: Distill, micro_batch: int) -> Plan:
     """What `stage` needs with `micro_batch` samples that pass together (0: all of a process)."""
     footprint, config = Footprint(stage.source), stage.config
-    lora, matching, one = config.lora, config.matching, footprint.forward(config.size_px)
+    lora, matching = config.lora, config.matching
+    forwards_of = [footprint.forward(size) for size in config.all_sizes]
+    one, latent = max(forwards_of, key=lambda forward: forward.tokens), fmean(forward.latent for forward in forwards_of)
     held, (states, on_policy, cached, prompts) = (
         _held(stage, footprint, one),
         cached_sizes(config, stage.taught.shift, stage.inputs["start"].manifest.sampler if stage.follows_start else None),
@@ -49,11 +52,11 @@ def plan(stage: Distill, micro_batch: int) -> Plan:
         drawn = rounds * matching.batch + regressed + (prompts[1] if cached else 0)
         text_adds = drawn * footprint.embedding(1)[1]
     transformers = 2 if matching.validate_every and matching.iterations and stage.judges else 1  # the best validation's and the last
-    shared = stored + 2 * states * one.latent
-    disk = shared + 2 * on_policy * one.latent + 2 * transformers * footprint.transformer.count
+    shared = stored + 2 * states * latent
+    disk = shared + 2 * on_policy * latent + 2 * transformers * footprint.transformer.count
     disk += held.learned * (checkpoint_bytes(config, stage.recipe.checkpoint.keep) + (2 if lora else 0))  # the LoRA file
     number = "bf16" if held.bytes_each == 2 else "fp32"
-    work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
+    work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * fmean(f.multiply_adds for f in forwards_of)}
     advice = {"train": MEMORY_ADVICE, "trajectories": MEMORY_ADVICE}
     needed = Plan(memory, disk, forwards, work, advice, shared, stage.machine, rows)
     add_pictures(needed, footprint, stage.pictures)

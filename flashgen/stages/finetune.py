@@ -63,7 +63,7 @@ class Finetune(Stage):
     @cached_property
     def pictures(self) -> PictureSource | None:
         """Real pictures for the adversarial term. Raises UsageError for pictures that cannot be used."""
-        return picture_source(self, self.config.matching, self.sampler.size_px)
+        return picture_source(self, self.config.matching, [self.sampler.size_px])
 
     @property
     def chooses(self) -> bool:
@@ -189,7 +189,7 @@ class Finetune(Stage):
 
         config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
         networks, text = Networks.of(self), load_pipeline(self.source.path, weights="text", device=self.device)
-        pictures = real_pictures(self, self.pictures, config.matching, sampler, text, draft.cache) if self.pictures else None
+        pictures = real_pictures(self, self.pictures, config.matching, sampler, text, draft.cache)[0] if self.pictures else None
         pool = stage_pool(self, config.matching.prompts, self.seed + 2, text, sampler, draft.cache)
         trajectories = self.recipe.distill.trajectory
         steps_pool = stage_pool(self, trajectories.prompts, self.seed, text, sampler, draft.cache) if self.follows_teacher else None

@@ -10,6 +10,7 @@ import io
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import repeat
@@ -25,6 +26,7 @@ from flashgen.recipe.distillation import AdversarialTraining
 from flashgen.stages.rows import Row, jsonl_rows, open_parquet, parquet_rows, require_columns, text_lines
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
@@ -46,11 +48,29 @@ def decode(data: bytes, size: Size) -> NDArray[np.uint8]:
     """
     from PIL import Image, ImageOps
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values()))) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+    with _opened(data) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
     return np.asarray(ImageOps.fit(upright, (size.width, size.height), Image.Resampling.LANCZOS))
+
+
+def proportions(data: bytes) -> float:
+    """Width over height of the picture in an image file's bytes, turned upright; only its header is read. Raises as `decode` does."""
+    from PIL import ExifTags
+
+    with _opened(data) as image:
+        width, height = image.size
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    return height / width if is_turned else width / height
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image]:
+    from PIL import Image as files
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", files.DecompressionBombWarning)
+        with files.open(io.BytesIO(data), formats=sorted(set(FORMATS.values()))) as image:
+            yield image
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import MachineError
@@ -70,7 +71,8 @@ def step_costs(stage: Stage) -> dict[str, StepCost]:
             passes, first = round_forwards(training, steps, learning)[1], training.fake_score_warmup
         elif isinstance(training, Regression):
             passes = learning
-        one = Footprint(stage.source).forward(distill.size_px if distill else None).multiply_adds if passes else 0.0
+        sizes = distill.all_sizes if distill else [None]
+        one = fmean(Footprint(stage.source).forward(size).multiply_adds for size in sizes) if passes else 0.0
         costs[name] = StepCost(training.batch, passes * training.batch * one, first)
     return costs
 

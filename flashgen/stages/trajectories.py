@@ -124,8 +124,11 @@ def cached_steps(
 def on_policy_steps(
     stage: Stage, pool: PromptPool, steps_of: TrajectorySource, nodes: list[float], shape: tuple[int, ...], work: Path, student: nn.Module
 ) -> Replay:
-    """Steps of `steps_of` from the states that `student` visits on the first `on_policy.prompts` prompts; kept in `work`."""
-    return _steps(stage, pool, steps_of, nodes, shape, work / "on_policy", student)
+    """Steps of `steps_of` from the states that `student` visits; kept in `work`.
+
+    On the first `on_policy.prompts` prompts, if `pool` holds the `trajectory.prompts`; on as large a share of another pool.
+    """
+    return _steps(stage, pool, steps_of, nodes, shape, work / "on_policy" / "x".join(map(str, shape)), student)
 
 
 def own_steps(stage: Stage, student: nn.Module, pool: PromptPool, shape: tuple[int, ...], cache: Path) -> Replay:
@@ -154,7 +157,7 @@ def _steps(
     config = stage.recipe.distill
     pool = pool.dropping(config.encoder_drop, generator(stage.seed, DROP_STREAM))
     if student is not None:
-        pool = pool.first(config.on_policy.prompts)
+        pool = pool.part(slice(-(-config.on_policy.prompts * len(pool) // config.trajectory.prompts)))
     if config.compile:
         compiled: Any = torch.compile(steps_of.net, dynamic=False)
         steps_of = replace(steps_of, net=compiled)

@@ -7,7 +7,7 @@ its own (`augmentation`), what the fake score is fitted on (`fake_score_target`)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +36,19 @@ from flashgen.training.ranks import Draws, mean_metrics
 from flashgen.training.roles import offloads, unwrap
 from flashgen.training.rollout import Rollout, guidance_of, roll_out
 from flashgen.training.schedule import hold_then_decay, set_rates
-from flashgen.training.terms import AdversarialTerm, Comparison, MatchingTerm, TrajectoryTerm, weighted_rows
+from flashgen.training.terms import AdversarialTerm, Comparison, MatchingTerm, Shape, TrajectoryTerm, weighted_rows
 from flashgen.training.validation import Validate, Validation
 
 MATCHING_STREAM = 12
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a matching training takes for pictures of one size: the shape of latents, cached trajectories, real pictures."""
+
+    shape: Shape
+    replay: Replay | None = None
+    pictures: RealPictures | None = None
 
 
 @dataclass
@@ -48,13 +57,14 @@ class Task:
 
     `net_at(sigma)` is the network that rolls out at a node (default: the student). The trajectory term needs `replay`, the
     adversarial term `pictures` or else `replay`. At most `micro_batch` samples pass together (0: all of a process), and their gradients
-    add up. `shift` is that of the teacher's grid, which `skip_layers` needs.
+    add up. `shift` is that of the teacher's grid, which `skip_layers` needs. `others` are buckets of further sizes: a round is of one size,
+    which all processes draw (uniformly, our choice).
     """
 
     name: str
     pool: PromptPool
     nodes: list[float]
-    shape: tuple[int, ...]
+    shape: Shape
     seed: int
     encoder_drop: float
     replay: Replay | None = None
@@ -63,6 +73,12 @@ class Task:
     micro_batch: int = 0
     shift: float = 1.0
     pictures: RealPictures | None = None
+    others: Sequence[Bucket] = ()
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """One bucket per size."""
+        return [Bucket(self.shape, self.replay, self.pictures), *self.others]
 
     @property
     def device(self) -> torch.device:
@@ -112,14 +128,15 @@ class Matcher:
         self.adversarial: AdversarialTerm | None = None
         self.trajectory: TrajectoryTerm | None = None
         if adversarial[self.choices].any():
-            real = task.pictures or task.replay
-            if real is None:
+            real = {bucket.shape: source for bucket in task.buckets if (source := bucket.pictures or bucket.replay)}
+            if len(real) < len(task.buckets):
                 raise ValueError("node_adversarial takes real pictures or cached trajectories, and there are none")
             self.adversarial = AdversarialTerm(config, adversarial, self.fake_score, real, family, task.seed)
         if trajectory[self.choices].any():
-            if task.replay is None:
+            replays = {bucket.shape: bucket.replay for bucket in task.buckets if bucket.replay}
+            if len(replays) < len(task.buckets):
                 raise ValueError("node_trajectory takes cached trajectories, and there are none")
-            self.trajectory = TrajectoryTerm(trajectory[self.choices], self.choices, self.sigmas, task.replay)
+            self.trajectory = TrajectoryTerm(trajectory[self.choices], self.choices, self.sigmas, replays)
 
     def state(self) -> dict[str, Stateful]:
         """What a checkpoint must hold."""
@@ -140,7 +157,7 @@ class Matcher:
         """One round; returns its metrics. The first `fake_score_warmup` rounds fit the fake score alone."""
         config, task = self.config, self.task
         draws = Draws(config.batch, task.seed, MATCHING_STREAM, step, device=task.device)
-        noise = draws.randn(*task.shape)
+        noise = draws.randn(*task.buckets[draws.one_of(len(task.buckets))].shape)
         cond = task.pool.draw(task.encoder_drop, draws)
         rollout = Rollout.join([roll_out(self.net_at, noise[part], cond[part], task.nodes) for part in self.parts(draws.rows)])
         losses = [self.fit_fake_score(rollout, draws, step) for _ in range(config.fake_score_updates)]
@@ -157,7 +174,7 @@ class Matcher:
         On finished samples, on each step's estimate of x0, or on unfinished states with the unbiased interval target; at the noise
         levels of the points of all trained nodes, also of those without a weight (our choice).
         """
-        target, x0, eps = self.config.fake_score_target, rollout.states[-1], draws.randn(*self.task.shape)
+        target, x0, eps = self.config.fake_score_target, rollout.states[-1], draws.randn(*rollout.states[-1].shape[1:])
         node = self.choices[draws.randint(len(self.choices))]
         s, s_next, x, x_next = self.sigmas[node], self.sigmas[node + 1], rollout.at(node), rollout.at(node + 1)
         sigma = evaluation_sigma("interval" if target == "interval" else self.config.point, s, s_next, draws.rand(), self._limits)
@@ -183,8 +200,9 @@ class Matcher:
         """
         config, name = self.config, self.task.name
         node = self.choices[draws.randint(len(self.choices))]
-        uniform, eps, chosen, x = draws.rand(), draws.randn(*self.task.shape), self._rows(node), rollout.at(node)
-        below = (draws.rand(), draws.randn(*self.task.shape)) if config.augmentation == "decoupled" else (uniform, eps)
+        shape = rollout.states[-1].shape[1:]
+        uniform, eps, chosen, x = draws.rand(), draws.randn(*shape), self._rows(node), rollout.at(node)
+        below = (draws.rand(), draws.randn(*shape)) if config.augmentation == "decoupled" else (uniform, eps)
         comparisons, parts = list[Comparison](), list[dict[str, Tensor]]()
 
         def losses() -> Iterator[Tensor]:
@@ -200,7 +218,7 @@ class Matcher:
                 parts.append({**sizes, "direction": direction.abs().mean()})
                 yield len(rows) / len(uniform) * matching_loss(x0, direction)
             if self.trajectory:
-                yield from self.trajectory.losses(self.student, draws, self.task.micro_batch)
+                yield from self.trajectory.losses(self.student, draws, shape, self.task.micro_batch)
 
         update = step - config.fake_score_warmup
         rate = hold_then_decay(update, config.iterations, warmup=config.warmup, decay_share=config.decay_share, floor=config.lr_floor)

@@ -107,10 +107,15 @@ class PromptPool:
         """The same prompts for networks on `device`."""
         return replace(self, device=device, empty=self.empty.to(device))
 
-    def first(self, count: int) -> PromptPool:
-        """The first `count` prompts."""
+    def part(self, rows: slice) -> PromptPool:
+        """The prompts at `rows`."""
         index = torch.arange(len(self.cond)) if self.index is None else self.index
-        return replace(self, index=index[:count], dropped=None if self.dropped is None else self.dropped[:count])
+        key = self.key and hash_json([self.key, rows.start, rows.stop, rows.step])
+        return replace(self, index=index[rows], dropped=None if self.dropped is None else self.dropped[rows], key=key)
+
+    def shared_out(self, count: int) -> list[PromptPool]:
+        """`count` pools that take turns in the prompts."""
+        return [self] if count == 1 else [self.part(slice(first, None, count)) for first in range(count)]
 
     def dropping(self, share: float, generator: torch.Generator) -> PromptPool:
         """The same prompts, a random `share` of them permanently without the family's droppable text encoder."""

@@ -19,6 +19,7 @@ from flashgen.randomness import generator
 from flashgen.runtime.processes import check_batch, join, rank, world_size
 
 CPU = torch.device("cpu")
+SIZE_STREAM = 20
 BUCKET = 1 << 26  # numbers that are sent, or that an optimizer updates, together
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
@@ -95,6 +96,10 @@ class Draws:
     def micro_batches(self, size: int) -> list[Draws]:
         """The same numbers from the start, `size` rows at a time (0: all of them)."""
         return [Draws(self.batch, *self.key, device=self.device, part=part) for part in slices(self.rows, size or self.rows)]
+
+    def one_of(self, count: int) -> int:
+        """An index below `count`, the same in all processes. Draws nothing for a `count` of 1, and never changes the other numbers."""
+        return int(torch.randint(count, (), generator=generator(*self.key, SIZE_STREAM))) if count > 1 else 0
 
     def _own(self, full: Tensor) -> Tensor:
         return full[rank() :: world_size()][self.part].to(self.device)

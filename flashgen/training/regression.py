@@ -6,7 +6,7 @@ only seen the source's states does not correct its own errors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,15 +42,17 @@ def regress(
     compiled: bool = False,
     validate: Validate | None = None,
     micro_batch: int = 0,
+    others: Sequence[Replay] = (),
 ) -> None:
     """Regress the student's velocity at the starts of cached steps onto their average velocity. Gradient: `student` only.
 
     The student ends with its EMA weights, which `validate` gets every `config.validate_every` steps. It sees the conditioning that the
     source saw, since a difference that its own conditioning does not tell would end in a blur. `compiled` uses torch.compile for
     the shapes of this run alone: shapes that an earlier run has compiled must not decide the order of sums. At most `micro_batch` samples
-    pass together (0: all of a process), and their gradients add up.
+    pass together (0: all of a process), and their gradients add up. `others` are steps of pictures of further sizes; an update is of one
+    size, which all processes draw.
     """
-    device = replay.pool.device
+    device, replays = replay.pool.device, [replay, *others]
     sigmas, draw_weights = (
         torch.tensor(nodes, device=device),
         torch.tensor(by_step("node_draws", config.node_draws, len(nodes) - 1), dtype=torch.float32),
@@ -63,12 +65,13 @@ def regress(
     def step_fn(step: int) -> dict[str, Metric]:
         draws = Draws(config.batch, seed, STREAMS[name], step, device=device)
         set_rates(optimizers, cosine(step, config.iterations, warmup=config.warmup, floor=config.lr_floor))
-        rows, node = draws.randint(len(replay)), draws.choice(draw_weights)
+        cached = replays[draws.one_of(len(replays))]
+        rows, node = draws.randint(len(cached)), draws.choice(draw_weights)
 
         def losses() -> Iterator[Tensor]:
             for part in slices(len(rows), micro_batch or len(rows)):
                 at = node[part]
-                x_from, x_to, cond = replay.at(rows[part], at)
+                x_from, x_to, cond = cached.at(rows[part], at)
                 v = velocity(learner, x_from, sigmas[at], cond)
                 yield len(at) / len(rows) * trajectory_loss(v, x_from, x_to, sigmas[at], sigmas[at + 1], config.huber)
 

@@ -32,6 +32,8 @@ from flashgen.training.ranks import Draws, mean_metrics
 from flashgen.training.roles import unwrap
 from flashgen.training.rollout import teacher_velocities
 
+Shape = tuple[int, ...]  # of a latent, (C, h, w)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -132,17 +134,23 @@ class MatchingTerm:
 class AdversarialTerm:
     """Discriminator heads on the fake score's features, their optimizer, and the direction in which the student fools them.
 
-    `weights` are those of the nodes; `real` are real pictures, or the ends of the trajectories of a replay.
+    `weights` are those of the nodes; `real` are real pictures, or the ends of the trajectories of a replay, by the shape of latents.
     """
 
     def __init__(
-        self, config: MatchingTraining, weights: Tensor, fake_score: nn.Module, real: Replay | RealPictures, family: Family, seed: int
+        self,
+        config: MatchingTraining,
+        weights: Tensor,
+        fake_score: nn.Module,
+        real: Mapping[Shape, Replay | RealPictures],
+        family: Family,
+        seed: int,
     ) -> None:
         self.config, self.weights, self.fake_score, self.real = config, weights, fake_score, real
         num_blocks = len(family.blocks(unwrap(fake_score)))
         blocks = config.adversarial.blocks or [num_blocks // 2 - 1, num_blocks - 1]
         with seeded(seed):
-            self.heads = Heads(blocks, family.width(unwrap(fake_score)), config.adversarial.channels).to(real.pool.device)
+            self.heads = Heads(blocks, family.width(unwrap(fake_score)), config.adversarial.channels).to(weights.device)
         self.optimizer = adam(list(self.heads.parameters()), config.adversarial.lr, config.betas)
 
     def direction(self, c: Comparison, other: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -170,7 +178,9 @@ class AdversarialTerm:
 
     def fit(self, comparisons: Sequence[Comparison], draws: Draws, where: str) -> dict[str, Tensor]:
         """One step of the heads on the micro-batches of a round. Fakes are `x_eval`; real pictures are noised to the same levels."""
-        pictures, noise = draws.randint(len(self.real.pool)), draws.randn(*comparisons[0].x0.shape[1:])
+        shape = comparisons[0].x0.shape[1:]
+        source = self.real[shape]
+        pictures, noise = draws.randint(len(source.pool)), draws.randn(*shape)
         metrics: list[dict[str, Tensor]] = []
 
         def losses() -> Iterator[Tensor]:
@@ -178,7 +188,7 @@ class AdversarialTerm:
                 is_weighted = self.weights[comparison.node] > 0
                 c = comparison[weighted_rows(is_weighted)]
                 rows = pictures[c.rows]  # of trajectories only: on-policy steps end near the student
-                picture, cond = self.real.pictures(rows), self.real.pool[rows]
+                picture, cond = source.pictures(rows), source.pool[rows]
                 real = add_noise(picture, noise[c.rows], c.sigma_eval)
                 logit_real, logit_fake = (self._logits(x, c.sigma_eval, cond) for x, cond in ((real, cond), (c.x_eval, c.cond)))
                 loss = discriminator_loss(logit_real, logit_fake)
@@ -202,16 +212,23 @@ class AdversarialTerm:
 
 
 class TrajectoryTerm:
-    """Trajectory guidance from the cache on the nodes that it weighs (CrossDistill's routing); `weights` are those of `choices`."""
+    """Trajectory guidance from the cache on the nodes that it weighs (CrossDistill's routing); `weights` are those of `choices`.
 
-    def __init__(self, weights: Tensor, choices: Tensor, sigmas: Tensor, replay: Replay) -> None:
-        self.weights, self.choices, self.sigmas, self.replay = weights.cpu(), choices, sigmas, replay
+    `replays` are the caches by the shape of latents.
+    """
 
-    def losses(self, student: nn.Module, draws: Draws, micro_batch: int) -> Iterator[Tensor]:
-        """By micro-batches, the mean of the weights times the loss at nodes drawn in proportion to them. Gradient: `student`."""
-        node, rows = self.choices[draws.choice(self.weights)], draws.randint(len(self.replay))
+    def __init__(self, weights: Tensor, choices: Tensor, sigmas: Tensor, replays: Mapping[Shape, Replay]) -> None:
+        self.weights, self.choices, self.sigmas, self.replays = weights.cpu(), choices, sigmas, replays
+
+    def losses(self, student: nn.Module, draws: Draws, shape: Shape, micro_batch: int) -> Iterator[Tensor]:
+        """By micro-batches, the mean of the weights times the loss at nodes drawn in proportion to them, on latents of `shape`.
+
+        Gradient: `student`.
+        """
+        replay = self.replays[shape]
+        node, rows = self.choices[draws.choice(self.weights)], draws.randint(len(replay))
         for part in slices(len(rows), micro_batch or len(rows)):
-            x_from, x_to, cond = self.replay.at(rows[part], node[part])
+            x_from, x_to, cond = replay.at(rows[part], node[part])
             sigma, sigma_next = self.sigmas[node[part]], self.sigmas[node[part] + 1]
             loss = trajectory_loss(velocity(student, x_from, sigma, cond), x_from, x_to, sigma, sigma_next)
             yield len(x_from) / len(rows) * self.weights.mean() * loss

@@ -110,11 +110,11 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("kind", SOURCES)
 def test_the_same_pictures_and_captions_come_from_every_source(kind: str, tiny_teacher: Artifact, tmp_path: Path) -> None:
     source = source_of(tiny_teacher, SOURCES[kind](tmp_path))
-    found = [(decode(picture.read(), source.size), picture.caption) for picture in source.pictures]  # type: ignore[arg-type]
+    found = [(decode(picture.read(), source.sizes[0]), picture.caption) for picture in source.pictures]  # type: ignore[arg-type]
     times = 2 if kind == "folder of shards" else 1
     assert [caption for _, caption in found] == CAPTIONS * times and source.num_captions == 4
     for (pixels, _), number in zip(found, [*range(len(CAPTIONS))] * times, strict=True):
-        assert np.array_equal(pixels, decode(png(number), source.size))
+        assert np.array_equal(pixels, decode(png(number), source.sizes[0]))
 
 
 @pytest.mark.parametrize("kind", ["metadata", "parquet"])
@@ -145,9 +145,9 @@ def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) ->
 def test_distill_learns_from_real_pictures_without_trajectories(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen, real = list[RealPictures](), pictures.real_pictures
+    seen, real = list[list[RealPictures]](), pictures.real_pictures
 
-    def kept(*arguments: Any) -> RealPictures:
+    def kept(*arguments: Any) -> list[RealPictures]:
         seen.append(real(*arguments))
         return seen[-1]
 
@@ -165,7 +165,7 @@ def test_distill_learns_from_real_pictures_without_trajectories(
     with torch.no_grad():
         pixels = [from_uint8(decode(png(number), Size(SIDE, SIDE))) for number in (0, 1, 3, 4)]
         latents = torch.cat([pipe.family.to_latents(pipe.vae, torch.from_numpy(each)) for each in pixels])
-    (found,) = seen
+    ((found,),) = seen
     assert torch.allclose(found.pictures(torch.arange(4)), latents, atol=2e-3, rtol=2e-3)
     assert found.pool.index is not None and len(found.pool) == 4 and found.pool.index[2] == found.pool.index[3] != found.pool.index[0]
     assert torch.equal(found.pool.cond[found.pool.index[1:2]].tensors["embeds"], found.pool.empty.tensors["embeds"])

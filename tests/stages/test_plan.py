@@ -97,7 +97,7 @@ def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp
     pool = stage._pools(pipe, tmp_path)["trajectory"]
     cached_steps(stage, pool, source, nodes, shape, tmp_path, stage.source)
     on_policy_steps(stage, pool, source, nodes, shape, tmp_path, pipe.transformer)
-    own, more = (sum(path.stat().st_size for path in tmp_path.glob(f"{name}/*.bin")) for name in ("trajectories-*", "on_policy"))
+    own, more = (sum(path.stat().st_size for path in tmp_path.glob(f"{name}/*.bin")) for name in ("trajectories-*", "on_policy/*"))
     footprint = Footprint(tiny_teacher)
     embedded = sum(len(json.loads(path.read_text())) for path in tmp_path.glob("prompts-*/[0-9]*.json"))
     prompts = 3 * footprint.conditioning_bytes()

@@ -158,7 +158,7 @@ def test_micro_batches_change_nothing_but_the_rows_of_a_pass(on_policy: bool, tr
 
 def test_two_sets_of_steps_share_their_prompts(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
     along = cached(transformer(0), pool, tmp_path / "along")
-    on_policy = cached(transformer(0), pool.first(6), tmp_path / "on_policy", student=transformer(1))
+    on_policy = cached(transformer(0), pool.part(slice(6)), tmp_path / "on_policy", student=transformer(1))
     both = along.extended(on_policy)
     rows, node = torch.tensor([11, 3, 13, 0]), torch.tensor([0, 1, 1, 0])  # the same prompt in the first two
     start, end, cond = both.at(rows, node)

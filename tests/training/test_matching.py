@@ -423,13 +423,13 @@ def test_the_adversarial_direction_is_the_gradient_of_the_generators_loss(transf
 def test_heads_learn_real_pictures_where_they_are_given(transformer: Build, pool: PromptPool) -> None:
     """Real pictures take the place of the ends of trajectories, of which there are none, each with its own prompt."""
     latents = torch.randn(9, *SHAPE, generator=generator(0)).half() + 3
-    real = RealPictures(latents, torch.tensor([8, 2, 5]), pool.first(3))
+    real = RealPictures(latents, torch.tensor([8, 2, 5]), pool.part(slice(3)))
     config = MatchingTraining.model_validate(
         CONFIG.model_dump() | {"node_adversarial": [1], "adversarial": {"lr": 1e-2, "refresh": 0.0}, "batch": 8, "lr": 1e-12}
     )
     networks = Roles(trainable(transformer(0)), transformer(1), trainable(transformer(2)))
     m = Matcher(task(pool, encoder_drop=0.0, pictures=real), networks, config, pool.family)
-    assert adversarial(m).real is real and torch.equal(real.pictures(torch.tensor([2, 0])), latents[[5, 8]].float())
+    assert adversarial(m).real == {SHAPE: real} and torch.equal(real.pictures(torch.tensor([2, 0])), latents[[5, 8]].float())
     margins = [row["logit_real"] - row["logit_fake"] for row in map(m.update, range(20))]
     assert margins[-1] > margins[0] + 0.5 and margins[-1] > 0.5
 
@@ -446,7 +446,7 @@ def test_heads_learn_to_tell_real_from_fake(transformer: Build, pool: PromptPool
     m = matcher_of(
         transformer, pool, node_adversarial=[1], adversarial={"lr": 1e-2, "refresh": 0.0}, lr=1e-12, fake_score_lr=1e-12, batch=8
     )
-    real = adversarial(m).real
+    (real,) = adversarial(m).real.values()
     assert isinstance(real, Replay)
     real.ends.add_(3)
     margins = [row["logit_real"] - row["logit_fake"] for row in map(m.update, range(20))]

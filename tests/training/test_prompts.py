@@ -90,7 +90,7 @@ def test_a_prompt_is_embedded_once_for_all_pools(
     assert texts[4:] == ["a bird"] and f"prompts: 3 of 4 embeddings are reused from {tmp_path}" in capsys.readouterr().err
     assert same(first[torch.tensor([2, 1])], second[torch.tensor([2, 1])]) and not same(first[slice(1)], second[slice(1)])
     assert (len(first), len(second), len({first.key, second.key})) == (3, 3, 2) and same(first.empty, second.empty)
-    assert same(second.first(2)[slice(None)], second[slice(2)]) and len(second.first(2)) == 2
+    assert same(second.part(slice(2))[slice(None)], second[slice(2)]) and len(second.part(slice(2))) == 2
 
 
 def test_a_pool_that_is_not_stored_encodes_what_is_drawn(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_a_pool_that_is_not_stored_encodes_what_is_drawn(pipe: Pipeline, tmp_pat
     assert len(drawn) == 7 and drawn.key == stored.key and drawn.family is stored.family
     for a, b in (
         (drawn[torch.tensor([5, 0])], stored[torch.tensor([5, 0])]),
-        (drawn.first(3)[slice(None)], stored[slice(3)]),
+        (drawn.part(slice(3))[slice(None)], stored[slice(3)]),
         (drawn.dropping(0.5, generator(2)).draw(0.3, Draws(16, 1)), stored.dropping(0.5, generator(2)).draw(0.3, Draws(16, 1))),
         (drawn.empty, stored.empty),
     ):
@@ -195,7 +195,7 @@ def test_a_pool_can_drop_an_encoder_permanently(pool: PromptPool) -> None:
     dropped = dropped_rows(half[every])
     assert 0 < dropped.sum() < len(pool) and not (pool.cond.tensors["embeds"] == 0).any()
     assert same(half[~dropped], pool.cond[~dropped]) and torch.equal(half[every].tensors["pooled"], pool.cond.tensors["pooled"])
-    assert same(half.dropping(0.0, generator(3))[every], half[every]) and same(half.first(3)[every], half[slice(3)])
+    assert same(half.dropping(0.0, generator(3))[every], half[every]) and same(half.part(slice(3))[every], half[slice(3)])
 
 
 def test_the_empty_prompt_is_dropped_where_the_prompt_is(pool: PromptPool) -> None:

@@ -40,6 +40,21 @@ def test_the_processes_share_out_the_rows_of_one_draw(monkeypatch: pytest.Monkey
         Draws(7, 1)
 
 
+def test_all_processes_draw_the_same_index_and_no_other_number_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def indices() -> list[int]:
+        return [Draws(6, 1, 2, step).one_of(3) for step in range(40)]
+
+    alone = indices()
+    assert set(alone) == {0, 1, 2} and Draws(6, 1, 2).one_of(1) == 0
+    asked, not_asked = Draws(6, 1, 2), Draws(6, 1, 2)
+    asked.one_of(3)
+    assert torch.equal(asked.randn(2), not_asked.randn(2))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        assert indices() == alone
+
+
 def test_alone_nothing_is_averaged() -> None:
     tensor = torch.ones(2)
     average_([tensor])
