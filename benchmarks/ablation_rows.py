@@ -216,6 +216,6 @@ class Bench:
         for ratio in self.recipe.finetune.merge_high:
             merge(merged, high, low, ratio)
             with replaced_transformer(self.pipe, merged):
-                scores[ratio] = judge(self.stage, self.pipe, self.sampler).passed.mean()
+                scores[ratio] = judge(self.stage, self.pipe, self.sampler).mean
         merge(merged, high, low, max(scores, key=lambda ratio: scores[ratio]))
         return merged, self.budget / 2 + spent

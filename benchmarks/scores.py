@@ -43,7 +43,9 @@ def replaced_transformer(pipe: Pipeline, network: nn.Module) -> Iterator[None]:
 
 def verdicts(images: NDArray[np.uint8], prompts: list[str]) -> list[int]:
     """1 for each picture that shows what its prompt asks for, else 0."""
-    return worlds.get("shapes").judge(images, prompts).passed.astype(int).tolist()  # type: ignore[no-any-return]  # numpy's tolist
+    values = worlds.get("shapes").judge(images, prompts).values
+    assert values is not None
+    return values.astype(int).tolist()  # type: ignore[no-any-return]  # numpy's tolist
 
 
 class Ruler:

@@ -34,7 +34,9 @@ ALLOWED: dict[str, set[str]] = {
     "quant": {"errors", "quant"},
     "recipe": {"errors", "pixels", "recipe"},
     "artifact": {"", "errors", "pixels", "progress", "artifact"},
-    "worlds": {"errors", "worlds"},
+    "judges": BASE | ARTIFACTS | {"worlds", "judges"},
+    "judges.base": {"errors"},
+    "worlds": {"errors", "judges.base", "worlds"},
     "families": BASE | ARTIFACTS | {"families", "flow"},
     "families.sd3": BASE | ARTIFACTS | {"families", "flow", "models", "device"},
     "families.sd3.pretraining": BASE | ARTIFACTS | {"families", "models", "training", "worlds"},
@@ -46,10 +48,16 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": BASE | ARTIFACTS | {"families", "flow", "models", "device", "metrics"},
     "stages": BASE
     | ARTIFACTS
-    | {"families", "worlds", "flow", "objectives", "quant", "models", "device", "training", "export", "metrics", "stages"},
+    | {"families", "worlds", "judges", "flow", "objectives", "quant", "models", "device", "training", "export", "metrics", "stages"},
     "cli": BASE | ARTIFACTS | {"stages", "cli"},
 }
-TYPES_ONLY = {"families": {"models", "worlds"}, "families.sd3": {"worlds"}, "training": {"worlds"}, "stages": set(), "models": {"worlds"}}
+TYPES_ONLY = {
+    "families": {"models", "worlds"},
+    "families.sd3": {"worlds"},
+    "training": {"judges.base", "worlds"},
+    "stages": set(),
+    "models": {"worlds"},
+}
 SD3_WORDS = re.compile(
     r"SD3Transformer2DModel|StableDiffusion3Pipeline|CLIPTextModelWithProjection|T5EncoderModel|text_encoder_3|tokenizer_3|joint_blocks|\bpooled"
 )

@@ -151,7 +151,7 @@ class Finetune(Stage):
 
         config, sampler = self.config, self.sampler
         pipe = load_pipeline(self.source.path, weights="training", device=self.device)
-        before = judge(self, pipe, sampler).passed if self.judges else None
+        before = judge(self, pipe, sampler).values if self.judges else None
         high, low = self._train_branches(pipe, draft)
         ratios = config.merge_high if high is not low else [1.0]
         if before is None:
@@ -161,7 +161,7 @@ class Finetune(Stage):
         scores = {}
         for ratio in ratios:
             merge(pipe.transformer, high, low, ratio)
-            scores[ratio] = float(judge(self, pipe, sampler).passed.mean())
+            scores[ratio] = judge(self, pipe, sampler).mean
             say(f"merged {ratio:g} high : {1 - ratio:g} low: composition {scores[ratio]:.3f} on {len(before)} choice prompts")
         best, score = max(scores, key=lambda ratio: scores[ratio]), float(before.mean())
         say(f"input {score:.3f}, best merge {best:g}: {scores[best]:.3f}")

@@ -15,6 +15,7 @@ from torch import nn
 from flashgen.artifact.draft import Draft
 from flashgen.artifact.manifest import Sampler
 from flashgen.errors import NumericsError
+from flashgen.judges.base import Judgement
 from flashgen.models.pipeline import Pipeline, load_pipeline
 from flashgen.models.sample import sample
 from flashgen.png import sheet
@@ -23,7 +24,6 @@ from flashgen.recipe.schema import BenchRecipe
 from flashgen.runtime.accelerator import drawing_dtype
 from flashgen.runtime.processes import rank
 from flashgen.stages.prompts import UNJUDGED_PICTURES
-from flashgen.worlds.base import Judgement
 
 if TYPE_CHECKING:
     from flashgen.stages.base import Result, Stage
@@ -72,7 +72,7 @@ class Validator:
         try:
             picture = self.work / "samples" / f"{name}.png"
             if self.stage.judges:
-                return float(judge(self.stage, self.pipe, self.sampler, picture).passed.mean())
+                return judge(self.stage, self.pipe, self.sampler, picture).mean
             world = self.stage.world
             own = self.stage.prompts
             prompts = own.validation if own else world.prompts(CHOICE_SEED, 2) if world else []

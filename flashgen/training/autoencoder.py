@@ -20,7 +20,8 @@ from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.schedule import cosine, set_rates
 
 if TYPE_CHECKING:
-    from flashgen.worlds.base import Pictures, TeacherData
+    from flashgen.judges.base import Pictures
+    from flashgen.worlds.base import TeacherData
 
 VAE_STREAM, DATA_STREAM = 1, 2
 BATCH = 64  # pictures of the data set that are drawn and encoded together

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-Pictures = NDArray[np.uint8]  # [N, H, W, 3]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Which pictures show what their prompt asks for, bool [N], and the pass rates: `overall` and one per task."""
-
-    passed: NDArray[np.bool_]
-    scores: dict[str, float]
-
-    @property
-    def overall(self) -> float:
-        """Unweighted mean of the tasks' pass rates (GenEval's rule)."""
-        return self.scores["overall"]
+from flashgen.judges.base import Judgement, Pictures
 
 
 class TeacherData(ABC):

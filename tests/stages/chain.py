@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from flashgen.artifact.store import Artifact
+from flashgen.judges.base import Judgement
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
-from flashgen.worlds.base import Judgement
 from tests.cli.command import made_by
 
 MICRO = (
@@ -92,4 +92,4 @@ def judged(monkeypatch: pytest.MonkeyPatch, *shares: float) -> None:
     from flashgen.stages import report
 
     answers = iter(shares)
-    monkeypatch.setattr(report, "judge", lambda *arguments: Judgement(np.arange(100) < 100 * next(answers), {}))
+    monkeypatch.setattr(report, "judge", lambda *arguments: Judgement((np.arange(100) < 100 * next(answers)).astype(float), {}))

@@ -10,10 +10,10 @@ import torch
 
 from flashgen.families.sd3.build import build_pipeline
 from flashgen.families.sd3.specs import SPECS
+from flashgen.judges.base import Pictures
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.recipe.teacher import AutoencoderTraining
 from flashgen.training.autoencoder import encode_pictures, picture_batch, to_tensor, train_autoencoder
-from flashgen.worlds.base import Pictures
 from flashgen.worlds.shapes.data import ShapesData
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flashgen.worlds.base import Judgement, Pictures, TeacherData, World
+from flashgen.judges.base import Judgement, Pictures
+from flashgen.worlds.base import TeacherData, World
 from flashgen.worlds.shapes.scene import TASKS, parse, prompt_set, sample_request
 
 
@@ -31,8 +32,8 @@ class Shapes(World):
         from flashgen.worlds.shapes.verify import composition, judge
 
         requests = [parse(prompt) for prompt in prompts]
-        passed = np.array([judge(picture, request).passed for picture, request in zip(pictures, requests, strict=True)], bool)
-        return Judgement(passed, composition(passed.tolist(), requests))
+        passed = [judge(picture, request).passed for picture, request in zip(pictures, requests, strict=True)]
+        return Judgement(np.array(passed, np.float64), composition(passed, requests))
 
     def teacher_data(self) -> TeacherData:
         from flashgen.worlds.shapes.data import ShapesData

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from flashgen.worlds.base import Pictures, TeacherData
+from flashgen.judges.base import Pictures
+from flashgen.worlds.base import TeacherData
 from flashgen.worlds.shapes.render import render
 from flashgen.worlds.shapes.scene import (
     BACKGROUNDS,

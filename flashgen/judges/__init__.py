@@ -1,0 +1,1 @@
+"""Judges: whatever gives numbers for pictures."""
