@@ -51,6 +51,9 @@ class BenchRecipe(Model):
     warmup: int = Field(1, ge=0, description="pictures drawn before the measured ones")
     repeats: int = Field(5, ge=1, description="pictures measured, one at a time")
     batch: int = Field(30, ge=1, description="pictures drawn together for a quality score")
+    pictures: int = Field(64, ge=1, description="validation prompts of `prompts_file` that are drawn at most where a judge scores pictures")
+    reference: Path | None = Field(None, description="of the judge frechet: a folder of real pictures, or a .npz file of their statistics")
+    judge_timeout_s: float = Field(3600.0, gt=0, description="seconds after which the program of the judge command has failed")
 
 
 class PromptsRecipe(Model):
@@ -75,6 +78,7 @@ class Recipe(Model):
         None, description="prompts to train and calibrate on: .txt, .jsonl, .csv, .tsv, .parquet or hf:OWNER/NAME; null: the world's"
     )
     prompts: PromptsRecipe = PromptsRecipe()
+    judge: str | None = Field(None, description="what scores pictures, as in `--judge`; null: the world's judge where there is one")
     compute: ComputeRecipe = ComputeRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     log: LogRecipe = LogRecipe()

@@ -17,6 +17,7 @@ from flashgen.pixels import Size
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.checkpoints import describe_student
+from flashgen.stages.judging import judge_key
 from flashgen.stages.pictures import SETTINGS, PictureSource, picture_source, real_pictures
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
@@ -123,7 +124,7 @@ class Distill(Stage):
             raise UsageError(f"{name} has {sampler.num_steps} steps; {strides}")
 
     def settings(self) -> dict[str, Any]:
-        choice = self.judge_key() if self.config.matching.validate_every else {}  # the best round depends on it
+        choice = judge_key(self) if self.config.matching.validate_every else {}  # the best round depends on it
         precision = {"precision": self.recipe.compute.precision}
         pictures = {"pictures": self.pictures.digest} if self.pictures else {}
         unkeyed = UNKEYED if self.config.sizes else UNKEYED | {"sizes": True}  # students from before there were sizes stay up to date

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.judging import judged_alike
 from flashgen.stages.needs import Held, passing
 from flashgen.stages.planning import Plan
 from flashgen.stages.trainings import Networks, moment_bytes, regression_state
@@ -132,13 +134,16 @@ class RestructureEncoder(Stage):
         return Result(after, {**sizes, "text_tokens": tokens}, least=self._least())
 
     def _least(self) -> float:
-        """The score below which nothing is published; 0 where nothing can be compared."""
-        scores = self.source.manifest.metrics.get("composition")
+        """The score, more is better, below which nothing is published: worse than the student's own by more than 1 - `floor` of it."""
+        judge, metrics = self.judge, self.source.manifest.metrics
+        if not self.config.floor:
+            return -math.inf
+        scores = metrics.get(judge.metric) if judge and self.judges else None
         before = scores.get("overall") if isinstance(scores, dict) else None
-        if self.config.floor and (not isinstance(before, float) or not self.judges):
-            say("restructure.floor is not applied: the student or its successor is not judged")
-            return 0.0
-        return self.config.floor * before if isinstance(before, float) else 0.0
+        if judge is None or not isinstance(before, float) or not judged_alike(judge, metrics):
+            say("restructure.floor is not applied: the student or its successor is not judged, or not by the same judge")
+            return -math.inf
+        return judge.better(before) - (1 - self.config.floor) * abs(before)
 
     def _trained(self, draft: Draft) -> dict[str, nn.Module]:
         """The network that takes over, by the component that it replaces."""
