@@ -1,4 +1,4 @@
-"""A judge that is no world's serves every stage: validations, choices, floors, and the manifest. The model has SD3's classes and no world."""
+"""A judge that is no world's serves every stage: validations, choices, floors, and the manifest. The model has no world."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPTS = "\n".join(f"a boat number {n}" for n in range(12)) + "\n"
 
 
 def program(path: Path, higher: bool = True) -> str:
-    """A program that calls the brighter or the darker pictures better; the spec of its judge. It logs the prompts that it is asked about."""
+    """A program that calls the brighter or the darker pictures better; the spec of its judge. It logs the prompts it is given."""
     import sys
 
     path.write_text(SCORE.format(python=sys.executable, log=str(path.with_suffix(".log")), higher=higher))
