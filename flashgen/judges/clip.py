@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,8 @@ from flashgen.judges.weights import TOKENIZER, Weights, find_weights, image_proc
 from flashgen.pixels import slices
 from flashgen.progress import warn
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 BATCH = 16
+INPUTS = {"input_ids", "attention_mask", "pixel_values"}
 
 
 class ClipJudge(Judge):
@@ -43,11 +41,12 @@ class ClipJudge(Judge):
         """Score per picture; `overall` is their mean. Warns of prompts that are longer than CLIP reads."""
         if not len(drawn.pictures):
             raise UsageError(f"there is no picture to judge by {self.metric}; draw at least one")
-        tokens = self._tokens(drawn.prompts)
+        self._warn_of_long(drawn.prompts)
         parts = slices(len(drawn.pictures), BATCH)
-        values = np.concatenate([self._scores(list(drawn.pictures[part]), tokens[part]) for part in parts])
+        values = np.concatenate([self._scores(list(drawn.pictures[part]), drawn.prompts[part]) for part in parts])
         if not np.isfinite(values).all():
-            raise NumericsError(f"{self.metric} of picture {np.argmin(np.isfinite(values))} is not finite; check the weights of {self.weights.origin}")
+            picture = np.argmin(np.isfinite(values))
+            raise NumericsError(f"{self.metric} of picture {picture} is not finite; check the weights of {self.weights.origin}")
         return Judgement(values, {"overall": float(values.mean())})
 
     @cached_property
@@ -69,33 +68,28 @@ class ClipJudge(Judge):
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"the tokenizer or image processor of {self.weights.origin} cannot be read ({reason})") from error
 
-    def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids per prompt, cut at the length of the text encoder with the end token kept."""
-        length = int(self._network.config.text_config.max_position_embeddings)
-        whole = self._processors[0](list(prompts), truncation=False, verbose=False)["input_ids"]
-        if cut := sum(len(ids) > length for ids in whole):
-            warn(f"{self.metric}: {cut} of {len(whole)} prompts are longer than {length} tokens; CLIP reads their beginnings")
-        return [ids if len(ids) <= length else [*ids[: length - 1], ids[-1]] for ids in whole]
+    def _warn_of_long(self, prompts: Sequence[str]) -> None:
+        lengths = [len(ids) for ids in self._processors[0](list(prompts), verbose=False)["input_ids"]]
+        if cut := sum(length > self._length for length in lengths):
+            warn(f"{self.metric}: {cut} of {len(lengths)} prompts are longer than {self._length} tokens; CLIP reads their beginnings")
 
-    def _scores(self, pictures: list[NDArray[np.uint8]], tokens: list[list[int]]) -> NDArray[np.float64]:
+    @property
+    def _length(self) -> int:
+        """Number of tokens that the text encoder reads, begin and end included."""
+        return int(self._network.config.text_config.max_position_embeddings)
+
+    def _scores(self, pictures: list[NDArray[np.uint8]], prompts: Sequence[str]) -> NDArray[np.float64]:
         import torch
 
+        tokenizer, processor = self._processors
         with torch.no_grad():
-            pixels = self._processors[1](images=pictures, return_tensors="pt")["pixel_values"]
-            ids, mask = self._padded(tokens)
-            out = self._network(input_ids=ids, attention_mask=mask, pixel_values=pixels.to(self.device))  # embeddings of unit length
+            text = tokenizer(list(prompts), padding=True, truncation=True, max_length=self._length, return_tensors="pt")
+            picture = processor(images=pictures, return_tensors="pt")
+            inputs = {name: part[name].to(self.device) for part in (text, picture) for name in part if name in INPUTS}
+            out = self._network(**inputs)  # embeddings of unit length
             cosine = (out.text_embeds.double() * out.image_embeds.double()).sum(-1).cpu().numpy()
             scale = float(self._network.logit_scale.double().exp())
         return np.asarray(100 * np.maximum(cosine, 0) if self.metric == "clip_score" else scale * cosine, np.float64)
-
-    def _padded(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, [B, longest]. What follows the end token is not attended to."""
-        import torch
-
-        ids = [torch.tensor(row) for row in tokens]
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(self._processors[0].pad_token_id))
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        return padded.to(self.device), mask.to(self.device)
 
 
 def _clip_weights(origin: str) -> Weights:
@@ -103,7 +97,8 @@ def _clip_weights(origin: str) -> Weights:
     if weights.model_type != "clip" or "CLIPModel" not in (weights.config.get("architectures") or ["CLIPModel"]):
         raise ArtifactError(f"{origin} has {weights.describe()}, and prompts are judged by a CLIPModel (clip); give another folder")
     names = {path.name for path in weights.files}
-    if not names & {"preprocessor_config.json", "processor_config.json"} or not ({"tokenizer.json"} <= names or {"vocab.json", "merges.txt"} <= names):
+    has_tokenizer = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
+    if not has_tokenizer or not names & {"preprocessor_config.json", "processor_config.json"}:
         raise ArtifactError(
             f"{origin} lacks preprocessor_config.json or the tokenizer's files ({', '.join(TOKENIZER)}); "
             "copy them from the CLIP that the weights were trained from"
