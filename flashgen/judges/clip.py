@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.judges.base import Drawn, Judge, Judgement
-from flashgen.judges.weights import TOKENIZER, Weights, find_weights, image_processor
+from flashgen.judges.weights import PROCESSORS, TOKENIZER, Weights, find_weights, image_processor
 from flashgen.pixels import slices
 from flashgen.progress import warn
 
@@ -93,7 +93,7 @@ class ClipJudge(Judge):
 
 
 def _clip_weights(origin: str) -> Weights:
-    weights = find_weights(origin)
+    weights = find_weights(origin, PROCESSORS)
     if weights.model_type != "clip" or "CLIPModel" not in (weights.config.get("architectures") or ["CLIPModel"]):
         raise ArtifactError(f"{origin} has {weights.describe()}, and prompts are judged by a CLIPModel (clip); give another folder")
     names = {path.name for path in weights.files}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 Floats64 = NDArray[np.float64]
+CLASSES = {"dinov2": "Dinov2Model", "clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}  # by model_type
 BATCH = 16
 CMMD_PX, DINOV2_PX, FID_DIMENSIONS = 336, 224, 2048
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -50,7 +51,7 @@ class Features:
         """Features [N, dimensions] of N pictures of any sizes, computed in fp32 in batches."""
         iterator, parts = iter(pictures), list[Floats64]()
         while batch := list(islice(iterator, BATCH)):
-            parts += self._inception(batch) if self.metric == "fid" else [self._transformer(batch)]
+            parts.append(self._inception(batch) if self.metric == "fid" else self._transformer(batch))
         return np.concatenate(parts) if parts else np.empty((0, self.dimensions))
 
     @cached_property
@@ -59,8 +60,7 @@ class Features:
             return read_inception(self.weights).to(self.device)
         import transformers
 
-        name = "Dinov2Model" if self.metric == "fd_dinov2" else "CLIPVisionModelWithProjection"
-        return self.weights.load(getattr(transformers, name), self.device)
+        return self.weights.load(getattr(transformers, CLASSES[self.weights.model_type]), self.device)
 
     @cached_property
     def _processor(self) -> Any:
@@ -69,24 +69,26 @@ class Features:
         side = {"height": self.side_px, "width": self.side_px}
         return image_processor()(size=side, resample=3, do_center_crop=False, image_mean=mean, image_std=std)
 
+    def _inception(self, pictures: list[Picture]) -> Floats64:
+        import torch
+
+        from flashgen.judges.inception import resize_tf1
+
+        with torch.no_grad():
+            resized = [resize_tf1(torch.tensor(picture, device=self.device).permute(2, 0, 1).float()) for picture in pictures]
+            return _numpy(self._network(torch.stack(resized)))
+
     def _transformer(self, pictures: list[Picture]) -> Floats64:
-        """DINOv2: the class token after the last norm, as in dgm-eval. CLIP: unit image embeddings of central squares, as in CMMD's code."""
+        """DINOv2: the class token after the last norm, as in dgm-eval. CLIP: unit embeddings of central squares, as in CMMD's code."""
         import torch
 
         squares = pictures if self.metric == "fd_dinov2" else [_central_square(picture) for picture in pictures]
+        pixels = self._processor(images=squares, return_tensors="pt")["pixel_values"].to(self.device)
         with torch.no_grad():
-            out = self._network(pixel_values=self._processor(images=squares, return_tensors="pt")["pixel_values"].to(self.device))
             if self.metric == "fd_dinov2":
-                return _numpy(out.pooler_output)
-            return _numpy(torch.nn.functional.normalize(out.image_embeds.double(), dim=-1))
-
-    def _inception(self, pictures: list[Picture]) -> Iterator[Floats64]:
-        """One by one: each picture is resized by the network, and sizes may differ."""
-        import torch
-
-        with torch.no_grad():
-            for picture in pictures:
-                yield _numpy(self._network(torch.tensor(picture, device=self.device).permute(2, 0, 1)[None].float()))
+                return _numpy(self._network(pixel_values=pixels).pooler_output)
+            pooled = self._network.vision_model(pixel_values=pixels).pooler_output
+            return _numpy(torch.nn.functional.normalize(self._network.visual_projection(pooled).double(), dim=-1))
 
 
 def read_inception(weights: Weights) -> Inception:
@@ -110,24 +112,21 @@ def read_inception(weights: Weights) -> Inception:
                 state.setdefault(name, tensor)
         network.load_state_dict(state)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"{path} is not FID's Inception ({' '.join(str(error).split())[:200]}); give pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
+            f"{path} is not FID's Inception ({reason}); give pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
         ) from error
     return network.eval().requires_grad_(False)
 
 
 def _metric(weights: Weights) -> str:
-    match weights.model_type:
-        case "":
-            if not weights.config:
-                return "fid"
-        case "dinov2":
-            return "fd_dinov2"
-        case "clip" | "clip_vision_model":
-            return "cmmd"
-    raise ArtifactError(
-        f"{weights.origin} has {weights.describe()}; sets of pictures are compared by FID's Inception, a Dinov2Model or a CLIP vision model"
-    )
+    if not weights.config:
+        return "fid"
+    if weights.model_type not in CLASSES:
+        raise ArtifactError(
+            f"{weights.origin} has {weights.describe()}; sets of pictures are compared by FID's Inception, a Dinov2Model or a CLIPModel"
+        )
+    return "fd_dinov2" if weights.model_type == "dinov2" else "cmmd"
 
 
 def _central_square(picture: Picture) -> Picture:

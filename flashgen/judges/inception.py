@@ -85,7 +85,7 @@ def _block_e(width_in: int, *, max_pool: bool) -> Mixed:
 
 
 class Inception(nn.Module):
-    """Pictures [B, 3, h, w] in 0..255 (float) to features [B, 2048] of the last pooling."""
+    """Pictures [B, 3, 299, 299] in 0..255 (float, see `resize_tf1`) to features [B, 2048] of the last pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class Inception(nn.Module):
         self.fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)  # not used for features; the file of weights has it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features of pictures of any size, resized as TensorFlow 1 does."""
-        x = (resize_tf1(x, SIDE_PX) - 128) / 128
+        """Features [B, 2048] of x [B, 3, 299, 299]."""
+        x = (x - 128) / 128
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
@@ -113,9 +113,9 @@ class Inception(nn.Module):
         return x.mean((2, 3))
 
 
-def resize_tf1(x: Tensor, side: int) -> Tensor:
-    """Bilinear resize of [B, C, h, w] to [B, C, side, side] with source position = target position * scale (no half-pixel offset)."""
-    rows, columns = (_weights(length, side).to(x) for length in x.shape[2:])
+def resize_tf1(x: Tensor) -> Tensor:
+    """Resize [C, h, w] to [C, 299, 299], bilinear as in TensorFlow 1: source position = target position * scale, no half-pixel offset."""
+    rows, columns = (_weights(length, SIDE_PX).to(x) for length in x.shape[1:])
     return rows @ x @ columns.T
 
 

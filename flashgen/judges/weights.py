@@ -18,7 +18,8 @@ HUB = "hf:"
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")  # owner/name, perhaps a revision
 SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-NAMES = ("config.json", "model.safetensors.index.json", "preprocessor_config.json", "processor_config.json", *TOKENIZER)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", *TOKENIZER)
+NETWORK = ("config.json", "model.safetensors.index.json")
 LONE = (".safetensors", ".pth")  # a file without config.json: the Inception of FID
 
 
@@ -33,8 +34,8 @@ class Weights:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the names and sha256s of the files."""
-        return hash_json({path.name: sha256(path) for path in self.files})
+        """sha256 over the sha256s of the files; their names and the folder's do not count."""
+        return hash_json(sorted(sha256(path) for path in self.files))
 
     @property
     def model_type(self) -> str:
@@ -47,7 +48,10 @@ class Weights:
         return f"{classes[0]} ({self.model_type})" if self.config else "weights without config.json"
 
     def load(self, network: Any, device: str) -> Any:
-        """A transformers class `network` with these weights, fp32, in eval mode. Raises ArtifactError when tensors are missing or misshaped."""
+        """Build the transformers class `network` with these weights, fp32, in eval mode.
+
+        Raises ArtifactError when tensors are missing or of another shape.
+        """
         import torch
         from safetensors import SafetensorError
 
@@ -65,12 +69,13 @@ class Weights:
         return model.eval().requires_grad_(False).to(device)
 
 
-def find_weights(origin: str) -> Weights:
+def find_weights(origin: str, more: tuple[str, ...] = ()) -> Weights:
     """Weights of `FOLDER`, a lone file of FID's Inception, or `hf:OWNER/NAME[@REVISION]`, which is downloaded into the hub's cache.
 
-    Only `hf:` asks the hub. Raises UsageError for what is no hub id, ArtifactError for what is missing, pickled or cannot be read.
+    `more`: names of files that are used beside the network's, where they exist. Only `hf:` asks the hub. Raises UsageError for what is no
+    hub id, ArtifactError for what is missing, pickled or cannot be read.
     """
-    path = _download(origin) if origin.startswith(HUB) else Path(origin).expanduser()
+    path = _download(origin, more) if origin.startswith(HUB) else Path(origin).expanduser()
     if path.is_file() and path.suffix in LONE:
         return Weights(origin, path.parent, (path,), {})
     if not path.is_dir():
@@ -82,7 +87,7 @@ def find_weights(origin: str) -> Weights:
             raise ArtifactError(f"{origin} has no config.json; give a folder as transformers' save_pretrained writes")
         return Weights(origin, path, (lone[0],), {})
     config = _read_config(path / "config.json", origin)
-    files = sorted(file for file in path.iterdir() if file.name in NAMES or SHARD.fullmatch(file.name))
+    files = sorted(file for file in path.iterdir() if file.name in (*NETWORK, *more) or SHARD.fullmatch(file.name))
     if not any(SHARD.fullmatch(file.name) for file in files):
         source = origin.removeprefix(HUB)
         raise ArtifactError(
@@ -111,7 +116,7 @@ def _read_config(path: Path, origin: str) -> dict[str, Any]:
     return config
 
 
-def _download(origin: str) -> Path:
+def _download(origin: str, more: tuple[str, ...]) -> Path:
     match = HUB_ID.fullmatch(origin.removeprefix(HUB))
     if match is None:
         raise UsageError(f"{origin} is no hub id; write {HUB}OWNER/NAME")
@@ -120,7 +125,8 @@ def _download(origin: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*NAMES, "model.safetensors", "model-*-of-*.safetensors"]))
+        patterns = [*NETWORK, *more, "model.safetensors", "model-*-of-*.safetensors"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         kind = type(error).__name__
         if kind == "GatedRepoError":
