@@ -32,13 +32,14 @@ class Features:
     """Features of pictures for the metric that the class of the weights at `origin` decides: fid, fd_dinov2 or cmmd."""
 
     def __init__(self, origin: str, device: str = "cpu") -> None:
-        """Check the class of the weights without reading them. Raises ArtifactError for any other class."""
+        """Check the class of the weights: by config.json, or by the tensors of FID's file. Raises ArtifactError for any other class."""
         self.weights, self.device = find_weights(origin), device
         self.metric = _metric(self.weights)
         config = self.weights.config
         match self.metric:
             case "fid":
                 self.dimensions = FID_DIMENSIONS
+                self._network = read_inception(self.weights).to(device)
             case "fd_dinov2":
                 self.dimensions, self.side_px = int(config["hidden_size"]), DINOV2_PX
             case _:
@@ -56,8 +57,6 @@ class Features:
 
     @cached_property
     def _network(self) -> Any:
-        if self.metric == "fid":
-            return read_inception(self.weights).to(self.device)
         import transformers
 
         return self.weights.load(getattr(transformers, CLASSES[self.weights.model_type]), self.device)

@@ -36,7 +36,7 @@ class Gaussian:
         """Mean and unbiased covariance of features [N, D], N >= 2."""
         mean = features.mean(0)
         factor = (features - mean) / np.sqrt(len(features) - 1)
-        return cls(mean, np.linalg.qr(factor, mode="r") if factor.shape[0] > factor.shape[1] else factor)
+        return cls(mean, np.asarray(np.linalg.qr(factor, mode="r")) if factor.shape[0] > factor.shape[1] else factor)
 
     @classmethod
     def of_moments(cls, mean: Floats64, covariance: Floats64) -> Gaussian:
@@ -124,7 +124,7 @@ class FrechetJudge(Judge):
     def save_reference(self, path: Path) -> None:
         """Write the statistics of the reference pictures to `path` (.npz), with the digest of the weights that they belong to."""
         reference = self._reference
-        values = (
+        values: dict[str, Any] = (
             {"mu": reference.mean, "sigma": reference.factor.T @ reference.factor}
             if isinstance(reference, Gaussian)
             else {"embeddings": reference}

@@ -24,9 +24,9 @@ class Convolution(nn.Module):
 
     def __init__(self, width_in: int, width: int, kernel: int | tuple[int, int], stride: int = 1, padding: int | None = None) -> None:
         super().__init__()
-        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        pad = tuple(side // 2 if stride == 1 else 0 for side in sides) if padding is None else padding
-        self.conv = nn.Conv2d(width_in, width, sides, stride, pad, bias=False)
+        height, wide = (kernel, kernel) if isinstance(kernel, int) else kernel
+        same = (height // 2, wide // 2) if stride == 1 else (0, 0)
+        self.conv = nn.Conv2d(width_in, width, (height, wide), stride, same if padding is None else padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:

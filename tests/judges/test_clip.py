@@ -41,9 +41,7 @@ def reference_cosines(folder: Path, pictures: list[np.ndarray], prompts: list[st
         top, left = (size[1] - 32) // 2, (size[0] - 32) // 2
         pixels = (small[top : top + 32, left : left + 32] / 255 - mean) / std
         with torch.no_grad():
-            out = model(
-                input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]), pixel_values=torch.tensor(pixels).permute(2, 0, 1)[None]
-            )
+            out = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]), pixel_values=torch.tensor(pixels).permute(2, 0, 1)[None])
         cosines.append(float(torch.nn.functional.cosine_similarity(out.text_embeds, out.image_embeds)))
     return np.array(cosines)
 
