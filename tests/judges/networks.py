@@ -21,9 +21,12 @@ def write_clip(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = clip_tokenizer(LENGTH)
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "eos_token_id": tokenizer.eos_token_id}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = transformers.CLIPConfig(text_config=text, vision_config=VISION | {"projection_dim": 8}, projection_dim=8)
-    transformers.CLIPModel(config).save_pretrained(folder)
+    model = transformers.CLIPModel(config)
+    model.text_projection.weight.data *= -1  # so that cosines are positive
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor()(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
