@@ -13,7 +13,7 @@ from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.judges.base import Drawn, Judge, Judgement
 from flashgen.judges.weights import PROCESSORS, TOKENIZER, Weights, find_weights, image_processor
 from flashgen.pixels import slices
-from flashgen.progress import warn
+from flashgen.progress import track, warn
 
 BATCH = 16
 INPUTS = {"input_ids", "attention_mask", "pixel_values"}
@@ -43,7 +43,8 @@ class ClipJudge(Judge):
             raise UsageError(f"there is no picture to judge by {self.metric}; draw at least one")
         self._warn_of_long(drawn.prompts)
         parts = slices(len(drawn.pictures), BATCH)
-        values = np.concatenate([self._scores(list(drawn.pictures[part]), drawn.prompts[part]) for part in parts])
+        shown = track(parts, self.metric, total=len(parts))
+        values = np.concatenate([self._scores(list(drawn.pictures[part]), drawn.prompts[part]) for part in shown])
         if not np.isfinite(values).all():
             picture = np.argmin(np.isfinite(values))
             raise NumericsError(f"{self.metric} of picture {picture} is not finite; check the weights of {self.weights.origin}")
@@ -51,9 +52,7 @@ class ClipJudge(Judge):
 
     @cached_property
     def _network(self) -> Any:
-        from transformers import CLIPModel
-
-        return self.weights.load(CLIPModel, self.device)
+        return self.weights.load("CLIPModel", self.device)
 
     @cached_property
     def _processors(self) -> tuple[Any, Any]:

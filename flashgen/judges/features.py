@@ -41,10 +41,10 @@ class Features:
                 self.dimensions = FID_DIMENSIONS
                 self._network = read_inception(self.weights).to(device)
             case "fd_dinov2":
-                self.dimensions, self.side_px = int(config["hidden_size"]), DINOV2_PX
+                self.dimensions, self.side_px = int(config.get("hidden_size", 768)), DINOV2_PX
             case _:
                 self.dimensions = int(config.get("projection_dim", 512))
-                self.side_px = int(config.get("vision_config", config).get("image_size", 224))
+                self.side_px = int((config.get("vision_config") or config).get("image_size", 224))
                 if self.side_px != CMMD_PX:
                     warn(f"{origin} sees {self.side_px} px; published CMMD values are of CLIP ViT-L/14 at {CMMD_PX} px")
 
@@ -57,9 +57,7 @@ class Features:
 
     @cached_property
     def _network(self) -> Any:
-        import transformers
-
-        return self.weights.load(getattr(transformers, CLASSES[self.weights.model_type]), self.device)
+        return self.weights.load(CLASSES[self.weights.model_type], self.device)
 
     @cached_property
     def _processor(self) -> Any:
@@ -86,8 +84,8 @@ class Features:
         with torch.no_grad():
             if self.metric == "fd_dinov2":
                 return _numpy(self._network(pixel_values=pixels).pooler_output)
-            pooled = self._network.vision_model(pixel_values=pixels).pooler_output
-            return _numpy(torch.nn.functional.normalize(self._network.visual_projection(pooled).double(), dim=-1))
+            token = self._network.vision_model(pixel_values=pixels).pooler_output
+            return _numpy(torch.nn.functional.normalize(self._network.visual_projection(token).double(), dim=-1))
 
 
 def read_inception(weights: Weights) -> Inception:

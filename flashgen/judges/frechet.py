@@ -114,7 +114,7 @@ class FrechetJudge(Judge):
             warn(
                 f"{self.metric} of {count} pictures in {dimensions} dimensions is biased upwards; compare it at the same number of pictures"
             )
-        features = self._finite(self.features(drawn.pictures), "the drawn pictures")
+        features = self._finite(self.features(track(drawn.pictures, self.metric, total=count)), "the drawn pictures")
         reference = self._reference
         distance = (
             frechet_distance(Gaussian.of_features(features), reference) if isinstance(reference, Gaussian) else cmmd(features, reference)

@@ -16,7 +16,7 @@ SIDE_PX, NUM_FEATURES, NUM_CLASSES = 299, 2048, 1008
 
 Layer = tuple[str, int, int | tuple[int, int]]  # name, output channels, kernel
 Path = list[Layer | list[Layer]]  # layers in turn; a list of layers: side by side, concatenated
-POOLED = "_pool"  # the path of this name convolves the pooled input
+POOL = "_pool"  # the path of this name convolves its input after pooling
 
 
 class Convolution(nn.Module):
@@ -35,9 +35,9 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Paths over one input, concatenated. `shrink`: the last layer of each path has stride 2, and the pooled input is the last path.
+    """Paths over one input, concatenated. `shrink`: the last layer of each path has stride 2, and the input's maxima are the last path.
 
-    `max_pool`: the pooled path at stride 1 takes maxima, as in the graph's last block, instead of means without the padding.
+    `max_pool`: the path `POOL` takes maxima, as in the graph's last block, instead of means without the padding.
     """
 
     def __init__(self, width_in: int, paths: Sequence[Path], *, shrink: bool = False, max_pool: bool = False) -> None:
@@ -56,32 +56,32 @@ class Mixed(nn.Module):
         """x [B, C, h, w] to [B, sum of the paths' widths, h', w']."""
         outputs = []
         for path in self.paths:
-            y = self._pooled(x) if path[0][0][0] == POOLED else x
+            y = self._pool(x) if path[0][0][0] == POOL else x
             for layers in path:
                 y = torch.cat([self.get_submodule(f"branch{name}")(y) for name, _, _ in layers], 1)
             outputs.append(y)
         return torch.cat([*outputs, F.max_pool2d(x, 3, 2)] if self.shrink else outputs, 1)
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, 3, 1, 1) if self.max_pool else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def _block_a(width_in: int, pooled: int) -> Mixed:
+def _block_a(width_in: int, width_pool: int) -> Mixed:
     double: Path = [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3), ("3x3dbl_3", 96, 3)]
-    return Mixed(width_in, [[("1x1", 64, 1)], [("5x5_1", 48, 1), ("5x5_2", 64, 5)], double, [(POOLED, pooled, 1)]])
+    return Mixed(width_in, [[("1x1", 64, 1)], [("5x5_1", 48, 1), ("5x5_2", 64, 5)], double, [(POOL, width_pool, 1)]])
 
 
 def _block_c(width: int) -> Mixed:
     single: Path = [("7x7_1", width, 1), ("7x7_2", width, (1, 7)), ("7x7_3", 192, (7, 1))]
     start: Path = [("7x7dbl_1", width, 1), ("7x7dbl_2", width, (7, 1)), ("7x7dbl_3", width, (1, 7))]
     double: Path = [*start, ("7x7dbl_4", width, (7, 1)), ("7x7dbl_5", 192, (1, 7))]
-    return Mixed(768, [[("1x1", 192, 1)], single, double, [(POOLED, 192, 1)]])
+    return Mixed(768, [[("1x1", 192, 1)], single, double, [(POOL, 192, 1)]])
 
 
 def _block_e(width_in: int, *, max_pool: bool) -> Mixed:
     single: Path = [("3x3_1", 384, 1), [("3x3_2a", 384, (1, 3)), ("3x3_2b", 384, (3, 1))]]
     double: Path = [("3x3dbl_1", 448, 1), ("3x3dbl_2", 384, 3), [("3x3dbl_3a", 384, (1, 3)), ("3x3dbl_3b", 384, (3, 1))]]
-    return Mixed(width_in, [[("1x1", 320, 1)], single, double, [(POOLED, 192, 1)]], max_pool=max_pool)
+    return Mixed(width_in, [[("1x1", 320, 1)], single, double, [(POOL, 192, 1)]], max_pool=max_pool)
 
 
 class Inception(nn.Module):

@@ -47,23 +47,26 @@ class Weights:
         classes = self.config.get("architectures") or ["weights"]
         return f"{classes[0]} ({self.model_type})" if self.config else "weights without config.json"
 
-    def load(self, network: Any, device: str) -> Any:
-        """Build the transformers class `network` with these weights, fp32, in eval mode.
+    def load(self, network: str, device: str) -> Any:
+        """Build the class of transformers that is named `network` with these weights, fp32, in eval mode.
 
         Raises ArtifactError when tensors are missing or of another shape.
         """
         import torch
+        import transformers
         from safetensors import SafetensorError
+
+        transformers.utils.logging.disable_progress_bar()
 
         try:
             options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-            model, info = network.from_pretrained(self.folder, **options)
+            model, info = getattr(transformers, network).from_pretrained(self.folder, **options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ArtifactError(f"{self.origin} cannot be read as a {network.__name__} ({reason}); take the weights again") from error
+            raise ArtifactError(f"{self.origin} cannot be read as a {network} ({reason}); take the weights again") from error
         if missing := sorted(info["missing_keys"]):
             raise ArtifactError(
-                f"{self.origin} lacks {len(missing)} tensors of a {network.__name__}, {missing[0]} among them; "
+                f"{self.origin} lacks {len(missing)} tensors of a {network}, {missing[0]} among them; "
                 "take the weights again, or correct config.json"
             )
         return model.eval().requires_grad_(False).to(device)
@@ -111,7 +114,7 @@ def _read_config(path: Path, origin: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{origin}: config.json cannot be read ({error}); take the weights again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architectures") or [""], list):
+    if not config or not isinstance(config, dict) or not isinstance(config.get("architectures") or [""], list):
         raise ArtifactError(f"{origin}: config.json is no configuration of transformers; take the weights again")
     return config
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flashgen.families.sd3.tokenizers import clip_tokenizer
@@ -42,11 +44,11 @@ def write_dinov2(folder: Path) -> Path:
 
 def inception_state(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Random weights of FID's network, by numpy so that they are the same everywhere; activations keep their scale."""
-    rng, state = np.random.default_rng(0), {}
+    rng, state = np.random.default_rng(0), dict[str, Tensor]()
     for name, shape in sorted(shapes.items()):
         if name.endswith("num_batches_tracked"):
             continue
-        values = rng.standard_normal(shape, np.float32)
+        values: NDArray[Any] = rng.standard_normal(shape, np.float32)
         if name.endswith(("conv.weight", "fc.weight")):
             values *= np.float32((2 / np.prod(shape[1:])) ** 0.5)
         elif name.endswith(("bn.weight", "running_var")):

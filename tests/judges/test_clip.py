@@ -52,10 +52,12 @@ def test_scores_agree_with_float64(clip: Path, tmp_path: Path, pictures: Picture
     cosines = reference_cosines(clip, pictures, PROMPTS)
     assert (cosines > 0).all() and cosines.std() > 0.01, "or the test would compare zeros"
     score = ClipJudge(str(clip)).judge(drawn(pictures, PROMPTS))
+    assert score.values is not None
     np.testing.assert_allclose(score.values, 100 * cosines, rtol=1e-5)
     assert score.overall == pytest.approx(np.mean(100 * cosines), rel=1e-5)
     scale = float(load_file(clip / "model.safetensors")["logit_scale"].double().exp())
     pick = ClipJudge(str(clip), "pick_score").judge(drawn(pictures, PROMPTS))
+    assert pick.values is not None
     np.testing.assert_allclose(pick.values, scale * cosines, rtol=1e-5)
     opposite = shutil.copytree(clip, tmp_path / "opposite")
     state = load_file(clip / "model.safetensors")

@@ -58,10 +58,10 @@ def frechet_by_matrix_root(a: NDArray[np.float64], b: NDArray[np.float64]) -> fl
 
 
 def cmmd_pair_by_pair(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    def mean(x: NDArray[np.float64], y: NDArray[np.float64]) -> np.longdouble:
-        return np.mean([np.exp(-np.sum((p.astype(np.longdouble) - q) ** 2) / 200) for p in x for q in y])
+    def mean(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+        return float(np.mean([np.exp(-np.sum((p - q) ** 2) / 200) for p in x for q in y]))
 
-    return float(1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)))
+    return 1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b))
 
 
 class Extractor(torch.nn.Module):
