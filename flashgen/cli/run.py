@@ -30,6 +30,8 @@ EXTRAS = {
     "bitsandbytes": "nf4",
     "pyarrow": "data",
     "datasets": "data",
+    "starlette": "arena",
+    "uvicorn": "arena",
 }  # extra by module; all others are in `train`
 
 

@@ -18,7 +18,9 @@ MAX_PSNR_DB = 100.0  # of equal pictures, whose PSNR is infinite, and of nearly 
 WINDOW_PX, SIGMA_PX, PEAK = 11, 1.5, 255.0
 
 
-def fidelity(a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures], prompts: Sequence[str], weights: Path | None) -> dict[str, Any]:
+def fidelity(
+    a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures], prompts: Sequence[str], weights: Path | None
+) -> dict[str, Any]:
     """{"psnr_db": {"mean", "interval"}, "ssim": ..., "lpips": ...} of pictures `a` against the reference `b`; lpips with `weights` alone.
 
     Raises as the functions below do.
@@ -63,7 +65,9 @@ def lpips(a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures], we
     is downloaded. Raises UsageError for a file that is not there or not AlexNet's, and ImportError without `lpips` and torchvision.
     """
     if not weights.is_file():
-        raise UsageError(f"LPIPS needs the weights of AlexNet, and {weights} is no file; name a copy of torchvision's alexnet-owt-7be5be79.pth")
+        raise UsageError(
+            f"LPIPS needs the weights of AlexNet, and {weights} is no file; name a copy of torchvision's alexnet-owt-7be5be79.pth"
+        )
     import torch
     from lpips import LPIPS
 
@@ -103,7 +107,9 @@ def _tensors(file: Path) -> Any:
 
 def _pairs(a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures]) -> list[tuple[Pictures, Pictures]]:
     if len(a) != len(b) or not len(a):
-        raise UsageError(f"{len(a)} pictures cannot be compared with {len(b)} of the reference; draw the same prompts and seeds, at least one")
+        raise UsageError(
+            f"{len(a)} pictures cannot be compared with {len(b)} of the reference; draw the same prompts and seeds, at least one"
+        )
     for x, y in zip(a, b, strict=True):
         if x.shape != y.shape:
             sizes = " and ".join(f"{z.shape[1]}x{z.shape[0]}" for z in (x, y))

@@ -60,11 +60,15 @@ def read_results(results: Rows, files: Sequence[str], where: str = "results.json
     for place, row in results:
         name, tag, correct = (row.get(key) for key in ("filename", "tag", "correct"))
         if not isinstance(name, str) or not isinstance(tag, str) or correct not in (0, 1):
-            raise UsageError(f"{where}{place} has no 'filename', 'tag' and 'correct'; name the file that GenEval's evaluate_images.py wrote")
+            raise UsageError(
+                f"{where}{place} has no 'filename', 'tag' and 'correct'; name the file that GenEval's evaluate_images.py wrote"
+            )
         verdicts["/".join(name.replace("\\", "/").split("/")[-3:])] = tag, float(correct)
     missing = [file for file in files if file not in verdicts]
     if missing or not files:
-        raise UsageError(f"{where} has no result for {len(missing)} of {len(files)} pictures, such as {missing[:1]}; evaluate the whole folder")
+        raise UsageError(
+            f"{where} has no result for {len(missing)} of {len(files)} pictures, such as {missing[:1]}; evaluate the whole folder"
+        )
     tasks: dict[str, list[float]] = {}
     for file in files:
         tag, value = verdicts[file]

@@ -19,7 +19,13 @@ RESAMPLES = 2000
 
 
 def intervals(
-    values: ArrayLike, prompts: Sequence[str], tasks: Sequence[str] | None = None, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    values: ArrayLike,
+    prompts: Sequence[str],
+    tasks: Sequence[str] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Interval | None]:
     """Interval of the mean of `values` [N] as `overall`, and of the mean within each task.
 

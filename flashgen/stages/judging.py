@@ -9,6 +9,7 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact
 from flashgen.judges.base import Judge, Pictures
 from flashgen.judges.spec import open_judge
+from flashgen.judges.teacher import Draw
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.inputs import sampler_of, teacher_of, world_of
 from flashgen.stages.prompts import UNJUDGED_PICTURES
@@ -52,16 +53,19 @@ def judge_of(source: Artifact, recipe: Recipe, size_of: Sampler | None, device: 
     The judge `teacher` compares with the teacher in the lineage of `source`, at the picture size of `size_of`.
     """
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
-        """Pictures of the teacher, which is loaded for them alone."""
-        from flashgen.models.pipeline import load_pipeline
-        from flashgen.models.sample import sample
-        from flashgen.runtime.accelerator import drawing_dtype
+    def teacher() -> tuple[Draw, str]:
+        artifact = teacher_of(source)
+        sampler = sampler_of(artifact)
+        at_size = sampler.model_copy(update={"size_px": (size_of or sampler).size_px})
 
-        teacher = teacher_of(source)
-        sampler = sampler_of(teacher)
-        sampler = sampler.model_copy(update={"size_px": (size_of or sampler).size_px})
-        pipe = load_pipeline(teacher.path, drawing_dtype(device), device=device)
-        return sample(pipe, sampler, list(prompts), list(seeds), batch=recipe.bench.batch)
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
+            from flashgen.models.pipeline import load_pipeline
+            from flashgen.models.sample import sample
+            from flashgen.runtime.accelerator import drawing_dtype
 
-    return open_judge(recipe.judge, world_of(source), draw, recipe.bench.reference, recipe.bench.judge_timeout_s)
+            pipe = load_pipeline(artifact.path, drawing_dtype(device), device=device)  # for these pictures alone
+            return sample(pipe, at_size, list(prompts), list(seeds), batch=recipe.bench.batch)
+
+        return draw, artifact.manifest.digest
+
+    return open_judge(recipe.judge, world_of(source), teacher, recipe.bench.reference, recipe.bench.judge_timeout_s)

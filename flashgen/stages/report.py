@@ -120,7 +120,7 @@ def validate(stage: Stage, draft: Draft, result: Result) -> dict[str, Any]:
     save_grid(images, draft.path / "samples" / "validation.png")
     if not stage.judges or stage.judge is None:
         return {"composition": NOT_JUDGED}
-    metric, judgement = stage.judge.metric, score(stage.judge, images, prompts)
+    judgement, metric = score(stage.judge, images, prompts), stage.judge.metric  # a program may name its metric
     say(f"{metric} on {len(prompts)} validation prompts: {judgement.overall:.3f}")
     if stage.judge.better(judgement.overall) < result.least:
         raise NumericsError(

@@ -76,7 +76,8 @@ class Extractor(torch.nn.Module):
 
 
 def test_frechet_distance_agrees_with_torchmetrics(dinov2: Path, reference: Path) -> None:
-    fid = pytest.importorskip("torchmetrics.image.fid")
+    from torchmetrics.image import fid
+
     pictures = scenes(1, 30)
     metric = fid.FrechetInceptionDistance(Extractor(Features(str(dinov2))))
     for part, real in ((scenes(0, 40), True), (pictures, False)):
