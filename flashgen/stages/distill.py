@@ -104,7 +104,7 @@ class Distill(Stage):
             check_size(self.family, configs_in(self.source.path), self.sampler, size, "distill.sizes=")
         check_matching(self, config.matching, config.batches)
         self.pictures  # noqa: B018  one that cannot be used is an error now
-        if config.compile and config.needs_trajectories:
+        if config.compile:
             check_compiler("distill.compile=false")
 
     def _check_followed(self, start: Artifact) -> None:
@@ -156,8 +156,6 @@ class Distill(Stage):
         teacher, student, fake_score = self._networks(pipe)
         micro_batch, checkpoint = self.micro_batch, self.recipe.checkpoint
         shapes = [latent_shape(pipe, size) for size in self.sizes]
-        if config.compile:  # torch would give up compiling after eight shapes of all networks
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(shapes))
         steps_of = self._trajectory_source(teacher)
         nodes = student_grid(config, steps_of.sigmas)
         sampler = Sampler(**{**self.taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
@@ -168,14 +166,14 @@ class Distill(Stage):
         replays = [cached_steps(self, part, steps_of, nodes, shape, draft.cache, followed) for part, shape in parts]
         if replays and config.trajectory.iterations:
             regress(
-                student, replays[0], nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate,
+                student, replays[0], nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", validate,
                 micro_batch, replays[1:],
             )  # fmt: skip
         if replays and config.on_policy.iterations:
             visited = [on_policy_steps(self, part, steps_of, nodes, shape, work, student) for part, shape in parts]
             replays = [replay.extended(other) for replay, other in zip(replays, visited, strict=True)]
             regress(
-                student, replays[0], nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", config.compile, validate,
+                student, replays[0], nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", validate,
                 micro_batch, replays[1:],
             )  # fmt: skip
         del steps_of  # one more network where it is a student
@@ -200,7 +198,7 @@ class Distill(Stage):
 
     def _networks(self, pipe: Pipeline) -> tuple[nn.Module, nn.Module, nn.Module | None]:
         """(teacher, student, fake score), all as the teacher at first, unless the student starts from another."""
-        networks, teacher = Networks.of(self), pipe.transformer
+        networks, teacher = Networks.of(self, self.config.compile), pipe.transformer
         if lora := self.config.lora:
             roles = networks.roles(teacher, lora, "student", "fake_score", seed=self.seed)
             return roles[0], roles[1], roles[2]
@@ -222,7 +220,7 @@ class Distill(Stage):
         if self.follows_start:
             sampler = self.inputs["start"].manifest.sampler
             assert sampler is not None
-            return TrajectorySource(Networks.of(self).frozen(self._start()), sampler.sigmas)
+            return TrajectorySource(Networks.of(self, self.config.compile).frozen(self._start()), sampler.sigmas)
         return guided_teacher(teacher, self.taught.shift, self.recipe)
 
     def _match(

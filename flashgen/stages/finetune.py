@@ -80,8 +80,8 @@ class Finetune(Stage):
         self.pictures  # noqa: B018  one that cannot be used is an error now
         if self.follows_teacher:
             check_nested(sampler.sigmas, shifted_grid(self.recipe.distill.trajectory.teacher_steps, sampler.shift))
-            if self.recipe.distill.compile:
-                check_compiler("distill.compile=false")
+        if self.recipe.distill.compile:
+            check_compiler("distill.compile=false")
         if self.chooses and not self.judges:
             why = "bench.per_task=0 draws nothing" if self.world else f"{self.source.path} belongs to no world with a judge"
             raise UsageError(
@@ -188,7 +188,7 @@ class Finetune(Stage):
         from flashgen.training.matching import Matcher, Roles, Task, train_matching
 
         config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
-        networks, text = Networks.of(self), load_pipeline(self.source.path, weights="text", device=self.device)
+        networks, text = Networks.of(self, self.recipe.distill.compile), load_pipeline(self.source.path, weights="text", device=self.device)
         pictures = real_pictures(self, self.pictures, config.matching, sampler, text, draft.cache)[0] if self.pictures else None
         pool = stage_pool(self, config.matching.prompts, self.seed + 2, text, sampler, draft.cache)
         trajectories = self.recipe.distill.trajectory

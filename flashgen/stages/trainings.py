@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import MachineError, UsageError
@@ -33,18 +34,22 @@ BEST_STATE = 4  # bytes of a checkpoint per learned weight for the best weights,
 
 @dataclass(frozen=True)
 class Networks:
-    """How a training holds its networks: on `device`, computing in `dtype`, as `compute` says, and sharded where the launch asks for it."""
+    """How a training holds its networks: on `device`, computing in `dtype`, as `compute` says, and sharded where the launch asks for it.
+
+    With `compiled` their blocks go through torch.compile.
+    """
 
     device: torch.device
     dtype: torch.dtype
     compute: ComputeRecipe
     family: Family
+    compiled: bool = False
 
     @classmethod
-    def of(cls, stage: Stage) -> Networks:
+    def of(cls, stage: Stage, compiled: bool = False) -> Networks:
         """Raises MachineError when the device cannot compute in the recipe's precision."""
         compute = stage.recipe.compute
-        return cls(stage.device, dtype_of(compute.precision, stage.device), compute, stage.family)
+        return cls(stage.device, dtype_of(compute.precision, stage.device), compute, stage.family, compiled)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -53,29 +58,53 @@ class Networks:
 
     def frozen(self, network: nn.Module) -> nn.Module:
         """`network`, in place, without gradient and in `dtype`."""
-        from flashgen.training.shards import shard
-
-        return shard(network.requires_grad_(False).to(self.device, self.dtype), self.family)
+        return self._finished(network.requires_grad_(False).to(self.device, self.dtype))
 
     def learning(self, network: nn.Module) -> nn.Module:
         """`network`, in place, with gradient: float32 weights, passes in `dtype`, activations recomputed where the recipe asks for it."""
-        from flashgen.training.shards import shard
-
         compute_in(network, self.autocast)
         if self.compute.activation_checkpointing:
             network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
-        return shard(network.requires_grad_(True).to(self.device), self.family)
+        return self._finished(network.requires_grad_(True).to(self.device))
 
     def roles(self, network: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:
         """`training.roles.roles_on`, with adapters inside autocast."""
         from flashgen.training.roles import roles_on
-        from flashgen.training.shards import shard
 
         compute_in(network, self.autocast)
         checkpointing, targets = self.compute.activation_checkpointing, self.family.lora_targets
         roles = roles_on(network, lora, *names, seed=seed, targets=targets, checkpointing=checkpointing)
-        shard(network, self.family)
+        self._finished(network)
         return roles
+
+    def _finished(self, network: nn.Module) -> nn.Module:
+        from flashgen.training.shards import shard
+
+        shard(network, self.family)
+        if self.compiled:
+            compile_blocks(network, self.family)
+        return network
+
+
+def compile_blocks(network: nn.Module, family: Family) -> None:
+    """Let each block of `network` run through torch.compile, in place; the rest of a pass is not compiled.
+
+    Blocks of one kind share what is compiled, for batches and pictures of any size, since the number of rows changes from round to
+    round. Hooks on blocks stay outside, so they may come and go.
+    """
+    import torch
+
+    torch._dynamo.config.recompile_limit = 256  # kinds of blocks, adapters, with or without gradient, one sample or several: 8 are too few
+    for block in family.blocks(network):
+        block.__class__ = _compiled(type(block))
+
+
+@cache
+def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` with a compiled forward method: a compiled method of each block would refer to its block, which would outlive its network."""
+    import torch
+
+    return type(kind.__name__, (kind,), {"forward": torch.compile(kind.forward, dynamic=True)})
 
 
 def moment_bytes(training: Training) -> int:

@@ -21,7 +21,7 @@ from flashgen.families.conditioning import Conditioning
 from flashgen.flow.grid import shifted_grid
 from flashgen.models.pipeline import Pipeline, load_pipeline
 from flashgen.models.prompts import encode_prompts
-from flashgen.stages import distill, trajectories
+from flashgen.stages import distill, finetune, trajectories
 from flashgen.training import cache as caching
 from flashgen.training import loop, matching, prompts, regression
 from flashgen.training.cache import Replay
@@ -239,28 +239,36 @@ def test_strides_say_which_of_the_teachers_steps_the_student_takes(chain: Chain,
             micro("distill.trajectory.teacher_steps=6", f"distill.strides={wrong}")
 
 
-def test_teacher_and_student_are_compiled_for_trajectories_and_on_policy_regression(
-    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: list[torch.nn.Module]
+@pytest.mark.parametrize("kind", ["dense", "adapters", "finetune"])
+def test_blocks_are_compiled_in_every_training(
+    kind: str, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: list[str]
 ) -> None:
-    monkeypatch.setattr(distill, "check_compiler", lambda _: None)
-    more = ["distill.on_policy.iterations=1", "distill.on_policy.batch=4", "distill.on_policy.prompts=8"]
-    student = runs.distill(str(chain.teacher.path), tmp_path, micro("distill.compile=true", *more))
-    top, learner = traced[:2]
-    assert [id(net) for net in traced] == [id(top), id(learner)] * 2 and top is not learner
-    assert load_pipeline(student.path).transformer.state_dict().keys() == top.state_dict().keys()
+    for stage in (distill, finetune):
+        monkeypatch.setattr(stage, "check_compiler", lambda _: None)
+    curves = []
+    for compiled in ("false", "true"):
+        lora = ["distill.lora.rank=4"] if kind == "adapters" else []
+        recipe = micro(f"distill.compile={compiled}", "distill.on_policy.iterations=1", "distill.on_policy.batch=4", *lora)
+        if kind == "finetune":
+            student = runs.finetune(str(chain.student.path), tmp_path / compiled, recipe)
+        else:
+            student = runs.distill(str(chain.teacher.path), tmp_path / compiled, recipe)
+        assert traced == (["JointTransformerBlock.forward"] if compiled == "true" else [])
+        curves.append([json.loads(line) for line in (student.path / "stats.jsonl").read_text().splitlines()])
+    for eager, fused in zip(*curves, strict=True):
+        for key in eager.keys() - {"phase", "time", "machine"}:
+            assert fused[key] == pytest.approx(eager[key], rel=1e-3), (eager["phase"], key)
 
 
-def test_compiling_wants_a_compiler_and_networks_of_their_own(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_wants_a_compiler(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = micro("distill.compile=true")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MachineError, match=r"there is no 'no-such-compiler'; .* --set distill\.compile=false"):
         runs.distill(str(chain.teacher.path), tmp_path / "out", recipe)
     with pytest.raises(MachineError, match=r"--set distill\.compile=false"):
-        runs.finetune(str(chain.student.path), tmp_path / "out", micro("distill.compile=true", "finetune.matching.node_trajectory=[1]"))
+        runs.finetune(str(chain.student.path), tmp_path / "out", recipe)
     with pytest.raises(MachineError, match=r"--set teacher\.flow\.compile=false"):
         runs.train(micro("teacher.flow.compile=true"), tmp_path / "teacher")
-    with pytest.raises(UsageError, match="compile=true does not go with lora"):
-        micro("distill.compile=true", "distill.lora.rank=4")
 
 
 def test_distill_stops_before_a_step_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:
