@@ -24,6 +24,8 @@ from flashgen.stages.trainings import (
     Networks,
     check_compiler,
     check_matching,
+    check_optimizer,
+    compute_key,
     plain_config,
 )
 from flashgen.stages.trajectories import (
@@ -104,6 +106,7 @@ class Distill(Stage):
             check_size(self.family, configs_in(self.source.path), self.sampler, size, "distill.sizes=")
         check_matching(self, config.matching, config.batches)
         self.pictures  # noqa: B018  one that cannot be used is an error now
+        check_optimizer(self)
         if config.compile:
             check_compiler("distill.compile=false")
 
@@ -124,10 +127,9 @@ class Distill(Stage):
 
     def settings(self) -> dict[str, Any]:
         choice = self.judge_key() if self.config.matching.validate_every else {}  # the best round depends on it
-        precision = {"precision": self.recipe.compute.precision}
         pictures = {"pictures": self.pictures.digest} if self.pictures else {}
         unkeyed = UNKEYED if self.config.sizes else UNKEYED | {"sizes": True}  # students from before there were sizes stay up to date
-        return self.config.model_dump(mode="json", exclude=unkeyed) | precision | choice | pictures | self.prompts_key()
+        return self.config.model_dump(mode="json", exclude=unkeyed) | compute_key(self) | choice | pictures | self.prompts_key()
 
     def plan_with(self, micro_batch: int) -> Plan:
         from flashgen.stages.distill_plan import plan
@@ -154,7 +156,7 @@ class Distill(Stage):
         del text
         pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, "training", self.device)
         teacher, student, fake_score = self._networks(pipe)
-        micro_batch, checkpoint = self.micro_batch, self.recipe.checkpoint
+        micro_batch, checkpoint, optimizer_bits = self.micro_batch, self.recipe.checkpoint, self.recipe.compute.optimizer_bits
         shapes = [latent_shape(pipe, size) for size in self.sizes]
         steps_of = self._trajectory_source(teacher)
         nodes = student_grid(config, steps_of.sigmas)
@@ -167,14 +169,14 @@ class Distill(Stage):
         if replays and config.trajectory.iterations:
             regress(
                 student, replays[0], nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", validate,
-                micro_batch, replays[1:],
+                micro_batch, replays[1:], optimizer_bits,
             )  # fmt: skip
         if replays and config.on_policy.iterations:
             visited = [on_policy_steps(self, part, steps_of, nodes, shape, work, student) for part, shape in parts]
             replays = [replay.extended(other) for replay, other in zip(replays, visited, strict=True)]
             regress(
                 student, replays[0], nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", validate,
-                micro_batch, replays[1:],
+                micro_batch, replays[1:], optimizer_bits,
             )  # fmt: skip
         del steps_of  # one more network where it is a student
         metrics = {}
@@ -242,6 +244,7 @@ class Distill(Stage):
         task = Task(
             "matching", pool, nodes, first.shape, self.seed, self.config.encoder_drop, first.replay,
             micro_batch=self.micro_batch, shift=self.taught.shift, pictures=first.pictures, others=others,
+            optimizer_bits=self.recipe.compute.optimizer_bits,
         )  # fmt: skip
         matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 

@@ -18,7 +18,7 @@ from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.needs import Held, passing
 from flashgen.stages.planning import Plan
-from flashgen.stages.trainings import Networks, moment_bytes, regression_state
+from flashgen.stages.trainings import Networks, check_optimizer, compute_key, moment_bytes, regression_state
 from flashgen.stages.trajectories import embedding_room, own_steps, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
@@ -66,15 +66,11 @@ class RestructureEncoder(Stage):
             )
         if self.trains:
             self.require_prompts()
+            check_optimizer(self)
 
     def settings(self) -> dict[str, Any]:
         prompts = self.prompts_key() if self.trains else {}
-        return (
-            self.config.model_dump(mode="json", exclude={"floor"})
-            | {"mode": self.mode}
-            | prompts
-            | {"precision": self.recipe.compute.precision}
-        )
+        return self.config.model_dump(mode="json", exclude={"floor"}) | {"mode": self.mode} | prompts | compute_key(self)
 
     def plan_with(self, micro_batch: int) -> Plan:
         footprint, config, steps = Footprint(self.source), self.config, self.sampler.num_steps
@@ -90,7 +86,8 @@ class RestructureEncoder(Stage):
                 memory["trajectories"] = held.sampling(micro_batch, steps + 1, False) | encoders
             shared = stored + 2 * states * held.one.latent
             kept = self.recipe.checkpoint.keep * (2 if self.mode == "compact" and config.iterations else 1)
-            disk = shared + 2 * held.learned + (kept + 1) * regression_state(config) * held.learned  # one more while it is being written
+            state = regression_state(config, self.recipe.compute.optimizer_bits)
+            disk = shared + 2 * held.learned + (kept + 1) * state * held.learned  # one more while it is being written
             advice = "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"
             tokens = self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]
             adds += config.embedding * config.batch * 3 * held.learned * tokens
@@ -111,7 +108,7 @@ class RestructureEncoder(Stage):
             float(size * count),
             1,
             learned,
-            moment_bytes(self.config),
+            moment_bytes(self.config, self.recipe.compute.optimizer_bits),
             False,
             size,
             names=("student", "successor"),
@@ -153,6 +150,7 @@ class RestructureEncoder(Stage):
         del text
         networks, pipe = Networks.of(self), load_pipeline(self.source.path, weights="training", device=self.device)
         options: dict[str, Any] = {"device": self.device, "micro_batch": self.micro_batch}
+        options["optimizer_bits"] = self.recipe.compute.optimizer_bits
         shape = latent_shape(pipe, self.sampler.size_px)
         slim = networks.learning(copy.deepcopy(pipe.transformer)) if self.mode == "prune" else None
         student = networks.frozen(pipe.transformer)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import MachineError, UsageError
@@ -107,26 +108,50 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": torch.compile(kind.forward, dynamic=True)})
 
 
-def moment_bytes(training: Training) -> int:
-    """Bytes of an optimizer's state per weight: two moments, or one where beta1 is 0. Muon, with one, is counted as AdamW."""
-    return 4 if training.betas[0] == 0 else 8
+def moment_bytes(training: Training, bits: int) -> float:
+    """Bytes of an optimizer's state per weight: two moments of `bits`, or one where beta1 is 0 and `bits` 32.
+
+    Moments of 8 bits have a scale per 256 numbers. Muon, with one moment of 32 bits, is counted as AdamW, but not below its own.
+    """
+    if bits == 32:
+        return 4 if training.betas[0] == 0 else 8
+    return 4 if getattr(training, "muon_lr", 0) or getattr(training, "fake_score_muon_lr", 0) else 2 * (1 + 4 / 256)
 
 
-def regression_state(training: Training) -> int:
+def regression_state(training: Training, bits: int) -> float:
     """Bytes of a regression's checkpoint per learned weight: weights, EMA, moments."""
-    return 8 + moment_bytes(training)
+    return 8 + moment_bytes(training, bits)
 
 
-def matching_state(matching: MatchingTraining) -> int:
+def matching_state(matching: MatchingTraining, bits: int) -> float:
     """Bytes of matching's checkpoint per learned weight: student, fake score, EMA, moments of two."""
-    return 12 + 2 * moment_bytes(matching) + (BEST_STATE if matching.validate_every else 0)
+    return 12 + 2 * moment_bytes(matching, bits) + (BEST_STATE if matching.validate_every else 0)
 
 
-def checkpoint_bytes(config: DistillRecipe, keep: int) -> int:
+def checkpoint_bytes(config: DistillRecipe, keep: int, bits: int) -> float:
     """Bytes of all checkpoints of `distill` per learned weight; a checkpoint is written beside the `keep` that stay."""
-    sizes = [regression_state(part) for part in (config.trajectory, config.on_policy) if part.iterations]
-    sizes += [matching_state(config.matching)] if config.matching.iterations else []
+    sizes = [regression_state(part, bits) for part in (config.trajectory, config.on_policy) if part.iterations]
+    sizes += [matching_state(config.matching, bits)] if config.matching.iterations else []
     return keep * sum(sizes) + max(sizes, default=0)
+
+
+def compute_key(stage: Stage) -> dict[str, Any]:
+    """The settings of `compute` that change what is learned. Students from before there were `optimizer_bits` stay up to date."""
+    compute = stage.recipe.compute
+    return {"precision": compute.precision} | ({"optimizer_bits": compute.optimizer_bits} if compute.optimizer_bits != 32 else {})
+
+
+def check_optimizer(stage: Stage) -> None:
+    """Raises MachineError without the package for 8-bit moments, and UsageError for such moments of sharded weights."""
+    if stage.recipe.compute.optimizer_bits == 32:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise MachineError(
+            "compute.optimizer_bits=8 needs bitsandbytes, which is not installed: pip install 'flashgen[nf4]', "
+            "or --set compute.optimizer_bits=32"
+        )
+    if stage.machine.sharded:
+        raise UsageError("compute.optimizer_bits=8 does not go with FSDP2, whose shards bitsandbytes cannot update; set it to 32")
 
 
 def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int]) -> None:

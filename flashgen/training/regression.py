@@ -42,6 +42,7 @@ def regress(
     validate: Validate | None = None,
     micro_batch: int = 0,
     others: Sequence[Replay] = (),
+    optimizer_bits: int = 32,
 ) -> None:
     """Regress the student's velocity at the starts of cached steps onto their average velocity. Gradient: `student` only.
 
@@ -56,7 +57,7 @@ def regress(
         torch.tensor(by_step("node_draws", config.node_draws, len(nodes) - 1), dtype=torch.float32),
     )
     parameters, blocks = list(student.parameters()), replay.pool.family.blocks(unwrap(student))
-    optimizers = muon_and_adamw(student, blocks, config, lr=config.lr, muon_lr=config.muon_lr)
+    optimizers = muon_and_adamw(student, blocks, config, lr=config.lr, muon_lr=config.muon_lr, bits=optimizer_bits)
     ema, validation = Ema(student, config.ema, offloads(student)), Validation(validate, name, config.iterations, config.validate_every)
 
     def step_fn(step: int) -> dict[str, Metric]:

@@ -21,7 +21,9 @@ from flashgen.families.conditioning import Conditioning
 from flashgen.flow.grid import shifted_grid
 from flashgen.models.pipeline import Pipeline, load_pipeline
 from flashgen.models.prompts import encode_prompts
-from flashgen.stages import distill, finetune, trajectories
+from flashgen.runtime.machines import Machine
+from flashgen.stages import distill, finetune, trainings, trajectories
+from flashgen.stages.base import prepare
 from flashgen.training import cache as caching
 from flashgen.training import loop, matching, prompts, regression
 from flashgen.training.cache import Replay
@@ -269,6 +271,20 @@ def test_compiling_wants_a_compiler(chain: Chain, tmp_path: Path, monkeypatch: p
         runs.finetune(str(chain.student.path), tmp_path / "out", recipe)
     with pytest.raises(MachineError, match=r"--set teacher\.flow\.compile=false"):
         runs.train(micro("teacher.flow.compile=true"), tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("name", ["distill", "finetune", "restructure"])
+def test_moments_of_8_bits_want_their_package_and_unsharded_weights(name: str, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, recipe = runs.stage(name), micro("compute.optimizer_bits=8")
+    refs = {next(iter(kind.takes)): (chain.teacher if name == "distill" else chain.student).path}
+    monkeypatch.setattr(trainings, "find_spec", lambda _: None)
+    with pytest.raises(MachineError, match=r"pip install 'flashgen\[nf4\]'"):
+        prepare(kind, refs, recipe)
+    monkeypatch.setattr(trainings, "find_spec", lambda _: True)
+    with pytest.raises(UsageError, match="does not go with FSDP2"):
+        prepare(kind, refs, recipe, on=Machine(8e10, processes=2, accelerated=True, sharded=True))
+    key = prepare(kind, refs, recipe).settings()
+    assert key.pop("optimizer_bits") == 8 and key == prepare(kind, refs, micro()).settings()
 
 
 def test_distill_stops_before_a_step_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:
