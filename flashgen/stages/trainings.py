@@ -97,7 +97,8 @@ def compile_blocks(network: nn.Module, family: Family) -> None:
 
     torch._dynamo.config.recompile_limit = 256  # kinds of blocks, adapters, with or without gradient, one sample or several: 8 are too few
     for block in family.blocks(network):
-        block.__class__ = _compiled(type(block))
+        kind: Any = type(block)  # mypy: no Hashable
+        block.__class__ = _compiled(kind)
 
 
 @cache

@@ -115,10 +115,10 @@ def adam(parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, floa
     With 8 `bits` bitsandbytes' AdamW8bit, which always stores both moments, and those of tensors below 4096 numbers in 32 bits.
     """
     if bits == 8:
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes
 
-        kind: Any = AdamW8bit  # typed or not, with or without the package
-        optimizer: torch.optim.Optimizer = kind(parameters, lr=lr, betas=betas, weight_decay=0.0)
+        library: Any = bitsandbytes  # its functions have no types
+        optimizer: torch.optim.Optimizer = library.optim.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=0.0)
         return optimizer
     if betas[0] == 0:
         return AdamWithoutMomentum(parameters, lr, betas[1])

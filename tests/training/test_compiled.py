@@ -28,7 +28,7 @@ from flashgen.training.roles import roles_on, unwrap
 
 NODES, SQUARE, WIDE = [1.0, 0.9, 0.75, 0.5, 0.0], (16, 4, 4), (16, 4, 6)
 CONFIG = MatchingTraining(
-    iterations=4, batch=4, lr=1e-3, fake_score_lr=1e-3, ema=0.5, node_adversarial=[0, 1, 0, 1], node_matching=[1, 0, 0.5, 0],
+    iterations=3, batch=4, lr=1e-3, fake_score_lr=1e-3, ema=0.5, node_adversarial=[0, 1, 0, 1], node_matching=[1, 0, 0.5, 0],
     node_augmentation=[1, 0, 0, 0], node_trajectory=[0, 0, 1, 0],
 )  # fmt: skip
 Build = Callable[[int], nn.Module]
@@ -62,10 +62,10 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("kind", ["dense", "dense, recomputed", "adapters", "adapters, recomputed"])
+@pytest.mark.parametrize("kind", ["dense", "adapters, recomputed"])
 def test_compiled_matching_is_the_uncompiled_one(kind: str, transformer: Build, pool: PromptPool, traced: list[str]) -> None:
     eager, compiled = (matcher_of(kind, transformer, pool, compiled=compiled) for compiled in (False, True))
-    for step in range(3):
+    for step in range(2):
         expected, found = eager.update(step), compiled.update(step)
         assert {key: value.item() for key, value in found.items()} == pytest.approx(
             {key: value.item() for key, value in expected.items()}, rel=1e-4, abs=1e-6
@@ -78,7 +78,8 @@ def test_other_numbers_of_rows_and_other_sizes_compile_nothing_more(transformer:
     compile_blocks(network, pool.family)
     counts = []
     for rows, shape in ((3, SQUARE), (2, SQUARE), (5, WIDE), (8, SQUARE), (6, WIDE)):
-        velocity(network, torch.randn(rows, *shape), torch.full((rows,), 0.5), pool[torch.arange(rows)]).sum().backward()
+        v = velocity(network, torch.randn(rows, *shape), torch.full((rows,), 0.5), pool[torch.arange(rows)])
+        torch.autograd.backward(v.sum())
         counts.append(graphs())
     assert counts[0] > 0 and len(set(counts)) == 1
 
@@ -117,7 +118,7 @@ def test_compiled_matching_resumes_bit_for_bit(
         return [parameter.detach().clone() for parameter in matcher.student.parameters()]
 
     def interrupted(losses: Iterable[Tensor], *arguments: Any, where: str, **options: Any) -> tuple[Tensor, Tensor]:
-        if where == "matching fake score step 3":
+        if where == "matching fake score step 2":
             raise KeyboardInterrupt
         return loop.descend(losses, *arguments, where=where, **options)
 

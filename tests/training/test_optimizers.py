@@ -61,8 +61,7 @@ def test_a_zero_gradient_moves_nothing() -> None:
 
 
 def optimizers_of(network: nn.Module, **changes: Any) -> list[torch.optim.Optimizer]:
-    config, rates = Training(**changes), {"lr": 0.01, "muon_lr": 0.1}
-    return muon_and_adamw(network, SD3().blocks(unwrap(network)), config, **rates)
+    return muon_and_adamw(network, SD3().blocks(unwrap(network)), Training(**changes), lr=0.01, muon_lr=0.1)
 
 
 def test_each_parameter_has_exactly_one_optimizer_and_muon_gets_matrices_of_blocks(transformer: Callable[[int], nn.Module]) -> None:
