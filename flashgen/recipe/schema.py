@@ -32,8 +32,8 @@ class LogRecipe(Model):
 
 
 class ComputeRecipe(Model):
-    """How the trainings of `distill`, `finetune` and `restructure-encoder` use a machine. Only `precision` changes what they learn,
-    up to the order of sums."""
+    """How the trainings of `distill`, `finetune` and `restructure-encoder` use a machine. Only `precision` and `optimizer_bits` change what
+    they learn, up to the order of sums."""
 
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast over float32 weights that learn, bfloat16 weights that do not; losses stay in float32"
@@ -42,6 +42,7 @@ class ComputeRecipe(Model):
         0, description="samples that pass together, whose gradients add up to a batch; 0: all of a process; auto: as many as fit by plan"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more time")
+    optimizer_bits: Literal[32, 8] = Field(32, description="of AdamW's moments; 8 needs bitsandbytes")
 
 
 class BenchRecipe(Model):

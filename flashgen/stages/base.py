@@ -6,7 +6,6 @@ Read one from top to bottom: `takes`, `check`, `settings`, `plan`, `make`.
 
 from __future__ import annotations
 
-import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -53,7 +52,7 @@ class Result:
     metrics: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     validate: bool = True  # draw validation pictures with the written networks, and judge them where there is a judge
-    least: float = -math.inf  # score, more is better, below which nothing is published
+    floor: tuple[float, float] | None = None  # (score of the input, share of it that must be left for the result to be published)
 
 
 @dataclass

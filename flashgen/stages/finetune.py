@@ -25,6 +25,8 @@ from flashgen.stages.trainings import (
     adapter_count,
     check_compiler,
     check_matching,
+    check_optimizer,
+    compute_key,
     guided_forwards,
     matching_state,
     moment_bytes,
@@ -81,8 +83,9 @@ class Finetune(Stage):
         self.pictures  # noqa: B018  one that cannot be used is an error now
         if self.follows_teacher:
             check_nested(sampler.sigmas, shifted_grid(self.recipe.distill.trajectory.teacher_steps, sampler.shift))
-            if self.recipe.distill.compile:
-                check_compiler("distill.compile=false")
+        check_optimizer(self)
+        if self.recipe.distill.compile:
+            check_compiler("distill.compile=false")
         if self.chooses and not self.judges:
             why = "bench.per_task=0 draws nothing" if self.judge else f"{self.source.path} belongs to no world with a judge"
             raise UsageError(
@@ -95,8 +98,7 @@ class Finetune(Stage):
             raise UsageError("finetune.lora with matching.ida < 1 would mix adapters of different networks; leave one of them out")
 
     def settings(self) -> dict[str, Any]:
-        precision = {"precision": self.recipe.compute.precision}
-        borrowed: dict[str, Any] = {"encoder_drop": self.recipe.distill.encoder_drop} | precision | judge_key(self)
+        borrowed: dict[str, Any] = {"encoder_drop": self.recipe.distill.encoder_drop} | compute_key(self) | judge_key(self)
         if self.follows_teacher:
             used = {"teacher_steps", "prompts", "guidance", "guidance_interval", "skip_layers"}
             trajectory = self.recipe.distill.trajectory.model_dump(include=used, exclude_none=True)
@@ -125,7 +127,8 @@ class Finetune(Stage):
         memory |= {"embed": text | {"student": 4.0 * footprint.transformer.count}, "train": held.training(rows) | encoders}
         shared = stored + 2 * states * one.latent
         disk = shared + 2 * footprint.transformer.count
-        disk += (2 * self.recipe.checkpoint.keep + 1) * matching_state(matching) * held.learned  # per branch, and one that is being written
+        state = matching_state(matching, self.recipe.compute.optimizer_bits)
+        disk += (2 * self.recipe.checkpoint.keep + 1) * state * held.learned  # per branch, and one that is being written
         number = "bf16" if held.bytes_each == 2 else "fp32"
         work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
         advice = "use --set compute.activation_checkpointing=true and a lower compute.micro_batch, or --set finetune.lora.rank=64"
@@ -138,9 +141,10 @@ class Finetune(Stage):
         """What the training of a branch holds: the student, both branches, the teacher and one dense fake score, or all adapters."""
         config, matching, count = self.config, self.config.matching, footprint.transformer.count
         learned = adapter_count(footprint.transformer, config.lora, footprint.family.lora_targets) if config.lora else footprint.learnable
+        moments = 2 * moment_bytes(matching, self.recipe.compute.optimizer_bits)
         size, students = 2 if self.recipe.compute.precision == "bfloat16" else 4, 2 if config.lora else 1
         return Held(
-            self, footprint, one, float((size + 4 * students) * count), 4 if config.lora else 3, learned, 2 * moment_bytes(matching),
+            self, footprint, one, float((size + 4 * students) * count), 4 if config.lora else 3, learned, moments,
             config.lora is not None, size, self.sampler.num_steps, matching.batch, has_heads(matching, self.sampler.num_steps),
             matching.validate_every > 0, ("student and teacher", "branches and fake scores"), 4.0 * count,
         )  # fmt: skip
@@ -189,7 +193,7 @@ class Finetune(Stage):
         from flashgen.training.matching import Matcher, Roles, Task, train_matching
 
         config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
-        networks, text = Networks.of(self), load_pipeline(self.source.path, weights="text", device=self.device)
+        networks, text = Networks.of(self, self.recipe.distill.compile), load_pipeline(self.source.path, weights="text", device=self.device)
         pictures = real_pictures(self, self.pictures, config.matching, sampler, text, draft.cache)[0] if self.pictures else None
         pool = stage_pool(self, config.matching.prompts, self.seed + 2, text, sampler, draft.cache)
         trajectories = self.recipe.distill.trajectory
@@ -211,6 +215,7 @@ class Finetune(Stage):
                 task = Task(
                     name, pool, nodes, shape, self.seed + 10 + number, self.recipe.distill.encoder_drop, replay, train_nodes,
                     lambda sigma: high if sigma > config.split else low, self.micro_batch, sampler.shift, pictures,
+                    optimizer_bits=self.recipe.compute.optimizer_bits,
                 )  # fmt: skip
                 fake_score = fake_scores[number] if config.lora else networks.learning(self._teacher())
                 matcher = Matcher(task, Roles(branch, teacher, fake_score), matching, self.family)

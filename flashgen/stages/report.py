@@ -105,7 +105,7 @@ def validate(stage: Stage, draft: Draft, result: Result) -> dict[str, Any]:
     """Draw validation pictures with the written networks into the draft and judge them; returns the metrics to store.
 
     Scores have the name of their metric; what they depend on is beside them in `judges`, unless it is the world. With `bench.per_task` 0
-    nothing is drawn. Raises NumericsError when the score is below `result.least`.
+    nothing is drawn. Raises NumericsError when the score is worse than `result.floor` allows.
     """
     if (draft.work / "stats.jsonl").exists():
         shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")
@@ -122,14 +122,21 @@ def validate(stage: Stage, draft: Draft, result: Result) -> dict[str, Any]:
         return {"composition": NOT_JUDGED}
     judgement, metric = score(stage.judge, images, prompts), stage.judge.metric  # a program may name its metric
     say(f"{metric} on {len(prompts)} validation prompts: {judgement.overall:.3f}")
-    if stage.judge.better(judgement.overall) < result.least:
-        raise NumericsError(
-            f"{metric} {judgement.overall:.3f} is {'below' if stage.judge.higher_is_better else 'above'} the floor of "
-            f"{stage.judge.better(result.least):.3f}, which restructure.floor allows from the student's own; train longer with "
-            "--set restructure.iterations=N, or publish it nevertheless with --set restructure.floor=0"
-        )
+    if result.floor:
+        _check_floor(stage.judge, judgement.overall, *result.floor)
     known = {} if isinstance(stage.judge, WorldJudge) else {"judges": {metric: stage.judge.identity() | {"pictures": len(prompts)}}}
     return {metric: judgement.scores, **known}
+
+
+def _check_floor(judge: Judge, score: float, before: float, share: float) -> None:
+    """Raises NumericsError when `score` is worse than `before` by more than 1 - `share` of it."""
+    least = judge.better(before) - (1 - share) * abs(before)
+    if judge.better(score) < least:
+        raise NumericsError(
+            f"{judge.metric} {score:.3f} is {'below' if judge.higher_is_better else 'above'} the floor of {judge.better(least):.3f}, "
+            f"restructure.floor={share:g} of the student's own {before:.3f}; train longer with --set restructure.iterations=N, or publish "
+            "it nevertheless with --set restructure.floor=0"
+        )
 
 
 def save_grid(images: NDArray[np.uint8], path: Path) -> None:

@@ -155,7 +155,9 @@ def assert_alike(ones: list[dict[str, Any]], twos: list[dict[str, Any]]) -> None
             assert two[key] == pytest.approx(one[key], rel=1e-3), (one["phase"], one["step"], key)
 
 
-@pytest.mark.parametrize(("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_DEEPSPEED", "true")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_DEEPSPEED", "true"), ("FSDP_OFFLOAD_PARAMS", "true")]
+)
 def test_a_launch_that_is_not_followed_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="not followed"):
