@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": BASE | ARTIFACTS | {"families", "flow", "device", "quant", "models"},
     "training": BASE | ARTIFACTS | {"families", "flow", "objectives", "quant", "models", "training"},
     "export": BASE | ARTIFACTS | {"families", "flow", "quant", "models", "device", "export"},
-    "metrics": BASE | ARTIFACTS | {"families", "flow", "models", "device", "metrics"},
+    "metrics": BASE | ARTIFACTS | {"judges.base", "families", "flow", "models", "device", "metrics"},
     "stages": BASE
     | ARTIFACTS
     | {"families", "worlds", "judges", "flow", "objectives", "quant", "models", "device", "training", "export", "metrics", "stages"},
