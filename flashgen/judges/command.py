@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ class CommandJudge(Judge):
         if program is None:
             raise UsageError(f"{self}: {words[0]} is no file and no program in PATH; name the program's file, as in command:./score.py")
         if not os.access(program, os.X_OK):
-            raise UsageError(f"{self}: {words[0]} cannot be executed; chmod +x {words[0]}, or name its interpreter: command:python {words[0]}")
+            raise UsageError(
+                f"{self}: {words[0]} cannot be executed; chmod +x {words[0]}, or name its interpreter: command:python {words[0]}"
+            )
         self.files = [word for word in words if Path(word).is_file()]
         self.words = [str(program), *(str(Path(word).absolute()) if Path(word).exists() else word for word in words[1:])]
         named = self.files[0] if self.files else words[0]
@@ -90,7 +93,9 @@ class CommandJudge(Judge):
         values = answer.pop("values", None)
         if values is not None and (not isinstance(values, list) or len(values) != len(drawn.pictures)):
             count = len(values) if isinstance(values, list) else "no list of"
-            raise UsageError(f"{self} printed {count} values for {len(drawn.pictures)} pictures; print one per picture, in their order{said}")
+            raise UsageError(
+                f"{self} printed {count} values for {len(drawn.pictures)} pictures; print one per picture, in their order{said}"
+            )
         scores = {key: self._number(key, value, said) for key, value in answer.items()}
         numbers = None if values is None else np.array([self._number("values", value, said) for value in values], np.float64)
         self.metric, self.higher_is_better, self._is_answered = metric, higher, True
@@ -111,7 +116,9 @@ class CommandJudge(Judge):
                     start_new_session=True,
                 )
             except OSError as error:
-                raise UsageError(f"{self} cannot be started ({error.strerror}); begin a script with its interpreter: #!/usr/bin/env python3") from error
+                raise UsageError(
+                    f"{self} cannot be started ({error.strerror}); begin a script with its interpreter: #!/usr/bin/env python3"
+                ) from error
             try:
                 trouble = self._wait(process, out, err)
             finally:
@@ -183,10 +190,8 @@ def _write(drawn: Drawn, folder: Path) -> None:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Stop `process` and what it started."""
     if hasattr(os, "killpg"):
-        try:
+        with suppress(ProcessLookupError, PermissionError):  # the group is gone; macOS says the latter for one that only has zombies
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # the group is gone; macOS says the latter for one that only has zombies
-            pass
     elif process.poll() is None:
         process.kill()
     process.wait()

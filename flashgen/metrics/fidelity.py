@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ MAX_PSNR_DB = 100.0  # of equal pictures, whose PSNR is infinite, and of nearly 
 WINDOW_PX, SIGMA_PX, PEAK = 11, 1.5, 255.0
 
 
-def fidelity(a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures], prompts: Sequence[str], weights: Path | None) -> dict[str, Any]:
+def fidelity(
+    a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures], prompts: Sequence[str], weights: Path | None
+) -> dict[str, Any]:
     """{"psnr_db": {"mean", "interval"}, "ssim": ..., "lpips": ...} of pictures `a` against the reference `b`; lpips with `weights` alone.
 
     Raises as the functions below do.
@@ -63,11 +66,15 @@ def lpips(a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures], we
     is downloaded. Raises UsageError for a file that is not there or not AlexNet's, and ImportError without `lpips` and torchvision.
     """
     if not weights.is_file():
-        raise UsageError(f"LPIPS needs the weights of AlexNet, and {weights} is no file; name a copy of torchvision's alexnet-owt-7be5be79.pth")
+        raise UsageError(
+            f"LPIPS needs the weights of AlexNet, and {weights} is no file; name a copy of torchvision's alexnet-owt-7be5be79.pth"
+        )
     import torch
     from lpips import LPIPS
 
-    net = LPIPS(net="alex", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the package calls torchvision by parameters that it has renamed
+        net = LPIPS(net="alex", pnet_rand=True, verbose=False)  # random here, so that torchvision downloads nothing
     names = {".".join(["features", *name.split(".")[1:]]): name for name in net.net.state_dict()}  # slice2.3.weight is features.3.weight
     try:
         state = _tensors(weights)
@@ -103,7 +110,9 @@ def _tensors(file: Path) -> Any:
 
 def _pairs(a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures]) -> list[tuple[Pictures, Pictures]]:
     if len(a) != len(b) or not len(a):
-        raise UsageError(f"{len(a)} pictures cannot be compared with {len(b)} of the reference; draw the same prompts and seeds, at least one")
+        raise UsageError(
+            f"{len(a)} pictures cannot be compared with {len(b)} of the reference; draw the same prompts and seeds, at least one"
+        )
     for x, y in zip(a, b, strict=True):
         if x.shape != y.shape:
             sizes = " and ".join(f"{z.shape[1]}x{z.shape[0]}" for z in (x, y))

@@ -53,18 +53,22 @@ def write_pictures(folder: Path, drawn: Drawn, metadata: Rows, where: str = "pro
 def read_results(results: Rows, files: Sequence[str], where: str = "results.jsonl") -> Judgement:
     """The judgement in the result file of `evaluate_images.py`, for the pictures that `write_pictures` wrote to `files`.
 
-    `values` has 1 for a correct picture, else 0; scores are the share of correct pictures per task (`tag`), and `overall`, the mean over the
-    tasks (summary_scores.py). Raises UsageError for a row without these fields and for a picture without a row.
+    `values` has 1 for a correct picture, else 0; scores are the share of correct pictures per task (`tag`), and `overall`, the mean over
+    the tasks (summary_scores.py). Raises UsageError for a row without these fields and for a picture without a row.
     """
     verdicts: dict[str, tuple[str, float]] = {}
     for place, row in results:
         name, tag, correct = (row.get(key) for key in ("filename", "tag", "correct"))
         if not isinstance(name, str) or not isinstance(tag, str) or correct not in (0, 1):
-            raise UsageError(f"{where}{place} has no 'filename', 'tag' and 'correct'; name the file that GenEval's evaluate_images.py wrote")
+            raise UsageError(
+                f"{where}{place} has no 'filename', 'tag' and 'correct'; name the file that GenEval's evaluate_images.py wrote"
+            )
         verdicts["/".join(name.replace("\\", "/").split("/")[-3:])] = tag, float(correct)
     missing = [file for file in files if file not in verdicts]
     if missing or not files:
-        raise UsageError(f"{where} has no result for {len(missing)} of {len(files)} pictures, such as {missing[:1]}; evaluate the whole folder")
+        raise UsageError(
+            f"{where} has no result for {len(missing)} of {len(files)} pictures, such as {missing[:1]}; evaluate the whole folder"
+        )
     tasks: dict[str, list[float]] = {}
     for file in files:
         tag, value = verdicts[file]

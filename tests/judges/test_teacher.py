@@ -16,12 +16,12 @@ from flashgen.worlds.shapes.scene import prompt_set, realise
 REQUESTS = [request for request in {request.caption(): request for request in prompt_set(0, 2)}.values() for _ in range(2)]
 PROMPTS = [request.caption() for request in REQUESTS]
 SEEDS = list(range(len(PROMPTS)))
-CALLS: list[int] = []
+calls: list[int] = []
 
 
 def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
     """True scenes in place of a teacher's pictures."""
-    CALLS.append(len(prompts))
+    calls.append(len(prompts))
     requests = dict(zip(PROMPTS, REQUESTS, strict=True))
     return np.stack([render(realise(requests[p], np.random.default_rng(s))) for p, s in zip(prompts, seeds, strict=True)])
 
@@ -82,11 +82,11 @@ def test_diversity_is_within_prompts_where_one_was_drawn_twice() -> None:
 
 def test_the_teacher_draws_once_per_request() -> None:
     judge = TeacherJudge(draw, "digest")
-    del CALLS[:]
+    del calls[:]
     for _ in range(3):
         judge.judge(Drawn(RIGHT, PROMPTS, SEEDS))
     judge.judge(Drawn(RIGHT[:1], PROMPTS[:1], SEEDS[:1]))
-    assert CALLS == [len(PROMPTS), 1]
+    assert calls == [len(PROMPTS), 1]
     assert judge.identity() == {"metric": "teacher_distance", "teacher": "digest"}
 
 

@@ -66,24 +66,26 @@ def test_pictures_that_cannot_be_compared_are_refused() -> None:
 
 
 def test_lpips_without_weights_is_refused_with_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"needs the weights of AlexNet, and .*absent\.pth is no file; name a copy of torchvision's alexnet"):
+    with pytest.raises(
+        UsageError, match=r"needs the weights of AlexNet, and .*absent\.pth is no file; name a copy of torchvision's alexnet"
+    ):
         lpips(A, B, tmp_path / "absent.pth")
 
 
 def test_lpips_reads_torchvisions_file_and_refuses_others(tmp_path: Path) -> None:
-    pytest.importorskip("lpips")
+    package = pytest.importorskip("lpips")
     import torch
     from torchvision.models import alexnet
 
     torch.manual_seed(0)
     net, file = alexnet(), tmp_path / "alexnet.pth"
     torch.save(net.state_dict(), file)
-    pictures = [np.kron(x[:, :32, :32], np.ones((1, 2, 2, 1), np.uint8)) for x in (A, B)]
-    found = lpips(*pictures, file)
-    head = torch.load(Path(pytest.importorskip("lpips").__file__).with_name("weights") / "v0.1" / "alex.pth", weights_only=True)
+    a, b = (np.kron(x[:, :32, :32], np.ones((1, 2, 2, 1), np.uint8)) for x in (A, B))
+    found = lpips(a, b, file)
+    head = torch.load(Path(package.__file__).with_name("weights") / "v0.1" / "alex.pth", map_location="cpu", weights_only=True)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     total = torch.zeros(3)
-    x, y = (((torch.from_numpy(z).float() / 127.5 - 1 - shift) / scale).permute(0, 3, 1, 2) for z in pictures)
+    x, y = (((torch.from_numpy(z).float() / 127.5 - 1 - shift) / scale).permute(0, 3, 1, 2) for z in (a, b))
     with torch.no_grad():
         taps = 0
         for layer in net.features:
@@ -93,8 +95,8 @@ def test_lpips_reads_torchvisions_file_and_refuses_others(tmp_path: Path) -> Non
                 total += (difference * head[f"lin{taps}.model.1.weight"][0]).sum(1).mean((1, 2))
                 taps += 1
     np.testing.assert_allclose(found, total.numpy(), rtol=1e-4)
-    assert (found > 0).all() and lpips(pictures[0], pictures[0], file).tolist() == [0, 0, 0]
+    assert (found > 0).all() and lpips(a, a, file).tolist() == [0, 0, 0]
     for content, message in (({"features.0.weight": torch.zeros(1)}, "has no tensor"), ([1], "no state dict"), (net, "tensors alone")):
         torch.save(content, file)
         with pytest.raises(UsageError, match=message):
-            lpips(*pictures, file)
+            lpips(a, b, file)

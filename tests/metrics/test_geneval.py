@@ -17,7 +17,9 @@ from flashgen.metrics.geneval import read_results, write_pictures
 
 PROMPTS = ["a photo of a bench", "a photo of two clocks", "a photo of a cow"]
 TAGS = ["single_object", "counting", "single_object"]
-METADATA = [("", {"tag": tag, "include": [{"class": "x", "count": 1}], "prompt": prompt}) for tag, prompt in zip(TAGS, PROMPTS, strict=True)]
+METADATA = [
+    ("", {"tag": tag, "include": [{"class": "x", "count": 1}], "prompt": prompt}) for tag, prompt in zip(TAGS, PROMPTS, strict=True)
+]
 ORDER = [2, 0, 0, 1]  # prompts of the pictures
 DRAWN = Drawn(np.arange(4 * 4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 4, 3), [PROMPTS[i] for i in ORDER], [0, 0, 1, 0])
 
