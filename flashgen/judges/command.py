@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -189,10 +190,8 @@ def _write(drawn: Drawn, folder: Path) -> None:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Stop `process` and what it started."""
     if hasattr(os, "killpg"):
-        try:
+        with suppress(ProcessLookupError, PermissionError):  # the group is gone; macOS says the latter for one that only has zombies
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # the group is gone; macOS says the latter for one that only has zombies
-            pass
     elif process.poll() is None:
         process.kill()
     process.wait()

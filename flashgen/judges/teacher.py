@@ -22,17 +22,17 @@ GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 class TeacherJudge(Judge):
     """Compares pictures with those that `draw(prompts, seeds)` gives of the teacher; `teacher` is its digest, for `identity`.
 
-    `overall` (metric `teacher_distance`, lower is better): mean over pictures of the root mean square difference between the two pictures of
-    one prompt and noise, each reduced to 32 px on its longer side by averaging, in parts of the full range (0 to 1). Our choice: at that size
-    layout and colour count, and fine texture does not.
+    `overall` (metric `teacher_distance`, lower is better): mean over pictures of the root mean square difference between the two pictures
+    of one prompt and noise, each reduced by averaging to at most 32 px on its longer side, in parts of the full range (0 to 1). Our choice:
+    at that size layout and colour count, and fine texture does not.
 
     Parts are ratios to the teacher's pictures, 1 where both agree; a part is left out where the teacher's number is 0 or not defined:
 
-    `diversity`: mean distance, as above, between two pictures of one prompt and different noise; where no prompt was drawn twice, between two
-    pictures of different prompts (our choice). Mode collapse makes it small.
+    `diversity`: mean distance, as above, between two pictures of one prompt and different noise; where no prompt was drawn twice, between
+    two pictures of different prompts (our choice). Mode collapse makes it small.
     `saturation`: mean over all pixels of HSV saturation, (max - min) / max of the channels, 0 for black (Smith 1978).
-    `sharpness`: mean over pictures of the variance of the 4-neighbour Laplacian of luma (Pech-Pacheco et al. 2000, LAPV). Blur makes it small,
-    noise makes it large.
+    `sharpness`: mean over pictures of the variance of the 4-neighbour Laplacian of luma (Pech-Pacheco et al. 2000, LAPV). Blur makes it
+    small, noise makes it large.
     """
 
     metric = "teacher_distance"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def lpips(a: Pictures | Sequence[Pictures], b: Pictures | Sequence[Pictures], we
     import torch
     from lpips import LPIPS
 
-    net = LPIPS(net="alex", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the package calls torchvision by parameters that it has renamed
+        net = LPIPS(net="alex", pnet_rand=True, verbose=False)  # random here, so that torchvision downloads nothing
     names = {".".join(["features", *name.split(".")[1:]]): name for name in net.net.state_dict()}  # slice2.3.weight is features.3.weight
     try:
         state = _tensors(weights)

@@ -53,8 +53,8 @@ def write_pictures(folder: Path, drawn: Drawn, metadata: Rows, where: str = "pro
 def read_results(results: Rows, files: Sequence[str], where: str = "results.jsonl") -> Judgement:
     """The judgement in the result file of `evaluate_images.py`, for the pictures that `write_pictures` wrote to `files`.
 
-    `values` has 1 for a correct picture, else 0; scores are the share of correct pictures per task (`tag`), and `overall`, the mean over the
-    tasks (summary_scores.py). Raises UsageError for a row without these fields and for a picture without a row.
+    `values` has 1 for a correct picture, else 0; scores are the share of correct pictures per task (`tag`), and `overall`, the mean over
+    the tasks (summary_scores.py). Raises UsageError for a row without these fields and for a picture without a row.
     """
     verdicts: dict[str, tuple[str, float]] = {}
     for place, row in results:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from flashgen.errors import NumericsError
 
 Interval = tuple[float, float]
-RESAMPLES = 2000
+LEVEL, RESAMPLES = 0.95, 2000
 
 
 def intervals(
@@ -23,11 +23,10 @@ def intervals(
     prompts: Sequence[str],
     tasks: Sequence[str] | None = None,
     *,
-    level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Interval | None]:
-    """Interval of the mean of `values` [N] as `overall`, and of the mean within each task.
+    """95 % interval of the mean of `values` [N] as `overall`, and of the mean within each task.
 
     `overall` is the mean over the pictures, or, with `tasks` [N], the mean of the tasks' means (GenEval's rule). A resample draws as many
     prompts as there are, with replacement, within each task, and takes all pictures of a drawn prompt: prompts and seeds vary together
@@ -45,16 +44,15 @@ def intervals(
     rng = np.random.default_rng(seed)
     means = {task: _resampled(list(clusters.values()), rng, resamples) for task, clusters in strata.items()}
     counts = {task: len(clusters) for task, clusters in strata.items()}
-    found = {"overall": _interval(np.mean(list(means.values()), 0), sum(counts.values()), len(counts), level) if means else None}
-    return found | ({task: _interval(means[task], counts[task], 1, level) for task in means} if tasks is not None else {})
+    found = {"overall": _interval(np.mean(list(means.values()), 0), sum(counts.values()), len(counts)) if means else None}
+    return found | ({task: _interval(means[task], counts[task], 1) for task in means} if tasks is not None else {})
 
 
 def difference_intervals(
-    a: ArrayLike, b: ArrayLike, prompts: Sequence[str], tasks: Sequence[str] | None = None, *, level: float = 0.95, resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict[str, Interval | None]:  # fmt: skip
+    a: ArrayLike, b: ArrayLike, prompts: Sequence[str], tasks: Sequence[str] | None = None
+) -> dict[str, Interval | None]:
     """Intervals of mean(a) - mean(b) as `intervals` gives them; picture i of both has the same prompt and seed, and is drawn in pairs."""
-    return intervals(np.subtract(a, b, dtype=np.float64), prompts, tasks, level=level, resamples=resamples, seed=seed)
+    return intervals(np.subtract(a, b, dtype=np.float64), prompts, tasks)
 
 
 def _resampled(clusters: list[list[float]], rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:
@@ -64,13 +62,13 @@ def _resampled(clusters: list[list[float]], rng: np.random.Generator, resamples:
     return np.asarray(times @ sums / (times @ counts))
 
 
-def _interval(means: NDArray[np.float64], prompts: int, strata: int, level: float) -> Interval | None:
+def _interval(means: NDArray[np.float64], prompts: int, strata: int) -> Interval | None:
     """Quantiles at Phi(-+ sqrt(n / (n - 1)) t), for n prompts per stratum and t of `prompts - strata` degrees of freedom."""
     from scipy.special import ndtr, stdtrit
 
     freedom = prompts - strata
     if freedom < 1:
         return None
-    tail = float(ndtr(-math.sqrt(prompts / freedom) * stdtrit(freedom, (1 + level) / 2)))
+    tail = float(ndtr(-math.sqrt(prompts / freedom) * stdtrit(freedom, (1 + LEVEL) / 2)))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -52,9 +52,9 @@ print(json.dumps({"overall": sum(values) / 3, "values": values, "metric": "light
 
 
 def test_prompts_and_seeds_arrive_as_they_are_and_pictures_may_differ_in_size(tmp_path: Path) -> None:
-    body = "print(json.dumps({'overall': float([row['prompt'] for row in rows] == eval(sys.argv[1]) and rows[2]['seed'] == 2**63)}))"
-    judge = CommandJudge(f'"{program(tmp_path, body)}" {ascii(DRAWN.prompts).replace(" ", chr(92) + " ")!r}')
-    judge.words[1] = ascii(list(DRAWN.prompts))
+    wanted = ascii(list(zip(DRAWN.prompts, DRAWN.seeds, strict=True)))
+    body = f"print(json.dumps({{'overall': int([(row['prompt'], row['seed']) for row in rows] == {wanted})}}))"
+    judge = CommandJudge(str(program(tmp_path, body)))
     judgement = judge.judge(Drawn([PICTURES[0], PICTURES[1, :4], PICTURES[2]], DRAWN.prompts, DRAWN.seeds))
     assert judgement.overall == 1 and judgement.values is None and judgement.mean == 1
 
