@@ -1,0 +1,57 @@
+"""Numbers of the bench's pictures: those of judges, and the distance to the pictures of a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flashgen.judges.base import Drawn, Judge, Judgement
+from flashgen.metrics.baseline import Comparison, clusters_of
+from flashgen.metrics.latency import Pictures
+from flashgen.metrics.worker import Job
+
+NOT_JUDGED = {"composition": "not judged"}
+
+
+def judge_rows(report: Mapping[str, Any], judges: Sequence[Judge], drawn: Sequence[Pictures]) -> None:
+    """Fill in quality, its intervals and values. Rows that share pictures are judged once."""
+    texts, seeds = ([p[key] for p in report["prompts"]] for key in ("prompt", "seed"))
+    for judge in judges:
+        judged: dict[int, Judgement] = {}
+        for row, images in zip(report["results"], drawn, strict=True):
+            if id(images) not in judged:
+                judged[id(images)] = judge.judge(Drawn(images, texts, seeds))
+            found = judged[id(images)]
+            row["quality"][judge.metric] = {k: round(v, 4) for k, v in found.scores.items()}
+            about = {"judge": judge.identity(), "pictures": len(images), "higher_is_better": judge.higher_is_better}
+            row["quality_of"][judge.metric] = about
+            row["quality_interval"][judge.metric] = _intervals(found, report["prompts"])
+            if found.values is not None:
+                row["values"][judge.metric] = [round(float(v), 6) for v in found.values]
+
+
+def _intervals(found: Judgement, prompts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the overall score and of those of tasks; nothing where a picture has no number."""
+    from flashgen.metrics.intervals import mean_interval
+
+    intervals = {}
+    for part in found.scores if found.values is not None else ():
+        rows = [i for i, prompt in enumerate(prompts) if part in ("overall", prompt["task"])]
+        if rows:
+            assert found.values is not None
+            low, high = mean_interval(found.values[rows], clusters_of([prompts[i]["prompt"] for i in rows]))
+            intervals[part] = round(low, 4), round(high, 4)
+    return intervals
+
+
+def compare_pictures(
+    report: Mapping[str, Any], references: Sequence[Job | None], jobs: Sequence[Job], drawn: Sequence[Pictures], comparison: Comparison
+) -> None:
+    """Fill in `fidelity` of every row with a reference other than itself."""
+    images_of = dict(zip(jobs, drawn, strict=True))
+    for row, reference, images in zip(report["results"], references, drawn, strict=True):
+        if reference in images_of and images_of[reference] is not images:
+            from flashgen.metrics.fidelity import fidelity
+
+            found = fidelity(images, images_of[reference], comparison.lpips_weights)
+            row["fidelity"] = {"reference": comparison.reference, **found}
