@@ -41,7 +41,7 @@ class Comparison:
     lpips_weights: Path | None = None
 
 
-def read_baseline(path: Path) -> Report:
+def read_baseline(path: Path) -> dict[str, Any]:
     """The content of a bench.json. Raises UsageError for a file that is missing, cut or of another kind."""
     where, mend = f"--baseline {path}", "give the bench.json of: flashgen bench ARTIFACT... --out DIR"
     try:
@@ -63,13 +63,14 @@ def read_baseline(path: Path) -> Report:
     return dict(report)
 
 
-def check_comparable(comparison: Comparison, baseline: Report, machine: Report, prompts: Sequence[Report], names: set[str]) -> None:
-    """Raises UsageError when `baseline` has another machine or other prompts, or knows none of the artifacts called `names`."""
+def check_comparable(comparison: Comparison, baseline: Report, report: Report, names: set[str]) -> None:
+    """Raises UsageError when `baseline` has another machine or other prompts than `report`, or knows none of the artifacts `names`."""
     where = f"--baseline {comparison.baseline}"
-    if other := [key for key in MACHINE if baseline["machine"][key] != machine[key]]:
-        found, wanted = (", ".join(f"{key} {source[key]}" for key in other) for source in (baseline["machine"], machine))
-        raise UsageError(f"{where} was measured on another machine ({found}; here: {wanted}); measure a baseline here, with --out DIR")
-    if [(p["prompt"], p["seed"]) for p in baseline["prompts"]] != [(p["prompt"], p["seed"]) for p in prompts]:
+    if other := [key for key in MACHINE if baseline["machine"][key] != report["machine"][key]]:
+        found, here = (", ".join(f"{key} {source['machine'][key]}" for key in other) for source in (baseline, report))
+        raise UsageError(f"{where} was measured on another machine ({found}; here: {here}); measure a baseline here, with --out DIR")
+    before, after = ([(p["prompt"], p["seed"]) for p in source["prompts"]] for source in (baseline, report))
+    if before != after:
         raise UsageError(f"{where} has pictures of other prompts or seeds; give the --seed, --per-task and prompts of its command")
     known = {str(row["name"]) for row in baseline["results"]}
     if not names & known:

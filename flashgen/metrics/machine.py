@@ -97,7 +97,7 @@ class NoiseMeter:
         spread = float((high - low) / middle) if middle else 0.0
         processor_s = max(self._elapsed_s, 1e-9) * (os.cpu_count() or 1)
         others, steal = self._others_s / processor_s, self._steal_s / processor_s
-        why = [f"the latency of {', '.join(dict.fromkeys(unsettled))} varies too much for its median"] if unsettled else []
+        why = [f"the median latency of {', '.join(dict.fromkeys(unsettled))} is not known to 2.5 %"] if unsettled else []
         if spread > SPREAD:
             why.append(f"the time of one fixed calculation varies by {spread:.0%}")
         if others > OTHERS:

@@ -18,9 +18,14 @@ MARGIN, HEAD, GUTTER = 4, 44, 92  # pixels: between pictures, for prompts above,
 
 
 def short_names(refs: list[str]) -> list[str]:
-    """`refs` without the folders that all paths share, as long as the names stay different; a world's name is no path."""
+    """`refs` without the folders that all paths share, as long as the names stay different; a world's name is no path.
+
+    Of a single path that is its last part.
+    """
     paths = [PurePath(ref) for ref in refs]
     folders = [path.parent for path in paths if len(path.parts) > 1]
+    if len(refs) == 1:
+        return [paths[0].name or refs[0]]
     if len(folders) < 2 or len({folder.is_absolute() for folder in folders}) > 1:
         return refs
     shared = os.path.commonpath(folders)
@@ -59,7 +64,7 @@ def row_labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
     labels = []
     for row in results:
         alike = [other for other in results if other["artifact"] == row["artifact"]]
-        more = [f"{row['threads']} threads"] if len({other["threads"] for other in alike if other["engine"] == row["engine"]}) > 1 else []
+        more = [f"{row['threads']} thr"] if len({other["threads"] for other in alike if other["engine"] == row["engine"]}) > 1 else []
         more += [row["size_px"]] if len({other["size_px"] for other in alike}) > 1 else []
         labels.append(", ".join([row["name"], *more]))
     return labels

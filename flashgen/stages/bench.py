@@ -21,6 +21,7 @@ from flashgen.metrics.latency import Pictures, Row, measure, summarise
 from flashgen.metrics.machine import NoiseMeter, fingerprint
 from flashgen.metrics.report import contact_sheet, print_table, row_labels
 from flashgen.metrics.worker import Job
+from flashgen.pixels import Size
 from flashgen.progress import say, warn
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.bench_files import bytes_by_component, check_writable, clear_pictures, lineage, write_pictures
@@ -64,43 +65,56 @@ def bench(
     prompts = [{"prompt": text, "seed": seed + i, "task": task} for i, (text, task) in enumerate(zip(texts, tasks, strict=True))]
     if judges is None:
         judges = [] if world is None else [WorldJudge(world)]
-    machine = fingerprint()
+    settings = {"seed": seed, "per_task": count, **recipe.bench.model_dump(exclude={"per_task"}), **asdict(grid)}
+    report: dict[str, Any] = {"version": VERSION, "machine": fingerprint(), "command": command, "settings": settings, "prompts": prompts}
     baseline = None if comparison.baseline is None else read_baseline(comparison.baseline)
     if baseline is not None:
-        check_comparable(comparison, baseline, machine, prompts, {row.name for row in rows})
+        check_comparable(comparison, baseline, report, {row.name for row in rows})
     references = reference_rows(rows, comparison.reference)
     if out is not None:
         check_writable(out, comparison.baseline)
-    settings = {"seed": seed, "per_task": count, **recipe.bench.model_dump(exclude={"per_task"}), **asdict(grid)}
-    report: dict[str, Any] = {"version": VERSION, "machine": machine, "command": command, "settings": settings, "prompts": prompts}
-    noise = NoiseMeter()
     with tempfile.TemporaryDirectory(prefix="flashgen-bench-") as folder:
-        measured = [Row(row.job, row.source.size_bytes(), Path(folder) / str(i)) for i, row in enumerate(rows)]
-        pictures = measure(measured, texts, [p["seed"] for p in prompts], recipe.bench, noise)
-        done = [i for i, row in enumerate(measured) if row.error is None]
-        if not done and (error := measured[0].error):
-            raise error
-        report["results"] = [result_of(rows[i], measured[i]) for i in done]
-        report["failed"] = [_failure(row, m) for row, m in zip(rows, measured, strict=True) if m.error]
-        machine["noise"] = noise.report([rows[i].name for i in done if not measured[i].is_settled()])
-        drawn = [pictures[measured[i].pictures_key] for i in done]
+        done, drawn = _measure(rows, report, recipe, Path(folder))
         if out is not None:
-            _write_drawings(out, report, [rows[i] for i in done], drawn)
+            _write_drawings(out, report, done, drawn)
+            _write(out, report)  # so that a judge that fails loses no measurement
         judge_rows(report, judges, drawn)
-        compare_pictures(report, [references[i] for i in done], [rows[i].job for i in done], drawn, comparison)
-    print_table(report["results"])
-    for failure in report["failed"]:
-        warn(f"{failure['name']} ({failure['engine']}) was not measured: {failure['message']}")
+        compare_pictures(report, done, references, drawn, comparison)
     if baseline is not None:
         worse, missing = compare(report["results"], baseline, comparison.tolerance)
         report["baseline"] = {"file": str(comparison.baseline), "tolerance": comparison.tolerance, "worse": worse, "missing": missing}
-    if machine["noise"]["noisy"]:
-        warn(f"this machine is too noisy for exact latencies: {'; '.join(machine['noise']['why'])}; end other work, then measure again")
     if out is not None:
         _write(out, report)
         _write_report(out)
-        say(f"written: {out / 'bench.json'}, {out / 'report.html'}, {out / 'contact-sheet.png'}")
+    _print(report, out)
     return report
+
+
+def _measure(rows: Sequence[PlannedRow], report: dict[str, Any], recipe: Recipe, folder: Path) -> tuple[list[PlannedRow], list[Pictures]]:
+    """Fill in `results`, `failed` and the machine's noise; (rows that were measured, their pictures, which are files in `folder`)."""
+    noise, prompts = NoiseMeter(), report["prompts"]
+    measured = [Row(row.job, row.source.size_bytes(), folder / str(i)) for i, row in enumerate(rows)]
+    pictures = measure(measured, [p["prompt"] for p in prompts], [p["seed"] for p in prompts], recipe.bench, noise)
+    pairs = [*zip(rows, measured, strict=True)]
+    done = [(row, m) for row, m in pairs if m.error is None]
+    if not done and (error := measured[0].error):
+        raise error
+    report["results"] = [result_of(row, m) for row, m in done]
+    report["failed"] = [_failure(row, m) for row, m in pairs if m.error]
+    report["machine"]["noise"] = noise.report([row.name for row, m in done if not m.is_settled()])
+    return [row for row, _ in done], [pictures[m.pictures_key] for _, m in done]
+
+
+def _print(report: Mapping[str, Any], out: Path | None) -> None:
+    """Print the table on stderr, and what a reader must know beside it."""
+    print_table(report["results"])
+    for failure in report["failed"]:
+        warn(f"{failure['name']} ({failure['engine']}) was not measured: {failure['message']}")
+    noise = report["machine"]["noise"]
+    if noise["noisy"]:
+        warn(f"this machine is too noisy for exact latencies: {'; '.join(noise['why'])}; end other work, then measure again")
+    if out is not None:
+        say(f"written: {out / 'bench.json'}, {out / 'report.html'}, {out / 'contact-sheet.png'}")
 
 
 def check(report: Mapping[str, Any]) -> None:
@@ -142,24 +156,20 @@ def prompts_for(opened: list[Artifact], recipe: Recipe, seed: int, per_task: int
     )
 
 
-def reference_rows(rows: Sequence[PlannedRow], reference: str | None) -> list[Job | None]:
-    """The job of the row with which each row's pictures are compared, or None where nothing is.
+def reference_rows(rows: Sequence[PlannedRow], reference: str | None) -> dict[Size, Job]:
+    """The job by size of the artifact called `reference`, with whose pictures all others are compared; empty without a reference.
 
     Raises UsageError when `reference` is none of the artifacts, or is drawn at no size of another one.
     """
     if reference is None:
-        return [None] * len(rows)
-    by_size = {row.size: row for row in reversed(rows) if row.ref == reference}
+        return {}
+    by_size = {row.size: row.job for row in reversed(rows) if row.ref == reference}
     if not by_size:
-        raise UsageError(
-            f"--reference {reference} is none of the artifacts; name it among them too, as in: flashgen bench {reference} OTHER"
-        )
+        raise UsageError(f"--reference {reference} is none of the artifacts; name it too, as in: flashgen bench {reference} OTHER")
     if other := next((row for row in rows if row.size not in by_size), None):
         sizes = ", ".join(map(str, by_size))
-        raise UsageError(
-            f"--reference {reference} is drawn at {sizes} px and {other.name} at {other.size}: give one --size"
-        )
-    return [by_size[row.size].job for row in rows]
+        raise UsageError(f"--reference {reference} is drawn at {sizes} px and {other.name} at {other.size}: give one --size")
+    return by_size
 
 
 def result_of(row: PlannedRow, measured: Row) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from flashgen.judges.base import Drawn, Judge, Judgement
 from flashgen.metrics.baseline import Comparison, clusters_of
 from flashgen.metrics.latency import Pictures
 from flashgen.metrics.worker import Job
+from flashgen.pixels import Size
+from flashgen.stages.bench_rows import PlannedRow
 
 NOT_JUDGED = {"composition": "not judged"}
 
@@ -45,13 +47,13 @@ def _intervals(found: Judgement, prompts: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def compare_pictures(
-    report: Mapping[str, Any], references: Sequence[Job | None], jobs: Sequence[Job], drawn: Sequence[Pictures], comparison: Comparison
+    report: Mapping[str, Any], rows: Sequence[PlannedRow], references: Mapping[Size, Job], drawn: Sequence[Pictures], comparison: Comparison
 ) -> None:
-    """Fill in `fidelity` of every row with a reference other than itself."""
-    images_of = dict(zip(jobs, drawn, strict=True))
-    for row, reference, images in zip(report["results"], references, drawn, strict=True):
-        if reference in images_of and images_of[reference] is not images:
+    """Fill in `fidelity` of every row that has a reference of its size other than itself."""
+    images_of = {row.job: images for row, images in zip(rows, drawn, strict=True)}
+    for result, row, images in zip(report["results"], rows, drawn, strict=True):
+        reference = images_of.get(references[row.size]) if references else None
+        if reference is not None and reference is not images:
             from flashgen.metrics.fidelity import fidelity
 
-            found = fidelity(images, images_of[reference], comparison.lpips_weights)
-            row["fidelity"] = {"reference": comparison.reference, **found}
+            result["fidelity"] = {"reference": comparison.reference, **fidelity(images, reference, comparison.lpips_weights)}

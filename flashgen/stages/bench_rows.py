@@ -56,7 +56,7 @@ def plan_rows(refs: Sequence[str], opened: Sequence[Artifact], grid: Grid, devic
     for ref, name, source in zip(refs, short_names(list(refs)), opened, strict=True):
         sampler = sampler_of(source)
         choices, errors = [], []
-        for size, steps in product([option_size(text) for text in grid.sizes] or [None], [*grid.steps] or [None]):
+        for size, steps in product([option_size(text) for text in grid.sizes or (None,)], grid.steps or (None,)):
             request = Request(["-"], [0], steps=steps, size=size)
             try:
                 request.check(source)
@@ -65,9 +65,9 @@ def plan_rows(refs: Sequence[str], opened: Sequence[Artifact], grid: Grid, devic
                 errors.append(error)
         if not choices:
             raise errors[0]
-        for error in errors:
-            warn(f"no row for {error}")
-        for engine, request, threads in product(engines_of(source, grid.engines), choices, [*grid.threads] or [None]):
+        for left_out in errors:
+            warn(f"no row for {left_out}")
+        for engine, request, threads in product(engines_of(source, grid.engines), choices, grid.threads or (None,)):
             size = request.size or sampler.size_px
             own_size = str(size) if engine == "torch" else ""
             job = Job(str(source.path), engine, tuple(request.sigmas(sampler)), own_size, device, threads)
