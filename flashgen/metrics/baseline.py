@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flashgen.errors import UsageError
 
 VERSION = 1
@@ -113,7 +111,7 @@ def _larger(row: Report, old: Report, tolerance: float) -> list[str]:
 
 
 def _uglier(row: Report, old: Report, tolerance: float, prompts: list[str]) -> list[str]:
-    from flashgen.metrics.intervals import mean_interval
+    from flashgen.metrics.intervals import difference_intervals
 
     found = []
     for metric, about in row["quality_of"].items():
@@ -122,8 +120,9 @@ def _uglier(row: Report, old: Report, tolerance: float, prompts: list[str]) -> l
         sign = 1.0 if about["higher_is_better"] else -1.0
         before, after = old["quality"][metric]["overall"], row["quality"][metric]["overall"]
         if metric in row["values"] and len(old["values"].get(metric, ())) == len(prompts):
-            gain = sign * (np.asarray(row["values"][metric], np.float64) - np.asarray(old["values"][metric], np.float64))
-            is_worse = mean_interval(gain, clusters_of(prompts))[1] < 0
+            pairs = [(sign * b, sign * a) for b, a in zip(old["values"][metric], row["values"][metric], strict=True)]
+            bound = difference_intervals([a for _, a in pairs], [b for b, _ in pairs], prompts)["overall"]
+            is_worse = bound is not None and bound[1] < 0
         else:
             is_worse = sign * (after - before) < -tolerance * abs(before)
         if is_worse:
@@ -139,9 +138,3 @@ def _same_judge(metric: str, row: Report, old: Report) -> bool:
 def _change(name: str, before: float, after: float, unit: str) -> str:
     share = f", {after / before - 1:+.0%}" if before else ""
     return f"{name} {before:.4g} -> {after:.4g}{unit}{share}"
-
-
-def clusters_of(prompts: Sequence[str]) -> list[int]:
-    """Number of the prompt of every picture, for intervals in which pictures of one prompt are not independent."""
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]

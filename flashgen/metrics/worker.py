@@ -65,11 +65,11 @@ class Session:
         """What is known after a drawing; `laps` are the seconds of the laps since the last record."""
         laps = dict(self.laps.seconds)
         self.laps.seconds.clear()
-        phases: dict[str, float] = {}
+        phases: dict[str, float | None] = dict.fromkeys(("load", "encode", "step", "decode"))
         for name, mib in self.memory.mib.items():
             phase = PHASES.get(name, "encode")
-            phases[phase] = max(phases.get(phase, 0.0), mib)
-        measured = {"peak_rss_mib": self.memory.process_mib(), "peak_phase_mib": phases or None}
+            phases[phase] = max(phases[phase] or 0.0, mib)
+        measured = {"peak_rss_mib": self.memory.process_mib(), "peak_phase_mib": phases}
         return self.about | measured | self._device_memory() | {"laps": laps}
 
 

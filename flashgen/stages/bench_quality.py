@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashgen.judges.base import Drawn, Judge, Judgement
-from flashgen.metrics.baseline import Comparison, clusters_of
+from flashgen.metrics.baseline import Comparison
 from flashgen.metrics.latency import Pictures
 from flashgen.metrics.worker import Job
 from flashgen.pixels import Size
@@ -32,28 +32,26 @@ def judge_rows(report: Mapping[str, Any], judges: Sequence[Judge], drawn: Sequen
                 row["values"][judge.metric] = [round(float(v), 6) for v in found.values]
 
 
-def _intervals(found: Judgement, prompts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the overall score and of those of tasks; nothing where a picture has no number."""
-    from flashgen.metrics.intervals import mean_interval
+def _intervals(found: Judgement, prompts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float] | None]:
+    """95 % intervals of the overall score and of those of tasks; empty where a picture has no number."""
+    from flashgen.metrics.intervals import intervals
 
-    intervals = {}
-    for part in found.scores if found.values is not None else ():
-        rows = [i for i, prompt in enumerate(prompts) if part in ("overall", prompt["task"])]
-        if rows:
-            assert found.values is not None
-            low, high = mean_interval(found.values[rows], clusters_of([prompts[i]["prompt"] for i in rows]))
-            intervals[part] = round(low, 4), round(high, 4)
-    return intervals
+    if found.values is None:
+        return {}
+    tasks = [prompt["task"] for prompt in prompts]
+    bounds = intervals(found.values, [prompt["prompt"] for prompt in prompts], tasks if None not in tasks else None)
+    return {part: bound and (round(bound[0], 4), round(bound[1], 4)) for part, bound in bounds.items() if part in found.scores}
 
 
 def compare_pictures(
     report: Mapping[str, Any], rows: Sequence[PlannedRow], references: Mapping[Size, Job], drawn: Sequence[Pictures], comparison: Comparison
 ) -> None:
     """Fill in `fidelity` of every row that has a reference of its size other than itself."""
+    texts = [prompt["prompt"] for prompt in report["prompts"]]
     images_of = {row.job: images for row, images in zip(rows, drawn, strict=True)}
     for result, row, images in zip(report["results"], rows, drawn, strict=True):
         reference = images_of.get(references[row.size]) if references else None
         if reference is not None and reference is not images:
             from flashgen.metrics.fidelity import fidelity
 
-            result["fidelity"] = {"reference": comparison.reference, **fidelity(images, reference, comparison.lpips_weights)}
+            result["fidelity"] = {"reference": comparison.reference, **fidelity(images, reference, texts, comparison.lpips_weights)}

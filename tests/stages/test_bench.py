@@ -31,6 +31,13 @@ from flashgen.stages.bench_rows import Grid, plan_rows
 from flashgen.worlds.shapes.scene import TASKS
 from tests import runs
 
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rounds beyond `bench.repeats`, which a noisy machine would use up."""
+    monkeypatch.setattr("flashgen.metrics.latency.EXTRA_S", 0.0)
+
+
 OLD_KEYS = {"artifact", "engine", "steps", "size_mib", "latency_s", "peak_rss_mib", "quality"}
 
 
