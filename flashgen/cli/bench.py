@@ -37,9 +37,8 @@ def bench(
     tolerance: Annotated[float, typer.Option("--tolerance", metavar="SHARE", min=0, help="of what --baseline allows")] = 0.1,
 ) -> None:
     """Measure latency, memory, size and quality."""
-    from flashgen.metrics.baseline import Comparison
     from flashgen.stages import bench as stage
-    from flashgen.stages.bench_rows import Grid
+    from flashgen.stages.bench_rows import Comparison, Grid
 
     opened = stage.open_all(artifacts)
     grid = Grid([name.value for name in engine or ()], threads or (), size or (), steps or ())

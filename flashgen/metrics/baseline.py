@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,6 @@ KEY = ("name", "engine", "threads", "size_px", "steps")
 MACHINE = ("cpu", "cores", "usable_cores")
 MEMORY = ("peak_rss_mib", "peak_device_mib", "size_mib")
 Report = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What the rows are compared with.
-
-    `reference` is one of the artifacts, as it was named: pictures of the same prompts and seeds are compared with its pictures.
-    `baseline` is an earlier bench.json, and `tolerance` the share by which a number may be worse.
-    """
-
-    reference: str | None = None
-    baseline: Path | None = None
-    tolerance: float = 0.1
-    lpips_weights: Path | None = None
 
 
 def read_baseline(path: Path) -> dict[str, Any]:
@@ -61,9 +46,9 @@ def read_baseline(path: Path) -> dict[str, Any]:
     return dict(report)
 
 
-def check_comparable(comparison: Comparison, baseline: Report, report: Report, names: set[str]) -> None:
+def check_comparable(path: Path, baseline: Report, report: Report, names: set[str]) -> None:
     """Raises UsageError when `baseline` has another machine or other prompts than `report`, or knows none of the artifacts `names`."""
-    where = f"--baseline {comparison.baseline}"
+    where = f"--baseline {path}"
     if other := [key for key in MACHINE if baseline["machine"][key] != report["machine"][key]]:
         found, here = (", ".join(f"{key} {source['machine'][key]}" for key in other) for source in (baseline, report))
         raise UsageError(f"{where} was measured on another machine ({found}; here: {here}); measure a baseline here, with --out DIR")

@@ -16,7 +16,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.errors import NumericsError, UsageError
 from flashgen.judges.base import Judge
 from flashgen.judges.world import WorldJudge
-from flashgen.metrics.baseline import VERSION, Comparison, check_comparable, compare, read_baseline
+from flashgen.metrics.baseline import VERSION, check_comparable, compare, read_baseline
 from flashgen.metrics.latency import Pictures, Row, measure, summarise
 from flashgen.metrics.machine import NoiseMeter, fingerprint
 from flashgen.metrics.report import contact_sheet, print_table, row_labels
@@ -26,7 +26,7 @@ from flashgen.progress import say, warn
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.bench_files import bytes_by_component, check_writable, clear_pictures, lineage, write_pictures
 from flashgen.stages.bench_quality import NOT_JUDGED, compare_pictures, judge_rows
-from flashgen.stages.bench_rows import Grid, PlannedRow, plan_rows
+from flashgen.stages.bench_rows import Comparison, Grid, PlannedRow, plan_rows
 from flashgen.stages.inputs import open_input, world_of
 from flashgen.stages.prompts import own_prompts
 
@@ -68,8 +68,8 @@ def bench(
     settings = {"seed": seed, "per_task": count, **recipe.bench.model_dump(exclude={"per_task"}), **asdict(grid)}
     report: dict[str, Any] = {"version": VERSION, "machine": fingerprint(), "command": command, "settings": settings, "prompts": prompts}
     baseline = None if comparison.baseline is None else read_baseline(comparison.baseline)
-    if baseline is not None:
-        check_comparable(comparison, baseline, report, {row.name for row in rows})
+    if comparison.baseline is not None and baseline is not None:
+        check_comparable(comparison.baseline, baseline, report, {row.name for row in rows})
     references = reference_rows(rows, comparison.reference)
     if out is not None:
         check_writable(out, comparison.baseline)

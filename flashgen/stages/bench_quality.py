@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashgen.judges.base import Drawn, Judge, Judgement
-from flashgen.metrics.baseline import Comparison
 from flashgen.metrics.latency import Pictures
 from flashgen.metrics.worker import Job
 from flashgen.pixels import Size
-from flashgen.stages.bench_rows import PlannedRow
+from flashgen.stages.bench_rows import Comparison, PlannedRow
 
 NOT_JUDGED = {"composition": "not judged"}
 

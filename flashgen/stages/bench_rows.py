@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 
 from flashgen.artifact.store import Artifact
 from flashgen.errors import MachineError, UsageError
@@ -27,6 +28,20 @@ class Grid:
     threads: Sequence[int] = ()
     sizes: Sequence[str] = ()
     steps: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the rows are compared with.
+
+    `reference` is one of the artifacts, as it was named: pictures of the same prompts and seeds are compared with its pictures.
+    `baseline` is an earlier bench.json, and `tolerance` the share by which a number may be worse.
+    """
+
+    reference: str | None = None
+    baseline: Path | None = None
+    tolerance: float = 0.1
+    lpips_weights: Path | None = None
 
 
 @dataclass(frozen=True)
