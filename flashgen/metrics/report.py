@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashgen.artifact.store import VERSION
 from flashgen.progress import say
 
 SMALL_PX = 256  # pictures up to this side are shown at twice their size
@@ -20,12 +21,13 @@ MARGIN, HEAD, GUTTER = 4, 44, 92  # pixels: between pictures, for prompts above,
 def short_names(refs: list[str]) -> list[str]:
     """`refs` without the folders that all paths share, as long as the names stay different; a world's name is no path.
 
-    Of a single path that is its last part.
+    Of a single path that is its last part, with the artifact's folder where that is a version.
     """
     paths = [PurePath(ref) for ref in refs]
     folders = [path.parent for path in paths if len(path.parts) > 1]
     if len(refs) == 1:
-        return [paths[0].name or refs[0]]
+        parts = paths[0].parts
+        return [str(PurePath(*parts[-2 if VERSION.fullmatch(paths[0].name) else -1 :])) if parts else refs[0]]
     if len(folders) < 2 or len({folder.is_absolute() for folder in folders}) > 1:
         return refs
     shared = os.path.commonpath(folders)

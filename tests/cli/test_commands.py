@@ -424,7 +424,9 @@ def test_bench_ends_with_4_when_a_row_is_worse_than_the_baseline_and_with_2_for_
         report["results"][0]["latency_s"][name] /= 2
         report["results"][0]["latency_interval_s"][name] = [0.01, 0.02]
     faster.write_text(json.dumps(report))
-    told = refused(4, *asked, "--baseline", faster)
+    result = flashgen(*asked, "--baseline", faster)
+    told = result.stderr.splitlines()[-1]
+    assert result.exit_code == 4
     assert (
         "encode 50 -> 100 ms, +100%" in told and "total_p50" in told and "decode" not in told and "torch, 1 threads, 64x64, 4 steps" in told
     )

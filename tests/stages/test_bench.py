@@ -150,7 +150,7 @@ def test_pictures_are_compared_with_those_of_the_reference(
     with pytest.raises(UsageError, match="--reference elsewhere is none of the artifacts"):
         stage.reference_rows(plan_rows(refs, rows, Grid(), "cpu"), "elsewhere")
     smaller = plan_rows(refs[:1], rows[:1], Grid(sizes=["32"]), "cpu") + plan_rows(refs[1:], rows[1:], Grid(), "cpu")
-    with pytest.raises(UsageError, match="is drawn at 32 px and student at 64: give one --size"):
+    with pytest.raises(UsageError, match="is drawn at 32 px and student/v0001 at 64: give one --size"):
         stage.reference_rows(smaller, refs[0])
 
 
@@ -264,7 +264,7 @@ def test_a_row_whose_process_dies_says_why_and_the_others_go_on(
 
     monkeypatch.setattr(Row, "start", start_and_kill)
     report = runs.bench([tiny_student.path, tiny_int4_device.path], tmp_path, recipe)
-    assert [row["name"] for row in report["results"]] == [str(tiny_int4_device.path)]
+    assert [row["artifact"] for row in report["results"]] == [str(tiny_int4_device.path)]
     (failed,) = json.loads((tmp_path / "bench.json").read_text())["failed"]
     assert failed["engine"] == "torch" and "was killed by signal 9; out of memory?" in failed["message"]
     with pytest.raises(MachineError, match="was killed by signal 9"):
@@ -401,6 +401,7 @@ def test_table_fits_80_columns_when_names_are_long(capsys: pytest.CaptureFixture
         (["a/student/v0001", "a/student/v0002", "a/slim"], ["student/v0001", "student/v0002", "slim"]),
         (["shapes", "a/shapes", "a/student"], ["shapes", "a/shapes", "a/student"]),  # two of one name
         (["a/student@v0002"], ["student@v0002"]),
+        (["/a/student/v0002"], ["student/v0002"]),
         (["/x/student", "y/student"], ["/x/student", "y/student"]),
         (["/x/student", "/y/slim"], ["/x/student", "/y/slim"]),
         (["x/student", "y/slim"], ["x/student", "y/slim"]),
