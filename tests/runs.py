@@ -107,18 +107,13 @@ def generate(
 
 
 def bench(
-    artifacts: Sequence[str | Path],
-    out: Path | None,
-    recipe: Recipe,
-    seed: int = 0,
-    per_task: int | None = None,
-    engine: str = "onnxruntime",
+    artifacts: Sequence[str | Path], out: Path | None, recipe: Recipe, seed: int = 0, per_task: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """`flashgen bench`."""
+    """`flashgen bench`; `options` are further arguments of `stages.bench.bench`."""
     from flashgen.stages import bench as module
 
     refs = [str(ref) for ref in artifacts]
-    return module.bench(refs, module.open_all(refs), out, recipe, seed, per_task, engine)
+    return module.bench(refs, module.open_all(refs), out, recipe, seed, per_task, **options)
 
 
 def saved(folder: Path) -> dict[str, Any]:

@@ -48,7 +48,21 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": BASE | ARTIFACTS | {"judges.base", "families", "flow", "models", "device", "metrics"},
     "stages": BASE
     | ARTIFACTS
-    | {"families", "worlds", "judges", "flow", "objectives", "quant", "models", "device", "training", "export", "metrics", "stages"},
+    | {
+        "families",
+        "worlds",
+        "judges",
+        "flow",
+        "objectives",
+        "quant",
+        "models",
+        "device",
+        "training",
+        "export",
+        "metrics",
+        "report",
+        "stages",
+    },
     "cli": BASE | ARTIFACTS | {"stages", "cli"},
 }
 TYPES_ONLY = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,19 +14,38 @@ from flashgen.cli.options import Options, command
 from flashgen.cli.run import choice_of, emit
 
 
+class EngineName(StrEnum):
+    """What draws: torch the artifacts in diffusers layout, the others the exported ones."""
+
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    torch = "torch"
+
+
 @command("recipe", "set", "seed", "device")
 def bench(
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help="any artifacts; `shapes` is the embedded teacher")],
     options: Options,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="folder for the report")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="folder for report, numbers and pictures")] = None,
     per_task: Annotated[int | None, typer.Option("--per-task", metavar="N", min=1, help="prompts per task")] = None,
-    engine: Annotated[Literal["onnxruntime", "openvino"], typer.Option("--engine", help="of exported artifacts")] = "onnxruntime",
+    engine: Annotated[list[EngineName] | None, typer.Option("--engine", help="of exported artifacts; repeatable")] = None,
+    threads: Annotated[list[int] | None, typer.Option("--threads", metavar="N", min=1, help="of the engine; repeatable")] = None,
+    size: Annotated[list[str] | None, typer.Option("--size", metavar="PX|WxH", help="default: as trained; repeatable")] = None,
+    steps: Annotated[list[int] | None, typer.Option("--steps", metavar="N", min=1, help="default: as trained; repeatable")] = None,
+    reference: Annotated[str | None, typer.Option("--reference", metavar="ARTIFACT", help="compare pictures with this one's")] = None,
+    baseline: Annotated[Path | None, typer.Option("--baseline", metavar="FILE", help="exit 4 if worse than this bench.json")] = None,
+    tolerance: Annotated[float, typer.Option("--tolerance", metavar="SHARE", min=0, help="of what --baseline allows")] = 0.1,
 ) -> None:
     """Measure latency, memory, size and quality."""
     from flashgen.stages import bench as stage
+    from flashgen.stages.bench_rows import Comparison, Grid
 
     opened = stage.open_all(artifacts)
-    recipe = choice_of(options).resolve(opened[0])
-    report = stage.bench(artifacts, opened, out, recipe, options.seed, per_task, engine, options.device)
+    grid = Grid([name.value for name in engine or ()], threads or (), size or (), steps or ())
+    report = stage.bench(
+        artifacts, opened, out, choice_of(options).resolve(opened[0]), options.seed, per_task, grid,
+        Comparison(reference, baseline, tolerance), device=options.device, command=shlex.join(["flashgen", *sys.argv[1:]]),
+    )  # fmt: skip
     if options.json or out:
         emit(options, str(out), report)
+    stage.check(report)

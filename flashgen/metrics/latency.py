@@ -1,6 +1,8 @@
-"""Latency, memory and pictures of one artifact, measured in a process of its own so that the peak memory is its own.
+"""Rows of the bench: each is drawn by a process of its own (`flashgen.metrics.worker`); rounds over the rows are interleaved.
 
-python -m flashgen.metrics.latency JOB.json      reads a `Job`, writes result.json and images.npy beside it
+A row's process loads once and draws one picture, which is the cold start. Then every round draws a few pictures in every row, one row
+after the other, so that a machine that becomes slower or faster does so for all rows. Rows whose processes do not fit into memory
+together are measured in groups.
 """
 
 from __future__ import annotations
@@ -9,137 +11,215 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from flashgen import errors
-from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.errors import FlashgenError, MachineError
-from flashgen.runtime.memory import peak_rss_mib
-from flashgen.runtime.timing import Laps
+from flashgen.errors import FlashgenError
+from flashgen.metrics.machine import NoiseMeter
+from flashgen.metrics.worker import IMAGES, PHASES, Job
+from flashgen.progress import Progress, say
+from flashgen.recipe.schema import BenchRecipe
 
-NOT_ENCODING = {"load", "step", "decode", "transformer", "vae_decoder", "vae_encoder"}  # all other laps are text encoders
+PRECISION = 0.025  # half width of the interval of a median, as a share of it, at which a row needs no more rounds
+EXTRA_S = 15.0  # for rounds beyond `bench.repeats`, in which rows reach PRECISION or do not
+ROOM = 3.0  # free bytes per byte of an artifact for one more process: fp32 of fp16 files, and activations
+RESAMPLES = 1000
+STOP_S = 10.0
 
-
-@dataclass(frozen=True)
-class Job:
-    """`prompts` are drawn in batches for their quality; warmup + repeats single pictures before that for the latency."""
-
-    artifact: str
-    prompts: list[str]
-    seeds: list[int]
-    warmup: int
-    repeats: int
-    batch: int
-    engine: str = "onnxruntime"  # of exported artifacts
-    device: str = "auto"  # of all others, which torch draws
+Answer = dict[str, Any]
+Pictures = NDArray[np.uint8]
 
 
-def measure_apart(job: Job, folder: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """Run `job` in a fresh process: (engine, steps, latency_s, peak_rss_mib) and the pictures. Errors are raised as they were there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.json").write_text(json.dumps(asdict(job)))
-    search = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
-    command = [sys.executable, "-m", "flashgen.metrics.latency", str(folder / "job.json")]
-    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
-    if not (folder / "result.json").exists():
-        raise MachineError(f"measuring {job.artifact} ended with code {done.returncode}; out of memory? Try --set bench.batch=1")
-    result = json.loads((folder / "result.json").read_text())
-    if "error" in result:
-        raise getattr(errors, result["error"])(result["message"])
-    return result, np.load(folder / "images.npy")
+class Row:
+    """One row while it is measured. `error` says why a row has ended early; such a row answers nothing more."""
+
+    def __init__(self, job: Job, size_bytes: int, folder: Path) -> None:
+        self.job, self.size_bytes, self.folder = job, size_bytes, folder
+        self.pictures_key = replace(job, threads=None)  # threads do not change pictures, so rows of one key share them
+        self.error: FlashgenError | None = None
+        self.cold_s = 0.0
+        self.first: Answer = {}
+        self.rounds: list[Answer] = []
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, prompt: str, seed: int) -> None:
+        """Start the process and draw the first picture."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "job.json").write_text(json.dumps(asdict(self.job)))
+        search = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
+        if self.job.threads:
+            environment["OMP_NUM_THREADS"] = str(self.job.threads)
+        command = [sys.executable, "-m", "flashgen.metrics.worker", str(self.folder)]
+        began = time.perf_counter()
+        with (self.folder / "stderr").open("w") as stderr:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
+            )
+        self.first = self._ask([prompt], [seed], 1) or {}
+        self.cold_s = time.perf_counter() - began
+
+    def round(self, prompts: list[str]) -> None:
+        """Draw `prompts` one at a time; all but the last are for warming up."""
+        if answer := self._ask(prompts, [0] * len(prompts), 1):
+            self.rounds.append(answer)
+
+    def draw(self, prompts: list[str], seeds: list[int], batch: int) -> Pictures | None:
+        """The pictures that are judged, [N, H, W, 3], mapped from a file in the row's folder; None after a failure."""
+        return np.load(self.folder / IMAGES, mmap_mode="r") if self._ask(prompts, seeds, batch, save=True) else None
+
+    def close(self) -> None:
+        """End the process, and repeat its warnings."""
+        if self._process is None:
+            return
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.close()
+            self._process.wait(STOP_S)
+        except (OSError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._process = None
+        for line in dict.fromkeys(self._stderr()):
+            if line.startswith("warning: "):
+                say(line)
+
+    def totals_s(self) -> NDArray[np.float64]:
+        """Seconds of the picture of each round."""
+        encode, step, decode = self.seconds()
+        return np.asarray(encode + step.sum(1) + decode)
+
+    def seconds(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Seconds of encode [N], step [N, steps] and decode [N] of the picture of each round."""
+        parts = [picture_seconds(answer["laps"], len(self.job.sigmas) - 1) for answer in self.rounds]
+        encode, step, decode = (np.asarray(part, np.float64) for part in zip(*parts, strict=True))
+        return encode, step, decode
+
+    def is_settled(self) -> bool:
+        """Whether more rounds would tell nothing more about the median."""
+        low, high = median_interval(self.totals_s())
+        return bool(high - low <= 2 * PRECISION * float(np.median(self.totals_s())))
+
+    def _ask(self, prompts: list[str], seeds: list[int], batch: int, save: bool = False) -> Answer | None:
+        process = self._process
+        if self.error is not None or process is None:
+            return None
+        assert process.stdin and process.stdout
+        try:
+            print(json.dumps({"prompts": prompts, "seeds": seeds, "batch": batch, "save": save}), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        answer: Answer = json.loads(line) if line else {"error": "MachineError", "message": self._why(process.wait())}
+        if "error" in answer:
+            self.error = getattr(errors, answer["error"])(answer["message"])
+            return None
+        return answer
+
+    def _why(self, code: int) -> str:
+        lines = self._stderr()
+        why = (
+            f"was killed by signal {-code}" if code < 0 else f"ended with code {code} ({lines[-1]})" if lines else f"ended with code {code}"
+        )
+        return f"measuring {self.job.artifact} {why}; out of memory? Try --set bench.batch=1"
+
+    def _stderr(self) -> list[str]:
+        return [line.strip() for line in (self.folder / "stderr").read_text(errors="replace").splitlines() if line.strip()]
 
 
-def measure(job: Job) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """Measure in this process: (engine, steps, latency_s, peak_rss_mib) and the pictures."""
-    source = open_artifact(job.artifact)
-    laps = Laps()
-    draw = _device(source, laps, job.engine) if source.manifest.kind == "device" else _torch(source, laps, job.device)
-    singles = [job.prompts[i % len(job.prompts)] for i in range(job.warmup + job.repeats)]
-    draw(singles, [0] * len(singles), 1)
-    assert source.manifest.sampler is not None
-    steps = len(source.manifest.sampler.sigmas) - 1
-    result = {
-        "engine": job.engine if source.manifest.kind == "device" else "torch",
-        "steps": steps,
-        "latency_s": summarise(laps, steps, job.warmup, job.repeats),
-        "peak_rss_mib": peak_rss_mib(),
-    }
-    if source.manifest.kind != "device" and (peak := _peak_device_mib(job.device)) is not None:
-        result["peak_device_mib"] = peak
-    return result, draw(job.prompts, job.seeds, job.batch)
+def measure(rows: Sequence[Row], prompts: list[str], seeds: list[int], how: BenchRecipe, noise: NoiseMeter) -> dict[Job, Pictures]:
+    """Measure `rows`, and draw `prompts` from `seeds`: pictures by `Row.pictures_key`. Failures stay in `Row.error`."""
+    left, pictures = list(rows), dict[Job, Pictures]()
+    with Progress("bench", len(rows) * (2 + how.repeats)) as progress:
+        while left:
+            group: list[Row] = []
+            try:
+                while left and (not group or _has_room(left[0], group)):
+                    group.append(left.pop(0))
+                    group[-1].start(prompts[0], seeds[0])
+                    progress.advance()
+                _rounds(group, prompts, how, noise, progress)
+                for row in group:
+                    if row.pictures_key not in pictures and (drawn := row.draw(prompts, seeds, how.batch)) is not None:
+                        pictures[row.pictures_key] = drawn
+                    progress.advance()
+            finally:
+                for row in group:
+                    row.close()
+    return pictures
 
 
-def _device(source: Artifact, laps: Laps, engine: str) -> Any:
-    from importlib import import_module
-
-    from flashgen.device.sampler import DevicePipeline
-
-    pipeline = DevicePipeline(source, laps=laps, engine=engine)
-    import_module(engine)  # importing is no part of "load"
-    return lambda prompts, seeds, batch: pipeline.sample(prompts, seeds, batch=batch)
+def _has_room(row: Row, group: list[Row]) -> bool:
+    """Whether one more process fits into memory beside those of `group`."""
+    free = [psutil.virtual_memory().available, *(r.first["free_device_bytes"] for r in group if r.first.get("free_device_bytes"))]
+    return bool(ROOM * row.size_bytes < free[0] and (row.job.engine != "torch" or ROOM * row.size_bytes < free[-1]))
 
 
-def _torch(source: Artifact, laps: Laps, device_name: str) -> Any:
-    import torch
-
-    from flashgen.models.pipeline import load_pipeline
-    from flashgen.models.sample import sample
-    from flashgen.runtime.accelerator import device_of, drawing_dtype
-
-    device = device_of(device_name)
-    if device.type in ("cuda", "mps"):
-        laps.wait = getattr(torch, device.type).synchronize
-    with laps.lap("load"):
-        pipe = load_pipeline(source.path, drawing_dtype(device), device=device)
-    return lambda prompts, seeds, batch: sample(pipe, source.manifest.sampler, prompts, seeds, batch=batch, laps=laps)  # type: ignore[arg-type]
-
-
-def _peak_device_mib(device_name: str) -> int | None:
-    """Peak memory of tensors on a GPU; None on other devices, whose memory nothing counts."""
-    import torch
-
-    from flashgen.runtime.accelerator import device_of
-
-    device = device_of(device_name)
-    return round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else None
+def _rounds(group: list[Row], prompts: list[str], how: BenchRecipe, noise: NoiseMeter, progress: Progress) -> None:
+    """`how.repeats` rounds, and more within EXTRA_S while a median is not settled."""
+    per_round, number, deadline = how.warmup + 1, 0, float("inf")
+    with noise.watching([r._process.pid for r in group if r._process]):
+        while alive := [row for row in group if row.error is None]:
+            if number == how.repeats:
+                deadline = time.perf_counter() + EXTRA_S
+            if number >= how.repeats and (time.perf_counter() >= deadline or all(row.is_settled() for row in alive)):
+                return
+            chosen = [prompts[(number * per_round + i) % len(prompts)] for i in range(per_round)]
+            for row in alive:
+                row.round(chosen)
+                if number < how.repeats:
+                    progress.advance()
+            noise.tick()
+            number += 1
 
 
-def summarise(laps: Laps, steps: int, warmup: int, repeats: int) -> dict[str, float]:
-    """Seconds per picture after `warmup` ones: medians of encode, step and decode, 95th percentile of step, median of their sum.
+def picture_seconds(laps: dict[str, list[float]], steps: int) -> tuple[float, list[float], float]:
+    """Seconds of encode, of each step and of decode of the last picture that `laps` have; pictures were drawn one at a time.
 
-    load is the sum over all networks, without imports. A step counts both passes of guidance; encode is the prompt's alone.
+    A step counts both passes of guidance; encode is the prompt's alone, without the negative prompt.
     """
-    seconds = laps.seconds
-    count = warmup + repeats
-    encode = np.sum([values[:count] for name, values in seconds.items() if name not in NOT_ENCODING], 0)[warmup:]
-    step = np.reshape((seconds["step"] or seconds["transformer"])[: count * steps], (count, steps))[warmup:]
-    decode = np.asarray((seconds["decode"] or seconds["vae_decoder"])[:count])[warmup:]
-    found = {
-        "load": np.sum(seconds["load"]),
+    decodes = laps.get("decode") or laps["vae_decoder"]
+    count = len(decodes)
+    step = (laps.get("step") or laps["transformer"])[(count - 1) * steps : count * steps]
+    encode = sum(values[count - 1] for name, values in laps.items() if name not in PHASES and name != "vae_encoder")
+    return encode, step, decodes[-1]
+
+
+def summarise(row: Row) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """(latency_s, latency_interval_s) of a measured row, in seconds per picture.
+
+    cold: from the start of the process to its first picture. load: all networks, without imports; the median where every picture loads
+    them again. All others are medians, and the 95th percentile of step.
+    """
+    encode, step, decode = row.seconds()
+    total = row.totals_s()
+    loads = [sum(answer["laps"]["load"]) for answer in (row.first, *row.rounds) if answer["laps"].get("load")]
+    latency = {
+        "cold": row.cold_s,
+        "load": np.median(loads),
         "encode": np.median(encode),
         "step_p50": np.median(step),
         "step_p95": np.percentile(step, 95),
         "decode": np.median(decode),
-        "total_p50": np.median(encode + step.sum(1) + decode),
+        "total_p50": np.median(total),
     }
-    return {k: round(float(v), 5) for k, v in found.items()}
+    values = {"encode": encode, "step_p50": step, "decode": decode, "total_p50": total}
+    intervals = {name: median_interval(value) for name, value in values.items()}
+    return {k: round(float(v), 5) for k, v in latency.items()}, {k: (round(a, 5), round(b, 5)) for k, (a, b) in intervals.items()}
 
 
-def main(job_file: Path) -> None:
-    """Measure the job in `job_file`; result.json and images.npy go beside it."""
-    try:
-        result, images = measure(Job(**json.loads(job_file.read_text())))
-        np.save(job_file.with_name("images.npy"), images)
-    except FlashgenError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    job_file.with_name("result.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def median_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Bounds of the median of `values` [N] or [N, K] with 95 % confidence: bootstrap over the N pictures, of which each has K values."""
+    picked = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    medians = np.median(values[picked].reshape(RESAMPLES, -1), axis=1)
+    low, high = np.percentile(medians, (2.5, 97.5))
+    return float(low), float(high)

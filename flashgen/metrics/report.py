@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import os.path
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashgen.artifact.store import VERSION
+from flashgen.progress import say
+
 SMALL_PX = 256  # pictures up to this side are shown at twice their size
 MARGIN, HEAD, GUTTER = 4, 44, 92  # pixels: between pictures, for prompts above, for labels on the left
 
 
 def short_names(refs: list[str]) -> list[str]:
-    """`refs` without the folders that all paths share, as long as the names stay different; a world's name is no path."""
+    """`refs` without the folders that all paths share, as long as the names stay different; a world's name is no path.
+
+    Of a single path that is its last part, with the artifact's folder where that is a version.
+    """
     paths = [PurePath(ref) for ref in refs]
     folders = [path.parent for path in paths if len(path.parts) > 1]
+    if len(refs) == 1:
+        parts = paths[0].parts
+        return [str(PurePath(*parts[-2 if VERSION.fullmatch(paths[0].name) else -1 :])) if parts else refs[0]]
     if len(folders) < 2 or len({folder.is_absolute() for folder in folders}) > 1:
         return refs
     shared = os.path.commonpath(folders)
@@ -51,20 +61,35 @@ def contact_sheet(rows: list[list[NDArray[np.uint8]]], labels: list[str], path: 
     sheet.save(path)
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    """Print the bench rows on stderr, at most 80 columns wide; scores in percent."""
+def row_labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The name of every row, with the threads and sizes where those of one artifact differ."""
+    labels = []
+    for row in results:
+        alike = [other for other in results if other["artifact"] == row["artifact"]]
+        more = [f"{row['threads']} thr"] if len({other["threads"] for other in alike if other["engine"] == row["engine"]}) > 1 else []
+        more += [row["size_px"]] if len({other["size_px"] for other in alike}) > 1 else []
+        labels.append(", ".join([row["name"], *more]))
+    return labels
+
+
+def print_table(results: Sequence[Mapping[str, Any]]) -> None:
+    """Print the bench rows on stderr, at most 80 columns wide; composition in percent, else the first score that every row has."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    judged = [name for name in results[0]["quality"] if all(isinstance(row["quality"].get(name), Mapping) for row in results)]
+    metric = judged[0] if judged else "composition"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("artifact", max_width=22, overflow="fold")
-    for head in ("engine", "steps", "MiB", "load s", "step ms", "total s", "peak MiB", "score %"):
+    score_head = "score %" if metric == "composition" else "score"
+    for head in ("engine", "steps", "MiB", "load s", "step ms", "total s", "peak MiB", score_head):
         table.add_column(head, justify="left" if head == "engine" else "right", no_wrap=True)
-    for name, row in zip(short_names([row["artifact"] for row in results]), results, strict=True):
-        latency, score = row["latency_s"], row["quality"].get("composition")
+    for label, row in zip(row_labels(results), results, strict=True):
+        latency, score = row["latency_s"], row["quality"].get(metric)
+        overall = score["overall"] if isinstance(score, Mapping) else None
         table.add_row(
-            name,
+            label,
             {"onnxruntime": "ort"}.get(row["engine"], row["engine"]),
             str(row["steps"]),
             f"{row['size_mib']:.1f}",
@@ -72,8 +97,10 @@ def print_table(results: list[dict[str, Any]]) -> None:
             f"{1000 * latency['step_p50']:.1f}",
             f"{latency['total_p50']:.2f}",
             "-" if row["peak_rss_mib"] is None else f"{row['peak_rss_mib']:.0f}",
-            f"{100 * score['overall']:.1f}" if isinstance(score, dict) else "-",
+            "-" if overall is None else f"{100 * overall:.1f}" if metric == "composition" else f"{overall:.4g}",
         )
     console = Console(stderr=True)
     console.width = min(console.width, 80)
     console.print(table)
+    if metric != "composition":
+        say(f"score: {metric}")

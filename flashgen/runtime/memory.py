@@ -10,7 +10,7 @@ import posixpath
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from flashgen.errors import UsageError
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 OWN_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
+CLEAR_REFS = "/proc/self/clear_refs"
 
 
 def parse_bytes(text: str) -> float:
@@ -79,6 +80,58 @@ def peak_rss_mib() -> float | None:
     import resource
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024), 1)
+
+
+class PhasePeaks:
+    """Peak resident memory of this process while phases run, in MiB, by the phase's name.
+
+    Linux keeps one peak per process. The peak is read and set back to the present size where a phase begins and ends, so `peak_rss_mib`
+    alone no longer knows the peak of the process; `process_mib` does. Where a peak cannot be set back, `mib` stays empty.
+    """
+
+    def __init__(self) -> None:
+        self.mib: dict[str, float] = {}
+        self._open: list[str] = []
+        self._before = peak_rss_mib() or 0.0
+        self._possible = _reset_peak()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Take the peak of the body; phases may lie within each other."""
+        self._read()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._read()
+            self._open.pop()
+
+    def process_mib(self) -> float | None:
+        """Peak of the process since it began; None where it is unknown."""
+        peak = peak_rss_mib()
+        return None if peak is None else max(peak, self._before)
+
+    def _read(self) -> None:
+        if not self._possible or (peak := peak_rss_mib()) is None:
+            return
+        self._before = max(self._before, peak)
+        for name in self._open:
+            self.mib[name] = max(self.mib.get(name, 0.0), peak)
+        _reset_peak()
+
+
+def _reset_peak() -> bool:
+    """Set VmHWM to the present resident size; False where the system cannot."""
+    try:
+        file = os.open(CLEAR_REFS, os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        return os.write(file, b"5") == 1
+    except OSError:
+        return False
+    finally:
+        os.close(file)
 
 
 def _groups(controller: str) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from PIL import Image
 from pytest import approx
 
 from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.metrics.latency import Job, measure
+from flashgen.metrics.worker import Job, Session
 from flashgen.training import ranks
 from tests import runs
 from tests.accelerator import pretend_device
@@ -90,8 +90,9 @@ def main(case: str, out: Path) -> None:
             )
             pictures.append(np.stack([np.asarray(Image.open(out / f"{name[:3]}-{i}.png")) for i in (1, 2)]).astype(int))
         assert abs(pictures[0] - pictures[1]).max() <= 1 and pictures[0].std() > 5
-        result, images = measure(Job(str(teacher.path), ["a red circle"], [0], 0, 1, 1, device=device))
-        assert result["latency_s"]["step_p50"] > 0 and images.shape == (1, 64, 64, 3)
+        assert teacher.manifest.sampler is not None
+        session = Session(Job(str(teacher.path), "torch", tuple(teacher.manifest.sampler.sigmas), device=device))
+        assert session.draw(["a red circle"], [0], 1).shape == (1, 64, 64, 3) and session.record()["laps"]["step"][0] > 0
         return
     compare(made(case, out, "cpu"), made(case, out, device))
     assert open_artifact(out / "teacher").manifest.kind == "teacher"

@@ -380,29 +380,61 @@ def test_generate_refuses_what_the_artifact_cannot_do_before_it_loads_a_network(
     assert not (tmp_path / "x.png").exists()
 
 
+def measured_at_once(rows: Any, prompts: list[str], seeds: list[int], how: Any, noise: Any) -> Any:
+    """In place of `measure`: 0.1 s for everything and black pictures."""
+    for row in rows:
+        laps = {"load": [0.1], "encode": [0.1], "step": [0.1] * (len(row.job.sigmas) - 1), "decode": [0.1]}
+        about = {"engine": row.job.engine, "device": "cpu", "threads": 1, "peak_rss_mib": 1.0, "peak_phase_mib": None}
+        row.first = about | {"laps": laps}
+        row.rounds = [row.first] * how.repeats
+    return {row.pictures_key: np.zeros((len(prompts), 64, 64, 3), np.uint8) for row in rows}
+
+
 def test_bench_prints_its_report_as_json_or_the_folder_it_wrote(
     monkeypatch: pytest.MonkeyPatch, tiny_student: Artifact, tmp_path: Path
 ) -> None:
     from flashgen.stages import bench
 
-    seen: list[dict[str, Any]] = []
-
-    def measure(job: Any, folder: Path) -> Any:
-        seen.append(vars(job) | {"folder": folder})
-        row = {"engine": job.engine, "steps": 4, "peak_rss_mib": 1.0}
-        latency = dict.fromkeys(("load", "encode", "step_p50", "step_p95", "decode", "total_p50"), 0.1)
-        return row | {"latency_s": latency}, np.zeros((len(job.prompts), 64, 64, 3), np.uint8)
-
-    monkeypatch.setattr(bench, "measure_apart", measure)
+    monkeypatch.setattr(bench, "measure", measured_at_once)
     result = flashgen(
-        "bench", tiny_student.path, "--json", "--per-task", "1", "--seed", "5", "--engine", "openvino", "--set", "bench.repeats=3"
+        "bench", tiny_student.path, "--json", "--per-task", "1", "--seed", "5", "--engine", "torch", "--set", "bench.repeats=3"
     )
-    (row,) = json.loads(result.stdout)["results"]
-    assert row["artifact"] == str(tiny_student.path) and row["engine"] == "openvino" and "overall" in row["quality"]["composition"]
-    assert (seen[0]["seeds"], seen[0]["repeats"], seen[0]["engine"]) == ([5 + i for i in range(6)], 3, "openvino")
+    report = json.loads(result.stdout)
+    (row,) = report["results"]
+    assert row["artifact"] == str(tiny_student.path) and row["engine"] == "torch" and "overall" in row["quality"]["composition"]
+    assert [prompt["seed"] for prompt in report["prompts"]] == [5 + i for i in range(6)] and row["pictures_measured"] == 3
     assert flashgen("bench", tiny_student.path, "--per-task", "1").stdout == ""
-    assert flashgen("bench", tiny_student.path, "--per-task", "1", "--out", tmp_path / "report").stdout == f"{tmp_path / 'report'}\n"
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"bench.json", "contact-sheet.png"}
+    out = tmp_path / "report"
+    assert flashgen("bench", tiny_student.path, "--per-task", "1", "--out", out).stdout == f"{out}\n"
+    assert {path.name for path in out.iterdir()} >= {"bench.json", "contact-sheet.png", "pictures", "report.html"}
+
+
+def test_bench_ends_with_4_when_a_row_is_worse_than_the_baseline_and_with_2_for_a_baseline_of_another_kind(
+    monkeypatch: pytest.MonkeyPatch, tiny_student: Artifact, tmp_path: Path
+) -> None:
+    from flashgen.stages import bench
+
+    monkeypatch.setattr(bench, "measure", measured_at_once)
+    asked, file = ["bench", tiny_student.path, "--per-task", "1"], tmp_path / "a" / "bench.json"
+    flashgen(*asked, "--out", tmp_path / "a")
+    flashgen(*asked, "--baseline", file)
+    report = json.loads(file.read_text())
+    faster = tmp_path / "faster.json"
+    for name in ("encode", "total_p50"):
+        report["results"][0]["latency_s"][name] /= 2
+        report["results"][0]["latency_interval_s"][name] = [0.01, 0.02]
+    faster.write_text(json.dumps(report))
+    result = flashgen(*asked, "--baseline", faster)
+    told = result.stderr.splitlines()[-1]
+    assert result.exit_code == 4
+    assert (
+        "encode 50 -> 100 ms, +100%" in told and "total_p50" in told and "decode" not in told and "torch, 1 threads, 64x64, 4 steps" in told
+    )
+    flashgen(*asked, "--baseline", faster, "--tolerance", "1.01")
+    assert "would replace the baseline" in refused(2, *asked, "--baseline", file, "--out", tmp_path / "a")
+    assert "other prompts or seeds" in refused(2, *asked, "--seed", "1", "--baseline", file)
+    file.write_text(file.read_text()[:-200])
+    assert "was cut" in refused(2, *asked, "--baseline", file)
 
 
 def test_bench_outside_of_the_worlds_needs_prompts_and_judges_nothing(
@@ -410,12 +442,7 @@ def test_bench_outside_of_the_worlds_needs_prompts_and_judges_nothing(
 ) -> None:
     from flashgen.stages import bench
 
-    def measure(job: Any, _: Path) -> Any:
-        latency = dict.fromkeys(("load", "encode", "step_p50", "step_p95", "decode", "total_p50"), 0.1)
-        row = {"engine": job.engine, "steps": 4, "latency_s": latency, "peak_rss_mib": 1.0, "prompts": job.prompts}
-        return row, np.zeros((len(job.prompts), 64, 64, 3), np.uint8)
-
-    monkeypatch.setattr(bench, "measure_apart", measure)
+    monkeypatch.setattr(bench, "measure", measured_at_once)
     for artifacts in ([outside_student.path], [tiny_student.path, outside_student.path]):
         told = refused(2, "bench", *artifacts, *DEMO)
         assert f"{outside_student.path} belongs to no world" in told and "--set prompts_file=FILE" in told and "--recipe" in told
@@ -423,6 +450,6 @@ def test_bench_outside_of_the_worlds_needs_prompts_and_judges_nothing(
     result = flashgen(
         "bench", tiny_student.path, outside_student.path, *DEMO, "--set", f"prompts_file={tmp_path / 'prompts.txt'}", "--json"
     )
-    rows = json.loads(result.stdout)["results"]
-    assert [row["quality"] for row in rows] == [{"composition": "not judged"}] * 2
-    assert all(row["prompts"] == ["a boat", "a dog"] for row in rows)
+    report = json.loads(result.stdout)
+    assert [row["quality"] for row in report["results"]] == [{"composition": "not judged"}] * 2
+    assert [prompt["prompt"] for prompt in report["prompts"]] == ["a boat", "a dog"]

@@ -52,13 +52,13 @@ def test_generate_and_bench_run_on_a_device_artifact_without_torch(tiny_int4_dev
         f"""
 from pathlib import Path
 from flashgen.artifact.store import open_artifact
-from flashgen.metrics.latency import Job, measure
+from flashgen.metrics.worker import Job, Session
 from flashgen.stages import bench
 from flashgen.stages.generate import generate
 from flashgen.stages.request import Request
 file = Path({str(tmp_path)!r}) / "a.png"
 assert generate(open_artifact({path!r}), Request(["a red circle"], [1]), file, engine="onnxruntime")[0].exists()
-result, images = measure(Job({path!r}, ["a red circle"], [1], 0, 1, 1))
-assert images.shape == (1, 64, 64, 3)
+session = Session(Job({path!r}, "onnxruntime", tuple(open_artifact({path!r}).manifest.sampler.sigmas)))
+assert session.draw(["a red circle"], [1], 1).shape == (1, 64, 64, 3)
 """
     )
