@@ -41,7 +41,9 @@ def analyse(
         rater["left_out"] = rater["rater"] in failed and not keep_failed
     out = {rater["rater"] for rater in raters if rater["left_out"]}
     if out and len(out) == len(raters):
-        raise ArtifactError(f"every rater of {study_folder} failed the gold pairs ({', '.join(sorted(out))}); look at the votes, or keep failed raters")
+        raise ArtifactError(
+            f"every rater of {study_folder} failed the gold pairs ({', '.join(sorted(out))}); look at the votes, or keep failed raters"
+        )
     random = np.random.default_rng(seed)
     people = [row for row in rows if not row["rater"].startswith(JUDGE) and row["rater"] not in out and row["kind"] == "pair"]
     judges = [name for name in everyone if name.startswith(JUDGE)]
@@ -53,9 +55,7 @@ def analyse(
         "precision_elo": precision_elo,
         "raters": raters,
         "people": rank(study, people, precision_elo, replicates, random) if people else None,
-        "judges": {
-            name: rank(study, [row for row in rows if row["rater"] == name], precision_elo, replicates, random) for name in judges
-        },
+        "judges": {name: rank(study, [row for row in rows if row["rater"] == name], precision_elo, replicates, random) for name in judges},
     }
     (study_folder / "analysis.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print_tables(result)
@@ -91,7 +91,9 @@ def rank(study: Study, rows: Sequence[Row], precision_elo: float, replicates: in
     connected, parts = bradley_terry.is_connected(counts)
     if not connected:
         sets = " and ".join("{" + ", ".join(names[i] for i in part) + "}" for part in parts)
-        raise ArtifactError(f"no vote compares an artifact of {sets} with one of another set, so they have no common scale; collect more votes")
+        raise ArtifactError(
+            f"no vote compares an artifact of {sets} with one of another set, so they have no common scale; collect more votes"
+        )
     result = bradley_terry.fit(counts)
     clusters = [groups for groups in (by_rater, by_prompt) if len(groups) > 1]
     spread = bradley_terry.covariance(counts, clusters, replicates, random)

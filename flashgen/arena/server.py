@@ -8,6 +8,7 @@ import json
 import secrets
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -50,7 +51,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         from starlette.requests import Request
-        from starlette.responses import PlainTextResponse, RedirectResponse, Response
+        from starlette.responses import PlainTextResponse, RedirectResponse
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -172,7 +173,6 @@ def serve(study_folder: Path, host: str = "127.0.0.1", port: int = 8765) -> None
     """
     try:
         import uvicorn
-        import uvicorn.config
     except ImportError as error:
         raise MachineError('serving a study needs the extra arena: pip install "flashgen[arena]"') from error
     study = Study(study_folder)
@@ -184,10 +184,8 @@ def serve(study_folder: Path, host: str = "127.0.0.1", port: int = 8765) -> None
         say(f"serving {study_folder} at {link}\nCtrl-C ends; every vote is on the disk as it is given, and serving again goes on")
         app = application(study, votes, token, LOOPBACK if token is None else ("*",))
         config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=2, server_header=False, lifespan="off")
-        try:
+        with suppress(KeyboardInterrupt):  # uvicorn ends its answers and hands the signal on
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn has ended its answers and hands the signal on
-            pass
         say(f"{len(votes.rows())} votes of {len(votes.raters())} people in {votes.path}")
 
 
@@ -204,7 +202,9 @@ def _listening(host: str, port: int) -> socket.socket:
         listener.listen(128)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise MachineError(f"{host} port {port} cannot be listened on ({error}); another program may use it, give another --port") from error
+        raise MachineError(
+            f"{host} port {port} cannot be listened on ({error}); another program may use it, give another --port"
+        ) from error
     return listener
 
 

@@ -34,7 +34,9 @@ def export(study_folder: Path, file: Path) -> Path:
     data["pictures"] = {name: f"data:image/png;base64,{base64.b64encode(study.picture_file(name).read_bytes()).decode()}" for name in names}
     island = json.dumps(data).replace("<", "\\u003c")  # so that no prompt ends the element
     style, script = ((PAGE / name).read_text() for name in ("page.css", "page.js"))
-    policy = f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
     page = page_html(study)
     for old, new in (
         ("<!-- policy -->", f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
@@ -79,7 +81,9 @@ def _add(study: Study, votes: Votes, file: Path, rows: Sequence[Row]) -> int:
         given = [(plan[row["comparison"]], str(row["choice"]), float(row["seconds"]), str(row["time"])) for row in rows[1:]]
         name, token = str(head["rater"]), str(head["token"])
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{file} is no file of votes of {study.folder} ({error!r}); save it again on the page and collect that") from error
+        raise ArtifactError(
+            f"{file} is no file of votes of {study.folder} ({error!r}); save it again on the page and collect that"
+        ) from error
     rater = None
     for number in range(1, 1000):
         try:

@@ -72,7 +72,9 @@ class Study:
         try:
             document = json.loads((folder / "study.json").read_text())
             if document["version"] != VERSION:
-                raise ArtifactError(f"{folder}/study.json has version {document['version']}, this flashgen reads {VERSION}; update flashgen")
+                raise ArtifactError(
+                    f"{folder}/study.json has version {document['version']}, this flashgen reads {VERSION}; update flashgen"
+                )
             self.settings = Settings(**document["settings"])
             self.id, self._key = str(document["id"]), bytes.fromhex(document["key"])
             self.artifacts = [str(artifact["name"]) for artifact in document["artifacts"]]
@@ -80,7 +82,9 @@ class Study:
         except FileNotFoundError as error:
             raise ArtifactError(f"{folder} holds no study (no study.json); build one with flashgen bench ... --arena {folder}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{folder}/study.json is broken ({error!r}); restore it, or build the study again in a new folder") from error
+            raise ArtifactError(
+                f"{folder}/study.json is broken ({error!r}); restore it, or build the study again in a new folder"
+            ) from error
 
     def opaque(self, *parts: object) -> str:
         """Name that tells nothing of `parts` to anybody without the study's key."""
@@ -218,8 +222,8 @@ def build(bench_out: Path, study: Path, settings: Settings) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
     built = Study(study)
     say(
-        f"study {study}: {len(artifacts)} artifacts, {len(items)} pictures each; {built.raters_for(1)} raters with "
-        f"{len(built.plan(0))} comparisons each see every pair of pictures once"
+        f"study {study}: {len(artifacts)} artifacts, {len(items)} pictures of each, {len(built.plan(0))} comparisons per rater; "
+        f"raters until every pair of pictures has one vote: {built.raters_for(1)}"
     )
     return study
 
@@ -237,7 +241,9 @@ def _bench(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], li
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder}/bench.json is broken or has no pictures ({error!r}); run flashgen bench again") from error
     if len(names) < 2:
-        raise UsageError(f"a preference test needs two artifacts or more, {folder}/bench.json has {len(names)}; bench more of them together")
+        raise UsageError(
+            f"a preference test needs two artifacts or more, {folder}/bench.json has {len(names)}; bench more of them together"
+        )
     if not items:
         raise ArtifactError(f"{folder}/bench.json has no prompts; run flashgen bench again")
     for path in folders:
@@ -252,10 +258,14 @@ def _check_counts(items: Sequence[Mapping[str, Any]], settings: Settings, folder
     """Raises UsageError if the bench has other numbers of prompts or seeds than the settings want."""
     counts = Counter(item["prompt"] for item in items)
     if settings.prompts is not None and len(counts) != settings.prompts:
-        raise UsageError(f"{folder} has {len(counts)} prompts, the study wants {settings.prompts}; bench with that many, or change `prompts`")
+        raise UsageError(
+            f"{folder} has {len(counts)} prompts, the study wants {settings.prompts}; bench with that many, or change `prompts`"
+        )
     if settings.seeds is not None and set(counts.values()) != {settings.seeds}:
         few = min(counts.values())
-        raise UsageError(f"{folder} has {few} seeds for a prompt, the study wants {settings.seeds}; bench with that many, or change `seeds`")
+        raise UsageError(
+            f"{folder} has {few} seeds for a prompt, the study wants {settings.seeds}; bench with that many, or change `seeds`"
+        )
 
 
 def _write_pictures(study: Study, folders: Sequence[Path]) -> None:

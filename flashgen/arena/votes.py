@@ -57,7 +57,12 @@ def read(path: Path) -> list[Row]:
         text = line.strip()
         if not text:
             continue
-        if text[:8] == b'{"crc":"' and text[16:24] == b'","row":' and text[-1:] == b"}" and f"{zlib.crc32(text[24:-1]):08x}".encode() == text[8:16]:
+        if (
+            text[:8] == b'{"crc":"'
+            and text[16:24] == b'","row":'
+            and text[-1:] == b"}"
+            and f"{zlib.crc32(text[24:-1]):08x}".encode() == text[8:16]
+        ):
             rows.append(json.loads(text[24:-1]))
         else:
             warn(f"{path}: line {number} is incomplete or damaged and is left out; the other lines are not affected")

@@ -51,7 +51,9 @@ def test_repeats_swap_the_sides_after_a_while_and_gold_pairs_show_a_spoiled_pict
         assert Counter(c.kind for c in plan) == {"pair": 30, "repeat": 3, "gold": 6}
         for i, comparison in enumerate(plan):
             if comparison.kind == "repeat":
-                first = next(j for j, c in enumerate(plan) if (c.item, c.left, c.right) == (comparison.item, comparison.right, comparison.left))
+                first = next(
+                    j for j, c in enumerate(plan) if (c.item, c.left, c.right) == (comparison.item, comparison.right, comparison.left)
+                )
                 assert i - first >= 5
     item, artifact = study.gold[0]
     pixels, spoiled = (np.asarray(Image.open(study.picture_file(study.picture(item, side)))).astype(int) for side in (artifact, None))

@@ -46,12 +46,8 @@ def test_a_file_cut_in_its_last_line_loses_that_vote_alone(make_study: Make, cut
         plan = study.plan(votes.join("Anna", TOKEN).slot)
         for comparison in plan[:3]:
             votes.vote("Anna", comparison, "left", 1.0)
-    content = path.read_bytes()
-    if cut == "middle":  # one byte of the second vote
-        content = content.replace(plan[1].id.encode(), plan[1].id[::-1].encode())
-    else:
-        content = content[: -int(cut)]
-    path.write_bytes(content)
+    content, second = path.read_bytes(), plan[1].id.encode()
+    path.write_bytes(content.replace(second, second[::-1]) if cut == "middle" else content[: -int(cut)])
     lost = {1: set(), "middle": {plan[1].id}}.get(cut, {plan[2].id})  # without its end of line only, a vote is still whole
     with opened(study) as votes:
         assert votes.of("Anna").keys() == {c.id for c in plan[:3]} - lost
