@@ -8,6 +8,7 @@ were taken back.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import unicodedata
@@ -54,19 +55,25 @@ def read(path: Path) -> list[Row]:
     """Rows of a file of votes. A line that is damaged, or cut because its writer was killed, is left out with a warning that names it."""
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        text = line.strip()
-        if not text:
+        if not line.strip():
             continue
-        if (
-            text[:8] == b'{"crc":"'
-            and text[16:24] == b'","row":'
-            and text[-1:] == b"}"
-            and f"{zlib.crc32(text[24:-1]):08x}".encode() == text[8:16]
-        ):
-            rows.append(json.loads(text[24:-1]))
-        else:
+        if (row := _row(line.strip())) is None:
             warn(f"{path}: line {number} is incomplete or damaged and is left out; the other lines are not affected")
+        else:
+            rows.append(row)
     return rows
+
+
+def _row(line: bytes) -> Row | None:
+    """Row of a line, None if the line is not what `line_of` wrote."""
+    text = line[24:-1]
+    if line != b'{"crc":"%08x","row":%s}' % (zlib.crc32(text), text):
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def clean_name(name: str) -> str:
@@ -143,7 +150,8 @@ class Votes:
                 return False
             when = time or datetime.now(UTC).isoformat(timespec="seconds")
             row = {"kind": comparison.kind, "rater": rater, "comparison": comparison.id, "item": comparison.item}
-            self._append({**row, "left": names[0], "right": names[1], "choice": choice, "seconds": seconds, "time": when})
+            duration = None if seconds is None or not 0 <= seconds < math.inf else seconds
+            self._append({**row, "left": names[0], "right": names[1], "choice": choice, "seconds": duration, "time": when})
             return True
 
     def of(self, rater: str) -> dict[str, str]:

@@ -60,6 +60,9 @@ def test_a_rater_joins_votes_and_finds_the_votes_again(client: TestClient, open_
         assert client.post("/api/vote", json=vote).json() == {"recorded": first["id"]}
     assert join(client).json()["votes"] == {first["id"]: "left"}
     assert len(open_votes.rows()) == 1
+    strange = f'{{"name": "Anna", "token": "{TOKEN}", "comparison": "{given["comparisons"][1]["id"]}", "choice": "tie", "seconds": NaN}}'
+    assert client.post("/api/vote", content=strange, headers={"content-type": "application/json"}).status_code == 200
+    assert [row["seconds"] for row in open_votes.rows()] == [1.5, None]
 
 
 def test_a_picture_comes_by_its_opaque_name_alone(client: TestClient, open_votes: Votes) -> None:
