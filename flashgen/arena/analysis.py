@@ -109,32 +109,14 @@ def rank(study: Study, rows: Sequence[Row], precision_elo: float, replicates: in
     elos = ELO * result.theta
     ranking = []
     for i in np.argsort(-elos, kind="stable"):
-        won, lost, tied = counts[i, :, 0].sum(), counts[:, i, 0].sum(), counts[i, :, 1].sum() + counts[:, i, 1].sum()
-        ranking.append(
-            {
-                "artifact": names[i],
-                **_estimate(BASE_ELO + elos[i], width * math.sqrt(spread[i, i])),
-                "won": int(won),
-                "lost": int(lost),
-                "tied": int(tied),
-            }
-        )
+        tally = _tally(counts[i, :, 0], counts[:, i, 0], counts[i, :, 1] + counts[:, i, 1])
+        ranking.append({"artifact": names[i], **_estimate(BASE_ELO + elos[i], width * math.sqrt(max(0.0, spread[i, i]))), **tally})
     differences = []
     for a, b in study.pairs:
         half = width * math.sqrt(max(0.0, spread[a, a] + spread[b, b] - 2 * spread[a, b]))
-        won, lost, tied = counts[a, b, 0], counts[b, a, 0], counts[a, b, 1] + counts[b, a, 1]
         needed = math.ceil(counts.sum() * max(0.0, (half / precision_elo) ** 2 - 1)) if math.isfinite(half) else None
-        differences.append(
-            {
-                "a": names[a],
-                "b": names[b],
-                **_estimate(elos[a] - elos[b], half),
-                "won": int(won),
-                "lost": int(lost),
-                "tied": int(tied),
-                "votes_needed": needed,
-            }
-        )
+        tally = _tally(counts[a, b, 0], counts[b, a, 0], counts[a, b, 1] + counts[b, a, 1])
+        differences.append({"a": names[a], "b": names[b], **_estimate(elos[a] - elos[b], half), **tally, "votes_needed": needed})
     return {
         "votes": len(rows),
         "raters": len(by_rater),
@@ -204,6 +186,10 @@ def _range(row: dict[str, Any]) -> str:
 def _estimate(elo: float, half: float) -> dict[str, Any]:
     interval = [round(float(elo - half), 2), round(float(elo + half), 2)] if math.isfinite(half) else None
     return {"elo": round(float(elo), 2), "interval": interval}
+
+
+def _tally(won: Floats, lost: Floats, tied: Floats) -> dict[str, int]:
+    return {"won": int(np.sum(won)), "lost": int(np.sum(lost)), "tied": int(np.sum(tied))}
 
 
 def _key(row: Row) -> tuple[int, frozenset[str | None]]:

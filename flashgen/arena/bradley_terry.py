@@ -39,7 +39,7 @@ def fit(counts: Floats) -> Fit:
     on each strength makes the estimate finite. Davidson (1970), doi:10.1080/01621459.1970.10481082.
     """
     k = counts.shape[-2]
-    batch = counts.reshape(-1, k, k, 2).astype(np.float64)
+    batch = counts.reshape(-1, k, k, 2)
     theta, log_nu, is_found = _newton(batch, 0.0)
     if not is_found.all():
         theta[~is_found], log_nu[~is_found], _ = _newton(batch[~is_found], PRIOR_SD**-2)
@@ -101,7 +101,7 @@ def covariance(counts: Floats, clusters: Sequence[Floats], replicates: int, rand
     Where a one-way covariance has a larger trace than the sum, the one-way covariance is used. Negative eigenvalues are set to 0.
     """
     total = int(counts.sum())
-    by_vote = fit(random.multinomial(total, counts.ravel() / total, size=replicates).reshape(-1, *counts.shape))
+    by_vote = fit(random.multinomial(total, counts.ravel() / total, size=replicates).reshape(-1, *counts.shape).astype(np.float64))
     one_way = []
     for groups in clusters:
         number = len(groups)

@@ -127,7 +127,7 @@ class Study:
             main.append((item, b, a) if swap else (item, a, b))
         main = [main[i] for i in random.permutation(count)]
         early = main[: max(1, count // 3)]  # what is asked again comes from the first third, and returns in the second half
-        chosen = random.permutation(len(early))[: self._extra(self.settings.repeats)] if count > 1 else []
+        chosen = random.permutation(len(early))[: self._extra(self.settings.repeats) if count > 1 else 0]
         rest: list[tuple[Kind, int, int | None, int | None]] = [("pair", *choice) for choice in main[count // 2 :]]
         rest += [("repeat", early[i][0], early[i][2], early[i][1]) for i in chosen]
         order: list[tuple[Kind, int, int | None, int | None]] = [("pair", *choice) for choice in main[: count // 2]]

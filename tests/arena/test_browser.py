@@ -100,7 +100,7 @@ def test_a_lost_connection_keeps_votes_and_sends_them_again(served: tuple[Study,
     tab.locator("#count", has_text="3 of 10").wait_for()
     assert not (study.folder / "votes.jsonl").read_text().count("comparison")
     tab.unroute("**/api/vote")
-    tab.wait_for_function("Object.keys(localStorage).some((k) => k.endsWith('-waiting') && localStorage[k] === '[]')")
+    tab.locator("#state:not(.late)").wait_for(state="attached")
     assert [row["choice"] for row in counted(study)] == ["left", "right"]
 
 
@@ -148,7 +148,7 @@ def test_one_file_works_without_network_and_its_votes_come_back(make_study: Make
     start(tab, page.as_uri(), "Zoë & co")
     press(tab, "ArrowDown", "2 of 10")
     tab.reload()
-    tab.keyboard.press("Enter")
+    tab.click("#join button")
     for number in range(3, 11):
         press(tab, "ArrowRight", f"{number} of 10")
     tab.keyboard.press("ArrowLeft")

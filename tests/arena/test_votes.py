@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.arena import votes as module
 from flashgen.arena.study import Study
 from flashgen.arena.votes import NameTakenError, counted, judge_votes, line_of, opened, read
 from flashgen.errors import ArtifactError, MachineError, UsageError
@@ -33,7 +32,7 @@ def test_a_vote_is_on_the_disk_before_it_is_acknowledged(make_study: Make, monke
     study, synced = make_study(), []
     with opened(study) as votes:
         comparison = study.plan(votes.join("Anna", TOKEN).slot)[0]
-        monkeypatch.setattr(module.os, "fsync", lambda handle: synced.append(read(study.folder / "votes.jsonl")[-1]["kind"]))
+        monkeypatch.setattr("flashgen.arena.votes.os.fsync", lambda handle: synced.append(read(study.folder / "votes.jsonl")[-1]["kind"]))
         votes.vote("Anna", comparison, "left", 1.0)
     assert synced == [comparison.kind]
 
@@ -67,7 +66,7 @@ def test_a_full_disk_leaves_no_half_line(make_study: Make, monkeypatch: pytest.M
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(module.os, "fsync", full)
+            patch.setattr("flashgen.arena.votes.os.fsync", full)
             with pytest.raises(OSError, match="No space"):
                 votes.vote("Anna", plan[0], "left", 1.0)
         assert votes.of("Anna") == {} and votes.vote("Anna", plan[0], "left", 1.0)
