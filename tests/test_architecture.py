@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "artifact": {"", "errors", "pixels", "progress", "artifact"},
     "judges": BASE | ARTIFACTS | {"worlds", "judges"},
     "judges.base": {"errors"},
+    "arena": {"errors", "progress", "artifact.files", "recipe.base", "arena"},
     "worlds": {"errors", "judges.base", "worlds"},
     "families": BASE | ARTIFACTS | {"families", "flow"},
     "families.sd3": BASE | ARTIFACTS | {"families", "flow", "models", "device"},
