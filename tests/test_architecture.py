@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "stages",
     },
-    "cli": BASE | ARTIFACTS | {"stages", "cli"},
+    "cli": BASE | ARTIFACTS | {"stages", "arena", "cli"},
 }
 TYPES_ONLY = {
     "families": {"models", "worlds"},

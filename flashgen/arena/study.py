@@ -232,10 +232,11 @@ def _bench(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], li
     """(artifacts with unique names, items, folder of pictures per artifact) of a bench."""
     try:
         bench = json.loads((folder / "bench.json").read_text())
+        rows = list({str(row["pictures"]): row for row in reversed(bench["results"])}.values())[::-1]  # engines that share pictures are one
         items = [{"prompt": str(p["prompt"]), "seed": int(p["seed"]), "task": p.get("task")} for p in bench["prompts"]]
-        names = [str(row["name"]) for row in bench["results"]]
-        folders = [folder / str(row["pictures"]) for row in bench["results"]]
-        refs = [str(row["artifact"]) for row in bench["results"]]
+        names = [str(row["name"]) for row in rows]
+        folders = [folder / str(row["pictures"]) for row in rows]
+        refs = [str(row["artifact"]) for row in rows]
     except FileNotFoundError as error:
         raise ArtifactError(f"{folder} has no bench.json; write one with flashgen bench ARTIFACT... --out {folder}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

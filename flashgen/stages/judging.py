@@ -15,8 +15,6 @@ from flashgen.stages.inputs import sampler_of, teacher_of, world_of
 from flashgen.stages.prompts import UNJUDGED_PICTURES
 
 if TYPE_CHECKING:
-    import torch
-
     from flashgen.stages.base import Stage
 
 
@@ -47,7 +45,7 @@ def judged_alike(judge: Judge, metrics: Mapping[str, Any]) -> bool:
     return {key: own[key] for key in own if key != "world"} == {key: known[key] for key in known if key != "pictures"}
 
 
-def judge_of(source: Artifact, recipe: Recipe, size_of: Sampler | None, device: torch.device) -> Judge | None:
+def judge_of(source: Artifact, recipe: Recipe, size_of: Sampler | None, device_name: str) -> Judge | None:
     """The judge that the recipe names, or that of the world of `source`; None where nothing judges.
 
     The judge `teacher` compares with the teacher in the lineage of `source`, at the picture size of `size_of`.
@@ -61,8 +59,9 @@ def judge_of(source: Artifact, recipe: Recipe, size_of: Sampler | None, device: 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
             from flashgen.models.pipeline import load_pipeline
             from flashgen.models.sample import sample
-            from flashgen.runtime.accelerator import drawing_dtype
+            from flashgen.runtime.accelerator import device_of, drawing_dtype
 
+            device = device_of(device_name)
             pipe = load_pipeline(artifact.path, drawing_dtype(device), device=device)  # for these pictures alone
             return sample(pipe, at_size, list(prompts), list(seeds), batch=recipe.bench.batch)
 
