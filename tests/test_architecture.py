@@ -46,9 +46,10 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE | ARTIFACTS | {"families", "flow", "objectives", "quant", "models", "training"},
     "export": BASE | ARTIFACTS | {"families", "flow", "quant", "models", "device", "export"},
     "metrics": BASE | ARTIFACTS | {"families", "flow", "models", "device", "metrics"},
+    "report": BASE | {"report"},
     "stages": BASE
     | ARTIFACTS
-    | {"families", "worlds", "judges", "flow", "objectives", "quant", "models", "device", "training", "export", "metrics", "stages"},
+    | {"families", "worlds", "judges", "flow", "objectives", "quant", "models", "device", "training", "export", "metrics", "report", "stages"},
     "cli": BASE | ARTIFACTS | {"stages", "cli"},
 }
 TYPES_ONLY = {
