@@ -14,14 +14,16 @@ def markdown(bench: Bench, shown: list[int], pictures: Pictures) -> str:
     """Text of report.md: the tables of the page, and the pictures of the prompts `shown`."""
     blocks = ["# flashgen bench", "The same with plots, zoom and a slider: [report.html](report.html); as data: [bench.json](bench.json)."]
     blocks += [block for t in [*summary(bench), *measurements(bench), *parts(bench)] for block in _table(t)]
-    blocks += [f"* {escape(frontier_text(plot))}" for plot in scatters(bench)]
+    blocks += [f"{escape(plot['metric'])} against {plot['cost']}: {escape(frontier_text(plot))}." for plot in scatters(bench)]
     if pictures.links:
         rows = []
         for prompt in shown:
             about = bench.prompts[prompt]
             text = f"{escape(about.prompt)}<br>seed {about.seed}"
             cells = [
-                f"![{escape(f'{label}: {about.prompt}')}]({pictures.links[artifact, prompt]})" if (artifact, prompt) in pictures.links else ""
+                f"![{escape(f'{label}: {about.prompt}')}]({pictures.links[artifact, prompt]})"
+                if (artifact, prompt) in pictures.links
+                else ""
                 for artifact, label in enumerate(bench.labels)
             ]
             rows.append([text, *cells])

@@ -14,14 +14,14 @@ function scatter({ metric, cost, up, points, frontier }, width) {
   const log = Math.min(...points.map((d) => d.x)) > 0 && spread(points.map((d) => d.x)) > 8;
   return Plot.plot({
     width, height: Math.min(340, Math.max(250, width * 0.62)), style, marginLeft: 52, marginRight: 24, marginBottom: 40, inset: 14,
-    x: { label: `${cost} →`, labelAnchor: "right", type: log ? "log" : "linear", nice: true, ticks: Math.max(3, width / 90), tickFormat: log ? "~s" : undefined },
+    x: { label: `${cost} →`, labelAnchor: "right", type: log ? "log" : "linear", nice: !log, ticks: Math.max(3, width / 90), tickFormat: log ? "~g" : undefined },
     y: { label: up ? `↑ ${metric}` : `↑ ${metric} (less is better: axis turned)`, reverse: !up, nice: true, grid: true },
     color: colors,
     marks: [
       Plot.line(frontier.map((i) => points[i]), { x: "x", y: "y", curve: "step-after", stroke: "currentColor", strokeOpacity: 0.45, strokeDasharray: "4 4" }),
-      Plot.ruleX(points.filter((d) => d.ys), { x: "x", y1: (d) => d.ys[0], y2: (d) => d.ys[1], stroke: "letter", strokeWidth: 2 }),
-      Plot.ruleY(points.filter((d) => d.xs), { y: "y", x1: (d) => d.xs[0], x2: (d) => d.xs[1], stroke: "letter", strokeWidth: 2 }),
-      Plot.dot(points, { x: "x", y: "y", fill: "letter", r: 4 }),
+      Plot.ruleX(points.filter((d) => d.ys), { x: "x", y1: (d) => d.ys[0], y2: (d) => d.ys[1], stroke: "letter", strokeWidth: 1.5 }),
+      Plot.ruleY(points.filter((d) => d.xs), { y: "y", x1: (d) => d.xs[0], x2: (d) => d.xs[1], stroke: "letter", strokeWidth: 1.5 }),
+      Plot.dot(points, { x: "x", y: "y", fill: "letter", r: 3 }),
       Plot.text(points, { x: "x", y: "y", text: "letter", fill: "letter", fontWeight: 700, fontSize: 13, dx: 10, dy: -10, stroke: "var(--card)", strokeWidth: 4 }),
       Plot.tip(points, Plot.pointer({ x: "x", y: "y", title: (d) => `${titled(d)}\n${metric} ${d.y.toPrecision(3)}\n${d.x.toPrecision(3)} ${cost}` })),
     ],
@@ -35,13 +35,13 @@ function bar({ metric, parts, bars }, width) {
   const rows = Math.ceil(parts.length / columns);
   const place = { fx: (d) => at(d) % columns, fy: (d) => Math.floor(at(d) / columns) };
   return Plot.plot({
-    width, height: rows * (letters.length * 17 + 34) + 44, style, marginLeft: 30, marginRight: 44, marginTop: 26, marginBottom: 34,
-    x: { label: `${metric} →`, grid: true, nice: true, ticks: 5 },
+    width, height: rows * (letters.length * 17 + 34) + 34, style, marginLeft: 30, marginRight: 44, marginTop: 26, marginBottom: 24,
+    x: { label: null, grid: true, nice: true, ticks: 5 },
     y: { domain: letters, label: null, tickSize: 0 },
     fx: { axis: null, padding: 0.12 }, fy: { axis: null, padding: 0.24 },
     color: colors,
     marks: [
-      Plot.barX(bars, { ...place, y: "letter", x: "x", fill: "letter", insetTop: 1, insetBottom: 1, title: (d) => `${titled(d)}\n${d.part}: ${d.x.toPrecision(3)}` }),
+      Plot.barX(bars, { ...place, y: "letter", x: "x", fill: "letter", fillOpacity: 0.6, insetTop: 1, insetBottom: 1, title: (d) => `${titled(d)}\n${d.part}: ${d.x.toPrecision(3)}` }),
       Plot.ruleY(bars.filter((d) => d.xs), { ...place, y: "letter", x1: (d) => d.xs[0], x2: (d) => d.xs[1], stroke: "currentColor", strokeWidth: 1.5 }),
       Plot.text(bars, { ...place, y: "letter", x: (d) => Math.max(d.x, d.xs ? d.xs[1] : d.x), text: (d) => d.x.toPrecision(3), textAnchor: "start", dx: 6, fill: "currentColor", fontSize: 11 }),
       Plot.text(parts.map((part) => ({ part })), { ...place, frameAnchor: "top-left", text: "part", dy: -16, fontWeight: 600, fontSize: 12.5 }),
@@ -132,7 +132,10 @@ if (swipe && links.length) {
   const cut = () => stage.style.setProperty("--cut", `${range.value}%`);
   const fill = () => {
     for (const side of ["left", "right"]) {
-      const image = stage.querySelector(`.${side}`), picture = linkOf(Number(field(side).value), Number(field("prompt").value))?.querySelector("img");
+      const image = stage.querySelector(`img.${side}`), picture = linkOf(Number(field(side).value), Number(field("prompt").value))?.querySelector("img");
+      const tag = stage.querySelector(`.${side}.tag`), artifact = Number(field(side).value);
+      tag.textContent = data.letters[artifact];
+      tag.style.setProperty("--key", `var(--key${artifact % 10})`);
       image.hidden = !picture;
       if (!picture) continue;
       image.src = picture.src;

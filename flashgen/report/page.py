@@ -26,9 +26,9 @@ def page(bench: Bench, shown: list[int], pictures: Pictures) -> str:
     """Text of report.html, with the pictures of the prompts `shown`."""
     plots = {"scatters": scatters(bench), "bars": bars(bench), "letters": bench.letters}
     sections = {
-        "Summary": "".join(_table(t) for t in summary(bench)),
-        "Quality against cost": _scatters(plots["scatters"]),
-        "Tasks": _bars(plots["bars"]) + "".join(_table(t) for t in parts(bench)),
+        "Summary": "".join(_table(t, "Summary") for t in summary(bench)),
+        "Quality against cost": _scatters(bench, plots["scatters"]),
+        "Tasks": _bars(bench, plots["bars"]) + "".join(_table(t) for t in parts(bench)),
         "Pictures": _swipe(bench, shown, pictures) + _gallery(bench, shown, pictures),
         "Measurements": "".join(_table(t) for t in measurements(bench)),
         "Lineage": "".join(_table(t) for t in lineage(bench)),
@@ -77,9 +77,10 @@ def _keys(bench: Bench) -> str:
     return f'<p class="keys">{"".join(f"<span>{_key(i, label)}</span>" for i, label in enumerate(bench.labels))}</p>'
 
 
-def _table(t: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in t.head)
-    numeric = [all(NUMBER.fullmatch(row[column]) for row in t.rows) for column in range(len(t.head))]
+def _table(t: Table, under: str = "") -> str:
+    """`t` as HTML; its title is shown unless the heading `under` says the same."""
+    numeric = [" class=number" * all(NUMBER.fullmatch(row[column]) for row in t.rows) for column in range(len(t.head))]
+    head = "".join(f'<th scope="col"{number}>{escape(name)}</th>' for name, number in zip(t.head, numeric, strict=True))
     rows = []
     for index, row in enumerate(t.rows):
         first = _key(index, row[0]) if t.by_artifact else escape(row[0])
@@ -87,12 +88,12 @@ def _table(t: Table) -> str:
         for column, text in enumerate(row[1:], 1):
             value, _, interval = text.partition("\n")
             small = f"<small>{escape(interval)}</small>" if interval else ""
-            cells.append(f"<td{' class=number' if numeric[column] else ''}>{escape(value)}{small}</td>")
+            cells.append(f"<td{numeric[column]}>{escape(value)}{small}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     title = escape(t.title)
     note = f'<p class="soft">{escape(t.note)}</p>' if t.note else ""
     return (
-        f'<h3>{title}</h3>{note}<div class="scroll" role="region" aria-label="{title}" tabindex="0">'
+        f'{"" if t.title == under else f"<h3>{title}</h3>"}{note}<div class="scroll" role="region" aria-label="{title}" tabindex="0">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>\n"
     )
 
@@ -105,16 +106,16 @@ def _plot(kind: str, index: int, title: str, caption: str) -> str:
     )
 
 
-def _scatters(plots: list[dict[str, Any]]) -> str:
-    figures = [_plot("scatters", i, f"{p['metric']} against {p['cost']}", frontier_text(p)) for i, p in enumerate(plots)]
-    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
+def _scatters(bench: Bench, plots: list[dict[str, Any]]) -> str:
+    figures = [_plot("scatters", i, f"{p['metric']} against {p['cost']}", f"Dashed: {frontier_text(p)}.") for i, p in enumerate(plots)]
+    return f'{_keys(bench)}<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
-def _bars(plots: list[dict[str, Any]]) -> str:
+def _bars(bench: Bench, plots: list[dict[str, Any]]) -> str:
     figures = [
         _plot("bars", i, p["metric"], f"{'More' if p['up'] else 'Less'} is better. Thin lines are intervals.") for i, p in enumerate(plots)
     ]
-    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
+    return f'{_keys(bench)}<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
 def _swipe(bench: Bench, shown: list[int], pictures: Pictures) -> str:
@@ -128,7 +129,8 @@ def _swipe(bench: Bench, shown: list[int], pictures: Pictures) -> str:
         f'<label>Left <select name="left">{"".join(artifacts)}</select></label>'
         f'<label>Right <select name="right">{"".join(artifacts)}</select></label>'
         f'<label>Prompt <select name="prompt">{prompts}</select></label></div>'
-        '<div class="stage"><img class="right" alt=""><img class="left" alt=""><span class="line"></span></div>'
+        '<div class="stage"><img class="right" alt=""><img class="left" alt=""><span class="line"></span>'
+        '<b class="left tag key"></b><b class="right tag key"></b></div>'
         '<label class="cut">Drag over the picture or move this <input type="range" min="0" max="100" value="50" step="1"></label></div>'
     )
 
@@ -154,7 +156,7 @@ def _gallery(bench: Bench, shown: list[int], pictures: Pictures) -> str:
 def _picture(bench: Bench, pictures: Pictures, artifact: int, prompt: int) -> str:
     result, label = bench.results[artifact], bench.labels[artifact]
     values = [f"{m} {v[prompt]:.3g}" for m, v in result.values.items() if prompt < len(v) and v[prompt] is not None]
-    caption = f'{_key(artifact, label)}<small>{escape(", ".join(values))}</small>'
+    caption = f"{_key(artifact, label)}<small>{escape(', '.join(values))}</small>"
     key = artifact, prompt
     if key not in pictures.sources:
         return f'<figure><div class="missing">no picture</div><figcaption>{caption}</figcaption></figure>'

@@ -106,9 +106,9 @@ class Bench(BaseModel):
         """Names of all metrics, in the order in which they appear."""
         return list(dict.fromkeys(metric for result in self.results for metric in result.quality))
 
-    def higher_is_better(self, metric: str) -> bool:
-        """Direction of `metric`, as the first artifact with a direction has it."""
-        return next((r.quality_of[metric].higher_is_better for r in self.results if metric in r.quality_of), True)
+    def higher_is_better(self, metric: str) -> bool | None:
+        """Direction of `metric`, as the first artifact with a direction has it; None where nothing was judged."""
+        return next((r.quality_of[metric].higher_is_better for r in self.results if metric in r.quality_of), None)
 
 
 def read_bench(out: Path) -> Bench:
@@ -122,4 +122,6 @@ def read_bench(out: Path) -> Bench:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path} is not a whole bench.json of version 1 ({where + ': ' if where else ''}{first['msg']}); {mend}") from error
+        raise ArtifactError(
+            f"{path} is not a whole bench.json of version 1 ({where + ': ' if where else ''}{first['msg']}); {mend}"
+        ) from error

@@ -71,15 +71,16 @@ def summary(bench: Bench) -> list[Table]:
     """One row per artifact: what it is, size, latency, memory, and every score."""
 
     def cells(result: Result) -> dict[str, str]:
-        texts = {"engine": result.engine, "device": result.device, "threads": result.threads, "px": result.size_px, "steps": result.steps}
+        texts = {"engine": result.engine, "steps": result.steps}
+        circumstances = {"device": result.device, "threads": result.threads, "px": result.size_px}
         total = number(result.latency_s.get("total_p50"), interval=result.latency_interval_s.get("total_p50"))
         row = {name: str(text) for name, text in texts.items() if text is not None}
         row |= {"MiB": number(result.size_mib), "total s": total, "peak MiB": number(result.peak_rss_mib)}
         for metric in bench.metrics:
             told = result.quality.get(metric)
             score = told if isinstance(told, str) else number(result.scores(metric).get("overall"), interval=result.interval(metric))
-            row[f"{metric} {'↑' if bench.higher_is_better(metric) else '↓'}"] = score
-        return row
+            row[metric + {True: " ↑", False: " ↓", None: ""}[bench.higher_is_better(metric)]] = score
+        return row | {name: str(text) for name, text in circumstances.items() if text is not None}
 
     rows = [(label, cells(result)) for label, result in zip(bench.labels, bench.results, strict=True)]
     note = "Total is the median time of one picture. ↑ more is better, ↓ less is better; intervals are in brackets."
@@ -99,7 +100,7 @@ def measurements(bench: Bench) -> list[Table]:
         *table("Latency, seconds", "artifact", latency),
         *table("Peak memory by phase, MiB", "artifact", [(label, columns(r.peak_phase_mib)) for label, r in pairs]),
         *table("Size by component, MiB", "artifact", [(label, columns(r.bytes, scale=2**20)) for label, r in pairs]),
-        *table("Fidelity to a reference", "artifact", fidelity, "Of pictures with the same prompt and seed, each compared with its partner."),
+        *table("Fidelity to a reference", "artifact", fidelity, "Pictures with the same prompt and seed are compared."),
     ]
 
 
@@ -107,7 +108,9 @@ def parts(bench: Bench) -> list[Table]:
     """The parts of every score that has some, such as tasks: one table per metric."""
     tables = []
     for metric in bench.metrics:
-        rows = [(label, columns(r.scores(metric), r.quality_interval.get(metric))) for label, r in zip(bench.labels, bench.results, strict=True)]
+        rows = [
+            (label, columns(r.scores(metric), r.quality_interval.get(metric))) for label, r in zip(bench.labels, bench.results, strict=True)
+        ]
         tables += [t for t in table(f"{metric} by task", "artifact", rows) if len(t.head) > 2]
     return tables
 
@@ -162,7 +165,7 @@ def scatters(bench: Bench) -> list[dict[str, Any]]:
     """Per metric, quality against latency and against size: {metric, cost, up, points, frontier}; JSON without NaN."""
     plots = []
     for metric in bench.metrics:
-        up = bench.higher_is_better(metric)
+        up = bench.higher_is_better(metric) is not False
         for cost in ("seconds per picture", "MiB"):
             points = []
             for letter, result in zip(bench.letters, bench.results, strict=True):
@@ -181,9 +184,9 @@ def scatters(bench: Bench) -> list[dict[str, Any]]:
 
 
 def frontier_text(plot: dict[str, Any]) -> str:
-    """Sentence on the frontier of one of the `scatters`."""
+    """Names on the frontier of one of the `scatters`."""
     names = ", ".join(f"{plot['points'][i]['letter']} {plot['points'][i]['name']}" for i in plot["frontier"])
-    return f"{plot['metric']} against {plot['cost']}, the frontier (no other is as good for as little): {names}"
+    return f"the frontier, where no artifact is better at the same cost or less: {names}"
 
 
 def bars(bench: Bench) -> list[dict[str, Any]]:
@@ -198,7 +201,7 @@ def bars(bench: Bench) -> list[dict[str, Any]]:
         ]
         names = list(dict.fromkeys(row["part"] for row in rows))
         if len(names) > 1:
-            plots.append({"metric": metric, "up": bench.higher_is_better(metric), "parts": names, "bars": rows})
+            plots.append({"metric": metric, "up": bench.higher_is_better(metric) is not False, "parts": names, "bars": rows})
     return plots
 
 

@@ -17,9 +17,11 @@ COLORS = ["red", "green", "blue", "yellow", "purple", "orange"]
 
 
 def result(index: int, name: str, prompts: int) -> dict[str, Any]:
-    seconds, score, mib = [9.6, 1.42, 1.38, 1.21, 0.54, 0.83][index % 6], [0.94, 0.91, 0.92, 0.89, 0.86, 0.9][index % 6], 300 / (index + 1)
+    seconds = [9.6, 1.42, 1.38, 1.21, 0.54, 0.83][index % 6]
+    score = [0.94, 0.91, 0.92, 0.89, 0.86, 0.9][index % 6]
+    mib = [31.2, 31.2, 31.2, 22.4, 4.75, 22.1][index % 6]
     around = {"total_p50": [seconds * 0.95, seconds * 1.06], "step_p50": [seconds / 5, seconds / 3.8]}
-    overall = {"overall": score} | {task: score - 0.04 * (i - 2) / (index + 1) for i, task in enumerate(TASKS)}
+    overall = {"overall": score} | {task: round(score - 0.05 + 0.1 * ((7 * i + index) % 6) / 6, 3) for i, task in enumerate(TASKS)}
     return {
         "artifact": f"artifacts/demo/{name}",
         "name": name,

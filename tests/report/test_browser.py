@@ -16,8 +16,8 @@ from tests.report import handmade
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra web")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PAINT = """() => new Promise((resolve) => new PerformanceObserver((list) => resolve(list.getEntriesByName("first-contentful-paint")[0]?.startTime))
-    .observe({ type: "paint", buffered: true }))"""
+PAINT = """() => new Promise((resolve) => new PerformanceObserver((list) =>
+    resolve(list.getEntriesByName("first-contentful-paint")[0]?.startTime)).observe({ type: "paint", buffered: true }))"""
 HIDDEN_BY_WIDTH = """() => [...document.querySelectorAll("main *")].filter((e) => e.getBoundingClientRect().right > innerWidth + 1 &&
     !e.closest(".scroll") && !e.closest("svg")).map((e) => e.outerHTML.slice(0, 80))"""
 # Contrast of WCAG between the colour of text and the first background below it, for elements with text of their own.
@@ -103,7 +103,9 @@ def test_plots_show_intervals_and_the_frontier(browser: Any, full: Path) -> None
         assert len(lengths) == 2 * count and min(lengths) > 1, "an interval without length is not seen"
     assert plot.locator("[aria-label=line] path").count() == 1
     assert plot.locator("[aria-label=dot] circle").count() == 6
-    assert plot.evaluate("s => getComputedStyle(s.querySelector('[aria-label=dot] circle')).fill") == "rgb(47, 102, 176)"
+    assert plot.evaluate("s => getComputedStyle(s.querySelector('[aria-label=dot] circle')).fill") == "rgb(47, 102, 176)", (
+        "the colour of the page"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -149,7 +151,7 @@ def test_lightbox_works_by_keyboard(browser: Any, full: Path) -> None:
 def test_swipe_works_by_keyboard_and_by_pointer(browser: Any, full: Path) -> None:
     tab = Tab(browser, full, viewport={"width": 1280, "height": 900})
     source = lambda artifact, prompt: tab.page.locator(f"a[data-artifact='{artifact}'][data-prompt='{prompt}'] img").get_attribute("src")  # noqa: E731
-    left, right = tab.page.locator(".stage .left"), tab.page.locator(".stage .right")
+    left, right = tab.page.locator(".stage img.left"), tab.page.locator(".stage img.right")
     assert left.get_attribute("src") == source(0, 0) and right.get_attribute("src") == source(1, 0)
     tab.page.locator("select[name=right]").focus()
     tab.page.keyboard.press("ArrowDown")

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -68,7 +69,14 @@ def test_report_has_every_number_with_its_interval(full: Path) -> None:
         assert shown in page
         assert shown.replace("[", r"\[").replace("]", r"\]") in text
     elements = Elements(page)
-    for words in ("composition ↑", "fid ↓", "Lineage of E device-int4", "7 to 30, one per prompt", "ab" * 32, "flashgen bench artifacts/demo"):
+    for words in (
+        "composition ↑",
+        "fid ↓",
+        "Lineage of E device-int4",
+        "7 to 30, one per prompt",
+        "ab" * 32,
+        "flashgen bench artifacts/demo",
+    ):
         assert words in elements.text
     assert "fid against MiB" in elements.text
     assert {"summary", "quality-against-cost", "tasks", "pictures", "measurements", "lineage", "how-to-reproduce"} <= {
@@ -193,17 +201,23 @@ def test_many_prompts_are_thinned_out_evenly(tmp_path: Path) -> None:
     page, _ = written(tmp_path)
     assert f"{MAX_PICTURES} of 600 prompts" in page
     seen = [int(link["data-prompt"] or "") for link in Elements(page).all("a") if "data-prompt" in link]
-    assert len(seen) == MAX_PICTURES and max(seen) > 595 and max(b - a for a, b in zip(seen, seen[1:], strict=False)) == 3
+    assert len(seen) == MAX_PICTURES and max(seen) > 595 and max(b - a for a, b in pairwise(seen)) == 3
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda out: (out / "bench.json").unlink(), "bench.json cannot be read (No such file or directory)"),
-    "cut": (lambda out: (out / "bench.json").write_text((out / "bench.json").read_text()[:500]), "not a whole bench.json of version 1 (Inv"),
+    "cut": (
+        lambda out: (out / "bench.json").write_text((out / "bench.json").read_text()[:500]),
+        "not a whole bench.json of version 1 (Inv",
+    ),
     "binary": (lambda out: (out / "bench.json").write_bytes(b"\xff\x00PNG"), "not a whole bench.json of version 1 (Invalid JSON"),
     "foreign": (lambda out: (out / "bench.json").write_text('{"a": 1}'), "(version: Field required)"),
     "other version": (lambda out: change(out, lambda d: d.update(version=2)), "(version: Input should be 1)"),
     "no artifact": (lambda out: change(out, lambda d: d.update(results=[])), "(results: List should have at least 1 item"),
-    "wrong type": (lambda out: change(out, lambda d: d["results"][1].update(steps="many")), "(results.1.steps: Input should be a valid int"),
+    "wrong type": (
+        lambda out: change(out, lambda d: d["results"][1].update(steps="many")),
+        "(results.1.steps: Input should be a valid int",
+    ),
     "cut picture": (
         lambda out: (out / "pictures/00-teacher/0000.png").write_bytes((out / "pictures/01-student/0000.png").read_bytes()[:900]),
         "0000.png is not a whole PNG",
@@ -234,7 +248,8 @@ def test_frontier_is_what_no_other_reaches_for_less() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.8125, "0.812"), (12.345, "12.3"), (1234.5, "1234"), (0.00123, "0.00123"), (0.0, "0.00"), (-1.5, "-1.50"), (None, "")]
+    ("value", "text"),
+    [(0.8125, "0.812"), (12.345, "12.3"), (1234.5, "1234"), (0.00123, "0.00123"), (0.0, "0.00"), (-1.5, "-1.50"), (None, "")],
 )
 def test_number_has_three_digits(value: float | None, text: str) -> None:
     assert number(value) == text
