@@ -29,7 +29,7 @@ CONTRAST = """() => {
     const background = (e) => {
         for (; e; e = e.parentElement) {
             const color = getComputedStyle(e).backgroundColor;
-            if (!color.endsWith(", 0)")) return color;
+            if (!/^rgba.*, 0\\)$/.test(color)) return color;
         }
         return getComputedStyle(document.documentElement).backgroundColor;
     };
@@ -60,6 +60,7 @@ class Tab:
         self.page = browser.new_context(**options).new_page()
         self.messages: list[str] = []
         self.requests: list[str] = []
+        self.page.set_default_timeout(60_000)
         self.page.on("console", lambda message: self.messages.append(message.text))
         self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -80,9 +81,8 @@ def test_page_opens_without_errors_and_without_network(browser: Any, full: Path)
     assert tab.page.locator("figure.plot svg").count() == 5, "two metrics with numbers against two costs, and tasks of one"
     assert tab.messages == []
     assert [url for url in tab.requests if not url.startswith("data:")] == [tab.url]
-    broken = tab.page.evaluate("Promise.all([...document.images].slice(0, 12).map((i) => i.src && i.decode().then(() => 0, () => 1)))")
-    assert sum(filter(None, broken)) == 0
-    tab.screenshot("light")
+    tab.page.locator("#gallery img").last.scroll_into_view_if_needed()
+    tab.page.wait_for_function("[...document.querySelectorAll('#gallery img')].at(-1).naturalWidth === 512")  # pictures load when seen
 
 
 def test_text_comes_before_the_pictures_are_read(browser: Any, full: Path) -> None:

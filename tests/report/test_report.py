@@ -134,7 +134,7 @@ def test_no_text_of_strangers_becomes_an_element(small: Path) -> None:
     for tag in ("script", "img", "a", "iframe"):
         assert len(evil.all(tag)) == len([e for e in clean.all(tag)]), f"{tag} elements came out of the text"
     assert not [name for _, attributes in evil.tags for name in attributes if name.startswith("on")]
-    assert not [a for a in evil.all("a") if ":" in (a["href"] or "") or "javascript" in (a["href"] or "")]
+    assert not [a for a in evil.all("a") if ":" in (a.get("href") or "")]
     assert evil.text.count("<script>alert(1)</script>") > 20, "shown letter by letter"
     data = page.split('id="data">')[1].split("</script>")[0]
     assert json.loads(data)["scatters"][0]["metric"] == EVIL
