@@ -49,7 +49,21 @@ ALLOWED: dict[str, set[str]] = {
     "report": BASE | {"report"},
     "stages": BASE
     | ARTIFACTS
-    | {"families", "worlds", "judges", "flow", "objectives", "quant", "models", "device", "training", "export", "metrics", "report", "stages"},
+    | {
+        "families",
+        "worlds",
+        "judges",
+        "flow",
+        "objectives",
+        "quant",
+        "models",
+        "device",
+        "training",
+        "export",
+        "metrics",
+        "report",
+        "stages",
+    },
     "cli": BASE | ARTIFACTS | {"stages", "cli"},
 }
 TYPES_ONLY = {

@@ -149,7 +149,8 @@ def _gallery(bench: Bench, shown: list[int], pictures: Pictures) -> str:
             f'<div class="pictures">{"".join(figures)}</div></section>'
         )
     count = f"{len(shown)} of {len(bench.prompts)} prompts" if len(shown) < len(bench.prompts) else f"All {len(shown)} prompts"
-    note = f"{count}, pictures {pictures.format}; the originals are in pictures/. Every picture opens in full size."
+    note = f"{count}, pictures {pictures.format}; the originals are in pictures/. "
+    note += "A picture opens in full size; there, the arrow keys lead to other artifacts and prompts."
     return f'<h3>All artifacts side by side</h3><p class="soft">{note}</p>{_keys(bench)}<div id="gallery">{"".join(blocks)}</div>'
 
 

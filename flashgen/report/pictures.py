@@ -65,7 +65,7 @@ def embed(out: Path, bench: Bench, shown: list[int]) -> Pictures:
                 break
         else:
             break
-    text = f"as JPEG of quality {quality} and at most {side} px"
+    text = f"as JPEG of quality {quality} and at most {min(side, max(map(max, sides.values())))} px"
     return Pictures({key: _url("jpeg", data) for key, data in jpegs.items()}, links, sides, text)
 
 

@@ -134,6 +134,8 @@ def test_lightbox_works_by_keyboard(browser: Any, full: Path) -> None:
     alt = lambda: box.locator("img").get_attribute("alt")  # noqa: E731
     assert alt() == links.nth(1).locator("img").get_attribute("alt")
     tab.page.wait_for_function("document.querySelector('#lightbox img').complete")
+    assert box.bounding_box() == {"x": 0, "y": 0, "width": 1280, "height": 900}
+    assert box.locator(".close").bounding_box()["y"] < 870, "the buttons are inside of the window"
     tab.screenshot("lightbox", full_page=False)
     for key, index in (("ArrowRight", 2), ("ArrowDown", 8), ("ArrowLeft", 7), ("ArrowUp", 1), ("ArrowUp", 23 * 6 + 1), ("ArrowDown", 1)):
         tab.page.keyboard.press(key)
