@@ -29,8 +29,8 @@ def open_judge(
     """The judge that `spec` names; None for no judge. Without a spec it is that of `world`, if there is one.
 
     `teacher()` gives what draws the teacher's pictures, and its digest, for the judge `teacher`; `reference` has the real pictures for a
-    Frechet distance, or their statistics. Weights are looked for, and their class checked, but nothing large is read. Raises UsageError for a spec
-    that is not known or lacks something, ArtifactError for weights that cannot be used.
+    Frechet distance, or their statistics. Weights are looked for, and their class checked, but nothing large is read. Raises UsageError for
+    a spec that is not known or lacks something, ArtifactError for weights that cannot be used.
     """
     if spec is None:
         return WorldJudge(world) if world else None
