@@ -191,7 +191,7 @@ def write(found: dict[str, Any], page: Path) -> None:
 
 def machine() -> str:
     """The machine and the number of threads."""
-    from flashgen.stages.bench import machine as about
+    from flashgen.metrics.machine import fingerprint as about
 
     found = about()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

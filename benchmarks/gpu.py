@@ -31,9 +31,9 @@ from benchmarks import gpu_parts
 from benchmarks.gpu_page import page
 from benchmarks.gpu_setup import SD35_MEDIUM, TINY, Bench
 from flashgen.errors import MachineError
+from flashgen.metrics.machine import fingerprint as machine
 from flashgen.runtime.accelerator import device_of
 from flashgen.runtime.machines import bf16_peak
-from flashgen.stages.bench import machine
 
 ROOT = Path(__file__).parents[1]
 PAGE, TINY_PAGE = ROOT / "docs" / "gpu.md", ROOT / "artifacts" / "gpu-tiny" / "gpu.md"

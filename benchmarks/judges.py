@@ -25,9 +25,9 @@ from flashgen.judges.base import Drawn, Judgement, Pictures
 from flashgen.judges.command import CommandJudge
 from flashgen.judges.teacher import TeacherJudge
 from flashgen.metrics.intervals import intervals
+from flashgen.metrics.machine import fingerprint as machine
 from flashgen.models.pipeline import load_pipeline
 from flashgen.models.sample import sample
-from flashgen.stages.bench import machine
 
 SEED, START, END = 4000, "<!-- table of benchmarks/judges.py -->\n", "<!-- end of the table -->\n"
 PROGRAM = f"""#!{sys.executable}

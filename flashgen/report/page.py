@@ -24,7 +24,7 @@ NUMBER = re.compile(r"-?[\d.]+(\n\[.*\])?|inf|nan|")
 
 def page(bench: Bench, shown: list[int], pictures: Pictures) -> str:
     """Text of report.html, with the pictures of the prompts `shown`."""
-    plots = {"scatters": scatters(bench), "bars": bars(bench), "letters": bench.letters}
+    plots: dict[str, Any] = {"scatters": scatters(bench), "bars": bars(bench), "letters": bench.letters}
     sections = {
         "Summary": "".join(_table(t, "Summary") for t in summary(bench)),
         "Quality against cost": _scatters(bench, plots["scatters"]),

@@ -415,7 +415,7 @@ def test_bench_ends_with_4_when_a_row_is_worse_than_the_baseline_and_with_2_for_
     from flashgen.stages import bench
 
     monkeypatch.setattr(bench, "measure", measured_at_once)
-    asked, file = ["bench", tiny_student.path, "--per-task", "1"], tmp_path / "a" / "bench.json"
+    asked, file = ["bench", str(tiny_student.path), "--per-task", "1"], tmp_path / "a" / "bench.json"
     flashgen(*asked, "--out", tmp_path / "a")
     flashgen(*asked, "--baseline", file)
     report = json.loads(file.read_text())

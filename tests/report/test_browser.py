@@ -131,7 +131,7 @@ def test_lightbox_works_by_keyboard(browser: Any, full: Path) -> None:
     tab.page.keyboard.press("Enter")
     box = tab.page.locator("#lightbox")
     box.wait_for()
-    alt = lambda: box.locator("img").get_attribute("alt")  # noqa: E731
+    alt: Any = lambda: box.locator("img").get_attribute("alt")  # noqa: E731
     assert alt() == links.nth(1).locator("img").get_attribute("alt")
     tab.page.wait_for_function("document.querySelector('#lightbox img').complete")
     assert box.bounding_box() == {"x": 0, "y": 0, "width": 1280, "height": 900}
@@ -152,14 +152,17 @@ def test_lightbox_works_by_keyboard(browser: Any, full: Path) -> None:
 
 def test_swipe_works_by_keyboard_and_by_pointer(browser: Any, full: Path) -> None:
     tab = Tab(browser, full, viewport={"width": 1280, "height": 900})
-    source = lambda artifact, prompt: tab.page.locator(f"a[data-artifact='{artifact}'][data-prompt='{prompt}'] img").get_attribute("src")  # noqa: E731
+
+    def source(artifact: int, prompt: int) -> Any:
+        return tab.page.locator(f"a[data-artifact='{artifact}'][data-prompt='{prompt}'] img").get_attribute("src")
+
     left, right = tab.page.locator(".stage img.left"), tab.page.locator(".stage img.right")
     assert left.get_attribute("src") == source(0, 0) and right.get_attribute("src") == source(1, 0)
     tab.page.locator("select[name=right]").focus()
     tab.page.keyboard.press("ArrowDown")
     tab.page.locator("select[name=prompt]").select_option("5")
     assert left.get_attribute("src") == source(0, 5) and right.get_attribute("src") == source(2, 5)
-    cut = lambda: left.evaluate("i => getComputedStyle(i).clipPath")  # noqa: E731
+    cut: Any = lambda: left.evaluate("i => getComputedStyle(i).clipPath")  # noqa: E731
     tab.page.locator("#swipe [type=range]").focus()
     before = cut()
     for _ in range(10):
