@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from flashgen.artifact.draft import Origin, begin
 from flashgen.artifact.manifest import Sampler
@@ -18,6 +17,7 @@ from flashgen.flow.grid import shifted_grid
 from flashgen.models.pipeline import Pipeline
 from flashgen.recipe.compression import ExportRecipe, QuantizeRecipe
 from flashgen.recipe.schema import Recipe
+from flashgen.stages import trainings
 from tests import runs
 
 
@@ -40,17 +40,22 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The networks that torch.compile was given. They are traced as for a compiler, but not compiled, which takes a minute and is torch's
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The functions that torch.compile was given. They are traced as for a compiler, but not compiled, which takes minutes and is torch's
     to test."""
-    found, compile_ = list[nn.Module](), torch.compile
+    found, compile_ = list[str](), torch.compile
 
-    def trace(network: nn.Module, **options: Any) -> Any:
-        found.append(network)
-        return compile_(network, backend="eager", **options)
+    def trace(function: Any, **options: Any) -> Any:
+        found.append(function.__qualname__)
+        return compile_(function, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", trace)
-    return found
+    trainings._compiled.cache_clear()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield found
+    trainings._compiled.cache_clear()
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "artifact": {"", "errors", "pixels", "progress", "artifact"},
     "judges": BASE | ARTIFACTS | {"worlds", "judges"},
     "judges.base": {"errors"},
+    "arena": {"errors", "progress", "artifact.files", "recipe.base", "arena"},
     "worlds": {"errors", "judges.base", "worlds"},
     "families": BASE | ARTIFACTS | {"families", "flow"},
     "families.sd3": BASE | ARTIFACTS | {"families", "flow", "models", "device"},
@@ -45,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": BASE | ARTIFACTS | {"families", "flow", "device", "quant", "models"},
     "training": BASE | ARTIFACTS | {"families", "flow", "objectives", "quant", "models", "training"},
     "export": BASE | ARTIFACTS | {"families", "flow", "quant", "models", "device", "export"},
-    "metrics": BASE | ARTIFACTS | {"families", "flow", "models", "device", "metrics"},
+    "metrics": BASE | ARTIFACTS | {"judges.base", "families", "flow", "models", "device", "metrics"},
     "stages": BASE
     | ARTIFACTS
     | {
@@ -63,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "stages",
     },
-    "cli": BASE | ARTIFACTS | {"stages", "cli"},
+    "cli": BASE | ARTIFACTS | {"stages", "arena", "cli"},
 }
 TYPES_ONLY = {
     "families": {"models", "worlds"},

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flashgen import __version__
-from flashgen.cli import teacher
+from flashgen.cli import arena, teacher
 from flashgen.cli.bench import bench
 from flashgen.cli.distill import distill
 from flashgen.cli.export import export
@@ -44,6 +44,7 @@ for name, function in (
     ("show", show),
 ):
     app.command(name)(function)
+app.add_typer(arena.app, name="arena")
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import typer
 
 from flashgen.cli.options import Options, command
 from flashgen.cli.run import choice_of, emit
+from flashgen.errors import UsageError
+from flashgen.progress import say
 
 
 class EngineName(StrEnum):
@@ -33,6 +35,8 @@ def bench(
     size: Annotated[list[str] | None, typer.Option("--size", metavar="PX|WxH", help="default: as trained; repeatable")] = None,
     steps: Annotated[list[int] | None, typer.Option("--steps", metavar="N", min=1, help="default: as trained; repeatable")] = None,
     reference: Annotated[str | None, typer.Option("--reference", metavar="ARTIFACT", help="compare pictures with this one's")] = None,
+    judge: Annotated[list[str] | None, typer.Option("--judge", metavar="SPEC", help="what scores pictures; repeatable")] = None,
+    arena: Annotated[Path | None, typer.Option("--arena", metavar="STUDY", help="build a blind preference test, too")] = None,
     baseline: Annotated[Path | None, typer.Option("--baseline", metavar="FILE", help="exit 4 if worse than this bench.json")] = None,
     tolerance: Annotated[float, typer.Option("--tolerance", metavar="SHARE", min=0, help="of what --baseline allows")] = 0.1,
 ) -> None:
@@ -40,12 +44,21 @@ def bench(
     from flashgen.stages import bench as stage
     from flashgen.stages.bench_rows import Comparison, Grid
 
+    if arena is not None and out is None:
+        raise UsageError("--arena takes the pictures of the bench; add --out DIR")
     opened = stage.open_all(artifacts)
+    recipe = choice_of(options).resolve(opened[0])
     grid = Grid([name.value for name in engine or ()], threads or (), size or (), steps or ())
+    judges = stage.judges_of(opened, recipe, judge or (), options.device)
     report = stage.bench(
-        artifacts, opened, out, choice_of(options).resolve(opened[0]), options.seed, per_task, grid,
-        Comparison(reference, baseline, tolerance), device=options.device, command=shlex.join(["flashgen", *sys.argv[1:]]),
+        artifacts, opened, out, recipe, options.seed, per_task, grid,
+        Comparison(reference, baseline, tolerance), device=options.device, judges=judges, command=shlex.join(["flashgen", *sys.argv[1:]]),
     )  # fmt: skip
     if options.json or out:
         emit(options, str(out), report)
+    if arena is not None and out is not None:
+        from flashgen.arena import study
+
+        study.build(out, arena, study.Settings())
+        say(f"serve it with: flashgen arena serve {arena}")
     stage.check(report)

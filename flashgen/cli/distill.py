@@ -10,7 +10,7 @@ from flashgen.cli.options import STAGE, Options, command
 from flashgen.cli.run import run_stage
 
 
-@command(*STAGE, "on")
+@command(*STAGE, "judge", "on")
 def distill(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="`shapes`, an artifact, a diffusers folder or hf:OWNER/NAME")],
     options: Options,

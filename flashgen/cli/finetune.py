@@ -10,7 +10,7 @@ from flashgen.cli.options import STAGE, Options, command
 from flashgen.cli.run import run_stage
 
 
-@command(*STAGE, "on")
+@command(*STAGE, "judge", "on")
 def finetune(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="an artifact folder, DIR@v0001, or a version")],
     options: Options,

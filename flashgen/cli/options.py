@@ -22,6 +22,10 @@ class Options:
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="artifact folder; a new version appears in it")] = Path()
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="numbers of the run; default: the world's")] = None
     set: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.SUB=VALUE", help="change one number; repeatable")] = None
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="SPEC", help="what scores pictures, as clip:WEIGHTS or command:PROGRAM"),
+    ] = None
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="seed of all randomness")] = 0
     device: Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]|mps", help="where to compute")] = "auto"
     plan: Annotated[bool, typer.Option("--plan", help="print recipe, inputs, output and estimates; start nothing")] = False

@@ -30,6 +30,8 @@ EXTRAS = {
     "bitsandbytes": "nf4",
     "pyarrow": "data",
     "datasets": "data",
+    "starlette": "arena",
+    "uvicorn": "arena",
 }  # extra by module; all others are in `train`
 
 
@@ -73,7 +75,8 @@ def choice_of(options: Options) -> RecipeChoice:
     """The recipe that the options name."""
     from flashgen.stages.inputs import RecipeChoice
 
-    return RecipeChoice(options.recipe, tuple(options.set or ()))
+    judge = [f"judge={json.dumps(options.judge)}"] if options.judge is not None else []
+    return RecipeChoice(options.recipe, (*(options.set or ()), *judge))
 
 
 def emit(options: Options, text: str, record: Mapping[str, Any]) -> None:

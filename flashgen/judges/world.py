@@ -1,15 +1,17 @@
-"""The judge of a world: exact, for the prompts of that world only."""
+"""The judge of a world, which knows its own prompts."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashgen.judges.base import Drawn, Judge, Judgement
-from flashgen.worlds.base import World
+
+if TYPE_CHECKING:
+    from flashgen.worlds.base import World
 
 
 class WorldJudge(Judge):
-    """Share of the pictures that show what their prompt says, overall and per task."""
+    """Which pictures show what their prompt of `world` asks for; `overall` is the unweighted mean of the tasks' pass rates."""
 
     metric = "composition"
 
@@ -17,9 +19,7 @@ class WorldJudge(Judge):
         self.world = world
 
     def identity(self) -> dict[str, Any]:
-        """Metric and world."""
         return {"metric": self.metric, "world": self.world.name}
 
     def judge(self, drawn: Drawn) -> Judgement:
-        """Judge a set of pictures. Raises ValueError for a prompt that is not of the world."""
         return self.world.judge(drawn.pictures, drawn.prompts)

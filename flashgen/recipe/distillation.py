@@ -174,7 +174,7 @@ class DistillRecipe(Model):
         0.25, ge=0, le=1, description="share of samples without the family's droppable text encoder (SD3: T5), so that it can be removed"
     )
     lora: LoraTraining | None = Field(None, description="adapters on one backbone instead of three networks")
-    compile: bool = Field(False, description="torch.compile the networks that make and learn trajectories; needs a C++ compiler")
+    compile: bool = Field(False, description="torch.compile the blocks of teacher, student and fake score; needs a C++ compiler")
     trajectory: TrajectoryTraining = TrajectoryTraining()
     on_policy: OnPolicyTraining = OnPolicyTraining()
     matching: MatchingTraining = MatchingTraining()
@@ -205,8 +205,6 @@ class DistillRecipe(Model):
         if self.strides and (len(self.strides) != self.steps or (sum(self.strides) != teacher_steps and not of_student)):
             total = "the number of steps of start" if of_student else f"trajectory.teacher_steps={teacher_steps}"
             raise ValueError(f"strides must be {self.steps} numbers whose sum is {total}, not {self.strides}; strides=[] makes them even")
-        if self.compile and self.lora:
-            raise ValueError("compile=true does not go with lora, whose roles take turns in one network; set compile=false")
         if self.start and self.lora:
             raise ValueError("lora learns adapters of the teacher's own weights; leave it or start out")
         self._sizes_fit()

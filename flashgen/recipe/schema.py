@@ -32,8 +32,8 @@ class LogRecipe(Model):
 
 
 class ComputeRecipe(Model):
-    """How the trainings of `distill`, `finetune` and `restructure-encoder` use a machine. Only `precision` changes what they learn,
-    up to the order of sums."""
+    """How the trainings of `distill`, `finetune` and `restructure-encoder` use a machine. Only `precision` and `optimizer_bits` change what
+    they learn, up to the order of sums."""
 
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast over float32 weights that learn, bfloat16 weights that do not; losses stay in float32"
@@ -42,6 +42,7 @@ class ComputeRecipe(Model):
         0, description="samples that pass together, whose gradients add up to a batch; 0: all of a process; auto: as many as fit by plan"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more time")
+    optimizer_bits: Literal[32, 8] = Field(32, description="of AdamW's moments; 8 needs bitsandbytes")
 
 
 class BenchRecipe(Model):
@@ -51,6 +52,9 @@ class BenchRecipe(Model):
     warmup: int = Field(1, ge=0, description="pictures drawn before the measured ones")
     repeats: int = Field(5, ge=1, description="pictures measured, one at a time")
     batch: int = Field(30, ge=1, description="pictures drawn together for a quality score")
+    pictures: int = Field(64, ge=1, description="validation prompts of `prompts_file` that are drawn at most where a judge scores pictures")
+    reference: Path | None = Field(None, description="of the judge frechet: a folder of real pictures, or a .npz file of their statistics")
+    judge_timeout_s: float = Field(3600.0, gt=0, description="seconds after which the program of the judge command has failed")
 
 
 class PromptsRecipe(Model):
@@ -75,6 +79,7 @@ class Recipe(Model):
         None, description="prompts to train and calibrate on: .txt, .jsonl, .csv, .tsv, .parquet or hf:OWNER/NAME; null: the world's"
     )
     prompts: PromptsRecipe = PromptsRecipe()
+    judge: str | None = Field(None, description="what scores pictures, as in `--judge`; null: the world's judge where there is one")
     compute: ComputeRecipe = ComputeRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     log: LogRecipe = LogRecipe()

@@ -52,6 +52,11 @@ def check_launch() -> None:
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UsageError("DeepSpeed is not followed; launch with --multi_gpu, or with recipes/accelerate/fsdp2.yaml")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
+        raise UsageError(
+            "fsdp_offload_params is not followed: weights stay on the accelerators that they are sharded over; set it to false, and for "
+            "less memory use more processes, distill.lora, compute.activation_checkpointing=true or a lower compute.micro_batch"
+        )
 
 
 def wait_for_all() -> None:

@@ -28,14 +28,16 @@ from flashgen.runtime.machines import Machine, this_machine
 from flashgen.runtime.processes import check_launch, compute_on, from_first, rank, sharded, wait_for_all
 from flashgen.stages.checkpoints import describes_student
 from flashgen.stages.inputs import RecipeChoice, open_input, sampler_of, world_of
+from flashgen.stages.judging import count_pictures, judge_of
 from flashgen.stages.planning import Plan, largest_micro_batch
-from flashgen.stages.prompts import UNJUDGED_PICTURES, OwnPrompts, own_prompts, prompts_key
+from flashgen.stages.prompts import OwnPrompts, own_prompts, prompts_key
 from flashgen.stages.tracking import check_trackers, tracked
 
 if TYPE_CHECKING:
     import torch
 
     from flashgen.families.base import Family
+    from flashgen.judges.base import Judge
     from flashgen.worlds.base import World
 
 
@@ -50,7 +52,7 @@ class Result:
     metrics: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     validate: bool = True  # draw validation pictures with the written networks, and judge them where there is a judge
-    least: float = 0.0  # score below which nothing is published
+    floor: tuple[float, float] | None = None  # (score of the input, share of it that must be left for the result to be published)
 
 
 @dataclass
@@ -157,22 +159,20 @@ class Stage(ABC):
         """The part of `settings` that stands for the training prompts."""
         return {} if self.prompts is None else prompts_key(self.recipe, self.prompts)
 
-    def judge_key(self) -> dict[str, Any]:
-        """The part of `settings` on which a choice by score depends."""
-        return {"per_task": self.recipe.bench.per_task} if self.world is not None else {}
-
     @property
     def num_validation_pictures(self) -> int:
-        """Pictures that validate the result: the world's prompts, or the first few of the recipe's own."""
-        per_task = self.recipe.bench.per_task
-        if self.world is not None:
-            return len(self.world.tasks) * per_task
-        return min(UNJUDGED_PICTURES, len(self.prompts.validation if self.prompts else [])) if per_task else 0
+        """Pictures that validate the result: the world's prompts, or some of the recipe's own: more where a judge scores them."""
+        return count_pictures(self)
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """What scores pictures; None where nothing does. Raises FlashgenError, as `open_judge`."""
+        return judge_of(self.source, self.recipe, self.source.manifest.sampler, self.device_name)
 
     @property
     def judges(self) -> bool:
-        """Whether pictures can be scored: the inputs have a world, and `bench.per_task` is not 0."""
-        return self.world is not None and self.recipe.bench.per_task > 0
+        """Whether pictures are scored: there is a judge, and `bench.per_task` is not 0."""
+        return self.judge is not None and self.num_validation_pictures > 0
 
 
 def prepare(
@@ -209,6 +209,8 @@ def prepare(
     for role, artifact in inputs.items():
         if artifact.manifest.family != stage.source.manifest.family:
             raise UsageError(f"{role} {artifact.path} is of the family {artifact.manifest.family}, not {stage.source.manifest.family}")
+    if source is not None:
+        stage.judge  # noqa: B018  one that cannot be used is an error now
     stage.check()
     check_trackers(stage)
     return stage

@@ -28,6 +28,7 @@ from flashgen.stages.bench_files import bytes_by_component, check_writable, clea
 from flashgen.stages.bench_quality import NOT_JUDGED, compare_pictures, judge_rows
 from flashgen.stages.bench_rows import Comparison, Grid, PlannedRow, plan_rows
 from flashgen.stages.inputs import open_input, world_of
+from flashgen.stages.judging import judge_of
 from flashgen.stages.prompts import own_prompts
 
 if TYPE_CHECKING:
@@ -130,6 +131,17 @@ def check(report: Mapping[str, Any]) -> None:
             f"worse than {baseline['file']} beyond --tolerance {baseline['tolerance']:g}{noisy}: {'; '.join(baseline['worse'])}. "
             "Mend it, or accept it as a new baseline with --out DIR"
         )
+
+
+def judges_of(opened: Sequence[Artifact], recipe: Recipe, specs: Sequence[str], device: str = "auto") -> list[Judge]:
+    """The judges that `specs` name, or the recipe; without both that of the world which all artifacts share. `teacher` is the first's."""
+    source, shared = opened[0], len({world.name if (world := world_of(artifact)) else None for artifact in opened}) == 1
+    judges = []
+    for spec in specs or [recipe.judge]:
+        judge = judge_of(source, recipe.model_copy(update={"judge": spec}), source.manifest.sampler, device)
+        if judge is not None and (shared or not isinstance(judge, WorldJudge)):
+            judges.append(judge)
+    return judges
 
 
 def open_all(artifacts: list[str]) -> list[Artifact]:

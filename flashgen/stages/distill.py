@@ -17,6 +17,7 @@ from flashgen.pixels import Size
 from flashgen.recipe.distillation import DistillRecipe
 from flashgen.stages.base import Result, Stage, Takes
 from flashgen.stages.checkpoints import describe_student
+from flashgen.stages.judging import judge_key
 from flashgen.stages.pictures import SETTINGS, PictureSource, picture_source, real_pictures
 from flashgen.stages.planning import Plan
 from flashgen.stages.sizes import check_size
@@ -24,6 +25,8 @@ from flashgen.stages.trainings import (
     Networks,
     check_compiler,
     check_matching,
+    check_optimizer,
+    compute_key,
     plain_config,
 )
 from flashgen.stages.trajectories import (
@@ -104,7 +107,8 @@ class Distill(Stage):
             check_size(self.family, configs_in(self.source.path), self.sampler, size, "distill.sizes=")
         check_matching(self, config.matching, config.batches)
         self.pictures  # noqa: B018  one that cannot be used is an error now
-        if config.compile and config.needs_trajectories:
+        check_optimizer(self)
+        if config.compile:
             check_compiler("distill.compile=false")
 
     def _check_followed(self, start: Artifact) -> None:
@@ -123,11 +127,10 @@ class Distill(Stage):
             raise UsageError(f"{name} has {sampler.num_steps} steps; {strides}")
 
     def settings(self) -> dict[str, Any]:
-        choice = self.judge_key() if self.config.matching.validate_every else {}  # the best round depends on it
-        precision = {"precision": self.recipe.compute.precision}
+        choice = judge_key(self) if self.config.matching.validate_every else {}  # the best round depends on it
         pictures = {"pictures": self.pictures.digest} if self.pictures else {}
         unkeyed = UNKEYED if self.config.sizes else UNKEYED | {"sizes": True}  # students from before there were sizes stay up to date
-        return self.config.model_dump(mode="json", exclude=unkeyed) | precision | choice | pictures | self.prompts_key()
+        return self.config.model_dump(mode="json", exclude=unkeyed) | compute_key(self) | choice | pictures | self.prompts_key()
 
     def plan_with(self, micro_batch: int) -> Plan:
         from flashgen.stages.distill_plan import plan
@@ -154,10 +157,8 @@ class Distill(Stage):
         del text
         pipe = load_pipeline(source, getattr(torch, config.lora.base) if config.lora else torch.float32, "training", self.device)
         teacher, student, fake_score = self._networks(pipe)
-        micro_batch, checkpoint = self.micro_batch, self.recipe.checkpoint
+        micro_batch, checkpoint, optimizer_bits = self.micro_batch, self.recipe.checkpoint, self.recipe.compute.optimizer_bits
         shapes = [latent_shape(pipe, size) for size in self.sizes]
-        if config.compile:  # torch would give up compiling after eight shapes of all networks
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(shapes))
         steps_of = self._trajectory_source(teacher)
         nodes = student_grid(config, steps_of.sigmas)
         sampler = Sampler(**{**self.taught.model_dump(), "sigmas": nodes, "guidance": 1.0, "trained_steps": [config.steps], "scales": None})
@@ -168,15 +169,15 @@ class Distill(Stage):
         replays = [cached_steps(self, part, steps_of, nodes, shape, draft.cache, followed) for part, shape in parts]
         if replays and config.trajectory.iterations:
             regress(
-                student, replays[0], nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", config.compile, validate,
-                micro_batch, replays[1:],
+                student, replays[0], nodes, config.trajectory, self.seed, work, checkpoint, "trajectory", validate,
+                micro_batch, replays[1:], optimizer_bits,
             )  # fmt: skip
         if replays and config.on_policy.iterations:
             visited = [on_policy_steps(self, part, steps_of, nodes, shape, work, student) for part, shape in parts]
             replays = [replay.extended(other) for replay, other in zip(replays, visited, strict=True)]
             regress(
-                student, replays[0], nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", config.compile, validate,
-                micro_batch, replays[1:],
+                student, replays[0], nodes, config.on_policy, self.seed, work, checkpoint, "on_policy", validate,
+                micro_batch, replays[1:], optimizer_bits,
             )  # fmt: skip
         del steps_of  # one more network where it is a student
         metrics = {}
@@ -200,7 +201,7 @@ class Distill(Stage):
 
     def _networks(self, pipe: Pipeline) -> tuple[nn.Module, nn.Module, nn.Module | None]:
         """(teacher, student, fake score), all as the teacher at first, unless the student starts from another."""
-        networks, teacher = Networks.of(self), pipe.transformer
+        networks, teacher = Networks.of(self, self.config.compile), pipe.transformer
         if lora := self.config.lora:
             roles = networks.roles(teacher, lora, "student", "fake_score", seed=self.seed)
             return roles[0], roles[1], roles[2]
@@ -222,7 +223,7 @@ class Distill(Stage):
         if self.follows_start:
             sampler = self.inputs["start"].manifest.sampler
             assert sampler is not None
-            return TrajectorySource(Networks.of(self).frozen(self._start()), sampler.sigmas)
+            return TrajectorySource(Networks.of(self, self.config.compile).frozen(self._start()), sampler.sigmas)
         return guided_teacher(teacher, self.taught.shift, self.recipe)
 
     def _match(
@@ -244,6 +245,7 @@ class Distill(Stage):
         task = Task(
             "matching", pool, nodes, first.shape, self.seed, self.config.encoder_drop, first.replay,
             micro_batch=self.micro_batch, shift=self.taught.shift, pictures=first.pictures, others=others,
+            optimizer_bits=self.recipe.compute.optimizer_bits,
         )  # fmt: skip
         matcher = Matcher(task, Roles(student, teacher, fake_score), self.config.matching, self.family)
 

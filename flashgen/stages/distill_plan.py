@@ -26,7 +26,7 @@ MEMORY_ADVICE = (
 def plan(stage: Distill, micro_batch: int) -> Plan:
     """What `stage` needs with `micro_batch` samples that pass together (0: all of a process)."""
     footprint, config = Footprint(stage.source), stage.config
-    lora, matching = config.lora, config.matching
+    lora, matching, bits = config.lora, config.matching, stage.recipe.compute.optimizer_bits
     forwards_of = [footprint.forward(size) for size in config.all_sizes]
     one, latent = max(forwards_of, key=lambda forward: forward.tokens), fmean(forward.latent for forward in forwards_of)
     held, (states, on_policy, cached, prompts) = (
@@ -54,7 +54,7 @@ def plan(stage: Distill, micro_batch: int) -> Plan:
     transformers = 2 if matching.validate_every and matching.iterations and stage.judges else 1  # the best validation's and the last
     shared = stored + 2 * states * latent
     disk = shared + 2 * on_policy * latent + 2 * transformers * footprint.transformer.count
-    disk += held.learned * (checkpoint_bytes(config, stage.recipe.checkpoint.keep) + (2 if lora else 0))  # the LoRA file
+    disk += held.learned * (checkpoint_bytes(config, stage.recipe.checkpoint.keep, bits) + (2 if lora else 0))  # the LoRA file
     number = "bf16" if held.bytes_each == 2 else "fp32"
     work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * fmean(f.multiply_adds for f in forwards_of)}
     advice = {"train": MEMORY_ADVICE, "trajectories": MEMORY_ADVICE}
@@ -70,8 +70,9 @@ def _held(stage: Distill, footprint: Footprint, one: Forward) -> Held:
     frozen = 2 if (lora.base if lora else stage.recipe.compute.precision) == "bfloat16" else 4
     count = footprint.transformer.count
     learned = adapter_count(footprint.transformer, lora, footprint.family.lora_targets) if lora else footprint.learnable
-    moments = [moment_bytes(part) for part in (config.trajectory, config.on_policy) if part.iterations]
-    moments += [2 * moment_bytes(matching)] if matching.iterations else []
+    bits = stage.recipe.compute.optimizer_bits
+    moments = [moment_bytes(part, bits) for part in (config.trajectory, config.on_policy) if part.iterations]
+    moments += [2 * moment_bytes(matching, bits)] if matching.iterations else []
     parts = [part for part in (config.trajectory, config.on_policy, matching) if part.iterations]
     return Held(
         stage, footprint, one, float(frozen * count + 4 * count * stage.follows_start), 2 if lora or matching.iterations else 1, learned,

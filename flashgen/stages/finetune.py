@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flashgen.artifact.draft import Draft
-from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.errors import NumericsError, UsageError
 from flashgen.flow.grid import check_nested, shifted_grid
 from flashgen.models.footprint import Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.distillation import FinetuneRecipe, MatchingTraining
 from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.inputs import teacher_of
+from flashgen.stages.judging import judge_key
 from flashgen.stages.needs import Held, has_heads, passing
 from flashgen.stages.pictures import SETTINGS, PictureSource, add_pictures, picture_source, real_pictures
 from flashgen.stages.planning import Plan
@@ -24,6 +25,8 @@ from flashgen.stages.trainings import (
     adapter_count,
     check_compiler,
     check_matching,
+    check_optimizer,
+    compute_key,
     guided_forwards,
     matching_state,
     moment_bytes,
@@ -71,7 +74,7 @@ class Finetune(Stage):
         return self.judges or len(self.config.merge_high) > 1
 
     def open_more(self) -> None:
-        self.inputs["teacher"] = _teacher_of(self.source)
+        self.inputs["teacher"] = teacher_of(self.source)
 
     def check(self) -> None:
         config, sampler = self.config, self.sampler
@@ -80,13 +83,14 @@ class Finetune(Stage):
         self.pictures  # noqa: B018  one that cannot be used is an error now
         if self.follows_teacher:
             check_nested(sampler.sigmas, shifted_grid(self.recipe.distill.trajectory.teacher_steps, sampler.shift))
-            if self.recipe.distill.compile:
-                check_compiler("distill.compile=false")
+        check_optimizer(self)
+        if self.recipe.distill.compile:
+            check_compiler("distill.compile=false")
         if self.chooses and not self.judges:
-            why = "bench.per_task=0 draws nothing" if self.world else f"{self.source.path} belongs to no world with a judge"
+            why = "bench.per_task=0 draws nothing" if self.judge else f"{self.source.path} belongs to no world with a judge"
             raise UsageError(
                 f"finetune.merge_high={config.merge_high} leaves a choice, and {why}; give one, as in --set finetune.merge_high=[0.7] "
-                "(the paper's), or use an artifact of a world with --set bench.per_task=1 or more"
+                "(the paper's), or a judge, as in --judge clip:hf:openai/clip-vit-base-patch16, with --set bench.per_task=1 or more"
             )
         if config.lora and config.lora.base != "float32":
             raise UsageError("finetune merges dense networks in float32; leave finetune.lora.base out")
@@ -94,8 +98,7 @@ class Finetune(Stage):
             raise UsageError("finetune.lora with matching.ida < 1 would mix adapters of different networks; leave one of them out")
 
     def settings(self) -> dict[str, Any]:
-        precision = {"precision": self.recipe.compute.precision}
-        borrowed: dict[str, Any] = {"encoder_drop": self.recipe.distill.encoder_drop} | precision | self.judge_key()
+        borrowed: dict[str, Any] = {"encoder_drop": self.recipe.distill.encoder_drop} | compute_key(self) | judge_key(self)
         if self.follows_teacher:
             used = {"teacher_steps", "prompts", "guidance", "guidance_interval", "skip_layers"}
             trajectory = self.recipe.distill.trajectory.model_dump(include=used, exclude_none=True)
@@ -124,7 +127,8 @@ class Finetune(Stage):
         memory |= {"embed": text | {"student": 4.0 * footprint.transformer.count}, "train": held.training(rows) | encoders}
         shared = stored + 2 * states * one.latent
         disk = shared + 2 * footprint.transformer.count
-        disk += (2 * self.recipe.checkpoint.keep + 1) * matching_state(matching) * held.learned  # per branch, and one that is being written
+        state = matching_state(matching, self.recipe.compute.optimizer_bits)
+        disk += (2 * self.recipe.checkpoint.keep + 1) * state * held.learned  # per branch, and one that is being written
         number = "bf16" if held.bytes_each == 2 else "fp32"
         work = {"bf16": text_adds, number: text_adds * (number == "bf16") + forwards * one.multiply_adds}
         advice = "use --set compute.activation_checkpointing=true and a lower compute.micro_batch, or --set finetune.lora.rank=64"
@@ -137,9 +141,10 @@ class Finetune(Stage):
         """What the training of a branch holds: the student, both branches, the teacher and one dense fake score, or all adapters."""
         config, matching, count = self.config, self.config.matching, footprint.transformer.count
         learned = adapter_count(footprint.transformer, config.lora, footprint.family.lora_targets) if config.lora else footprint.learnable
+        moments = 2 * moment_bytes(matching, self.recipe.compute.optimizer_bits)
         size, students = 2 if self.recipe.compute.precision == "bfloat16" else 4, 2 if config.lora else 1
         return Held(
-            self, footprint, one, float((size + 4 * students) * count), 4 if config.lora else 3, learned, 2 * moment_bytes(matching),
+            self, footprint, one, float((size + 4 * students) * count), 4 if config.lora else 3, learned, moments,
             config.lora is not None, size, self.sampler.num_steps, matching.batch, has_heads(matching, self.sampler.num_steps),
             matching.validate_every > 0, ("student and teacher", "branches and fake scores"), 4.0 * count,
         )  # fmt: skip
@@ -147,33 +152,33 @@ class Finetune(Stage):
     def make(self, draft: Draft) -> Result:
         from flashgen.models.pipeline import load_pipeline
         from flashgen.models.save import save_changed
-        from flashgen.stages.report import judge
+        from flashgen.stages.report import CHOICE_SEED, grid_prompts, judge
 
         config, sampler = self.config, self.sampler
         pipe = load_pipeline(self.source.path, weights="training", device=self.device)
-        before = judge(self, pipe, sampler).values if self.judges else None
+        before = judge(self, pipe, sampler).mean if self.judges else None
         high, low = self._train_branches(pipe, draft)
         ratios = config.merge_high if high is not low else [1.0]
-        if before is None:
+        if before is None or self.judge is None:
             merge(pipe.transformer, high, low, ratios[0])
             save_changed(draft, self.source.path, self.family, {"transformer": pipe.transformer})
             return Result(sampler, {"choice": "not judged", "merge_high": ratios[0]})
-        scores = {}
+        metric, better, count, scores = self.judge.metric, self.judge.better, len(grid_prompts(self, CHOICE_SEED)), {}
         for ratio in ratios:
             merge(pipe.transformer, high, low, ratio)
             scores[ratio] = judge(self, pipe, sampler).mean
-            say(f"merged {ratio:g} high : {1 - ratio:g} low: composition {scores[ratio]:.3f} on {len(before)} choice prompts")
-        best, score = max(scores, key=lambda ratio: scores[ratio]), float(before.mean())
-        say(f"input {score:.3f}, best merge {best:g}: {scores[best]:.3f}")
-        if score - scores[best] > config.allow_worse:
+            say(f"merged {ratio:g} high : {1 - ratio:g} low: {metric} {scores[ratio]:.3f} on {count} choice prompts")
+        best = max(scores, key=lambda ratio: better(scores[ratio]))
+        say(f"input {before:.3f}, best merge {best:g}: {scores[best]:.3f}")
+        if better(before) - better(scores[best]) > config.allow_worse:
             raise NumericsError(
-                f"fine-tuning made the student worse: composition {score:.3f} -> {scores[best]:.3f} on {len(before)} prompts, "
+                f"fine-tuning made the student worse: {metric} {before:.3f} -> {scores[best]:.3f} on {count} prompts, "
                 f"more than finetune.allow_worse={config.allow_worse:g} below. Lower finetune.matching.lr or raise "
                 "finetune.matching.fake_score_warmup; --set finetune.allow_worse=1 publishes it nevertheless"
             )
         merge(pipe.transformer, high, low, best)
         save_changed(draft, self.source.path, self.family, {"transformer": pipe.transformer})
-        choice = {"input": score, **{f"merge {ratio:g}": value for ratio, value in scores.items()}}
+        choice = {"input": before, **{f"merge {ratio:g}": value for ratio, value in scores.items()}}
         return Result(sampler, {"choice": choice, "merge_high": best})
 
     def _train_branches(self, pipe: Pipeline, draft: Draft) -> tuple[nn.Module, nn.Module]:
@@ -188,7 +193,7 @@ class Finetune(Stage):
         from flashgen.training.matching import Matcher, Roles, Task, train_matching
 
         config, sampler, nodes, work = self.config, self.sampler, self.sampler.sigmas, draft.work
-        networks, text = Networks.of(self), load_pipeline(self.source.path, weights="text", device=self.device)
+        networks, text = Networks.of(self, self.recipe.distill.compile), load_pipeline(self.source.path, weights="text", device=self.device)
         pictures = real_pictures(self, self.pictures, config.matching, sampler, text, draft.cache)[0] if self.pictures else None
         pool = stage_pool(self, config.matching.prompts, self.seed + 2, text, sampler, draft.cache)
         trajectories = self.recipe.distill.trajectory
@@ -210,6 +215,7 @@ class Finetune(Stage):
                 task = Task(
                     name, pool, nodes, shape, self.seed + 10 + number, self.recipe.distill.encoder_drop, replay, train_nodes,
                     lambda sigma: high if sigma > config.split else low, self.micro_batch, sampler.shift, pictures,
+                    optimizer_bits=self.recipe.compute.optimizer_bits,
                 )  # fmt: skip
                 fake_score = fake_scores[number] if config.lora else networks.learning(self._teacher())
                 matcher = Matcher(task, Roles(branch, teacher, fake_score), matching, self.family)
@@ -266,20 +272,3 @@ def merge(target: nn.Module, high: nn.Module, low: nn.Module, weight_high: float
     with torch.no_grad():
         for into, h, lo in zip(target.parameters(), high.parameters(), low.parameters(), strict=True):
             into.copy_(full(torch.lerp(lo, h, weight_high)))
-
-
-def _teacher_of(student: Artifact) -> Artifact:
-    """The teacher in the lineage of `student`, by path, checked by digest; a restructured student's is found through its parents."""
-    current = student
-    while True:
-        parents = {parent.role: parent for parent in current.manifest.parents}
-        if (parent := parents.get("teacher")) is not None:
-            teacher = open_artifact(parent.path, ("teacher",))
-            if teacher.manifest.digest != parent.digest:
-                raise ArtifactError(f"the teacher at {parent.path} is not the one {current.path} was made from; distill again")
-            return teacher
-        if (parent := parents.get("student")) is None:
-            raise ArtifactError(f"{student.path} names no teacher; finetune takes the output of flashgen distill")
-        current = open_artifact(parent.path, ("student",))
-        if current.manifest.digest != parent.digest:
-            raise ArtifactError(f"the student at {parent.path} is not the one {student.path} was made from; distill again")

@@ -63,6 +63,24 @@ def sampler_of(artifact: Artifact) -> Sampler:
     return manifest.sampler
 
 
+def teacher_of(student: Artifact) -> Artifact:
+    """The teacher in the lineage of `student`, by path, each step checked by digest; a teacher's is itself."""
+    current = student
+    while current.manifest.kind != "teacher":
+        parents = {parent.role: parent for parent in current.manifest.parents}
+        if (parent := parents.get("teacher")) is not None:
+            made_from = open_artifact(parent.path, ("teacher",))
+        elif current.manifest.parents:
+            parent = current.manifest.parents[0]
+            made_from = open_artifact(parent.path)
+        else:
+            raise ArtifactError(f"{student.path} names no teacher; it is no output of flashgen distill, and none was made from one")
+        if made_from.manifest.digest != parent.digest:
+            raise ArtifactError(f"the {parent.role} at {parent.path} is not the one {current.path} was made from; make it again")
+        current = made_from
+    return current
+
+
 @dataclass(frozen=True)
 class RecipeChoice:
     """A recipe as the command line names it; without a name it is the default of the artifact's world."""

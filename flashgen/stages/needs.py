@@ -25,7 +25,7 @@ class Held:
     frozen: float
     networks: int
     learned: int
-    moments: int
+    moments: float
     adapters: bool
     bytes_each: int  # of a number in activations
     steps: int = 0  # of the student
@@ -53,7 +53,7 @@ class Held:
         from flashgen.training.ranks import BUCKET
 
         machine, learned = self.stage.machine, self.learned / self.stage.machine.shards
-        parts = self.weights() | {"gradients": 4.0 * learned, "optimizers": float(self.moments * learned)}  # gradients of one at a time
+        parts = self.weights() | {"gradients": 4.0 * learned, "optimizers": self.moments * learned}  # gradients of one at a time
         offloaded = machine.accelerated and not self.adapters and not machine.sharded  # as `training.roles.offloads`
         averages = 4.0 * (1 + (self.validates and self.stage.judges))  # bytes per weight, with the best validation's
         saved = 4.0 * self.networks + self.moments + averages  # of a checkpoint, of which each process copies a part

@@ -16,9 +16,10 @@ from flashgen.models.footprint import PROGRAM, Footprint, Parts
 from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
+from flashgen.stages.judging import judged_alike
 from flashgen.stages.needs import Held, passing
 from flashgen.stages.planning import Plan
-from flashgen.stages.trainings import Networks, moment_bytes, regression_state
+from flashgen.stages.trainings import Networks, check_optimizer, compute_key, moment_bytes, regression_state
 from flashgen.stages.trajectories import embedding_room, own_steps, prompt_needs, stage_pool
 
 if TYPE_CHECKING:
@@ -66,15 +67,11 @@ class RestructureEncoder(Stage):
             )
         if self.trains:
             self.require_prompts()
+            check_optimizer(self)
 
     def settings(self) -> dict[str, Any]:
         prompts = self.prompts_key() if self.trains else {}
-        return (
-            self.config.model_dump(mode="json", exclude={"floor"})
-            | {"mode": self.mode}
-            | prompts
-            | {"precision": self.recipe.compute.precision}
-        )
+        return self.config.model_dump(mode="json", exclude={"floor"}) | {"mode": self.mode} | prompts | compute_key(self)
 
     def plan_with(self, micro_batch: int) -> Plan:
         footprint, config, steps = Footprint(self.source), self.config, self.sampler.num_steps
@@ -90,7 +87,8 @@ class RestructureEncoder(Stage):
                 memory["trajectories"] = held.sampling(micro_batch, steps + 1, False) | encoders
             shared = stored + 2 * states * held.one.latent
             kept = self.recipe.checkpoint.keep * (2 if self.mode == "compact" and config.iterations else 1)
-            disk = shared + 2 * held.learned + (kept + 1) * regression_state(config) * held.learned  # one more while it is being written
+            state = regression_state(config, self.recipe.compute.optimizer_bits)
+            disk = shared + 2 * held.learned + (kept + 1) * state * held.learned  # one more while it is being written
             advice = "use --mode zeros, or --mode prune with --set restructure.iterations=0, which load nothing"
             tokens = self.sampler.tokens[footprint.family.text_encoders[self.how.encoder].tokens]
             adds += config.embedding * config.batch * 3 * held.learned * tokens
@@ -111,7 +109,7 @@ class RestructureEncoder(Stage):
             float(size * count),
             1,
             learned,
-            moment_bytes(self.config),
+            moment_bytes(self.config, self.recipe.compute.optimizer_bits),
             False,
             size,
             names=("student", "successor"),
@@ -129,16 +127,19 @@ class RestructureEncoder(Stage):
         bytes_after = sum(f.stat().st_size for f in (draft.path / encoder).glob("*")) if after.has_all_encoders else 0
         tokens = {"before": sum(sampler.tokens.values()), "after": sum(after.tokens.values())}
         sizes = {"encoder_bytes": {"before": bytes_before, "after": bytes_after}, "bytes_saved": bytes_before - bytes_after}
-        return Result(after, {**sizes, "text_tokens": tokens}, least=self._least())
+        return Result(after, {**sizes, "text_tokens": tokens}, floor=self._floor())
 
-    def _least(self) -> float:
-        """The score below which nothing is published; 0 where nothing can be compared."""
-        scores = self.source.manifest.metrics.get("composition")
+    def _floor(self) -> tuple[float, float] | None:
+        """(the student's own score, `restructure.floor`), or None where nothing can be compared."""
+        judge, metrics = self.judge, self.source.manifest.metrics
+        if not self.config.floor:
+            return None
+        scores = metrics.get(judge.metric) if judge and self.judges else None
         before = scores.get("overall") if isinstance(scores, dict) else None
-        if self.config.floor and (not isinstance(before, float) or not self.judges):
-            say("restructure.floor is not applied: the student or its successor is not judged")
-            return 0.0
-        return self.config.floor * before if isinstance(before, float) else 0.0
+        if judge is None or not isinstance(before, float) or not judged_alike(judge, metrics):
+            say("restructure.floor is not applied: the student or its successor is not judged, or not by the same judge")
+            return None
+        return before, self.config.floor
 
     def _trained(self, draft: Draft) -> dict[str, nn.Module]:
         """The network that takes over, by the component that it replaces."""
@@ -153,6 +154,7 @@ class RestructureEncoder(Stage):
         del text
         networks, pipe = Networks.of(self), load_pipeline(self.source.path, weights="training", device=self.device)
         options: dict[str, Any] = {"device": self.device, "micro_batch": self.micro_batch}
+        options["optimizer_bits"] = self.recipe.compute.optimizer_bits
         shape = latent_shape(pipe, self.sampler.size_px)
         slim = networks.learning(copy.deepcopy(pipe.transformer)) if self.mode == "prune" else None
         student = networks.frozen(pipe.transformer)

@@ -7,6 +7,8 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import MachineError, UsageError
@@ -33,18 +35,22 @@ BEST_STATE = 4  # bytes of a checkpoint per learned weight for the best weights,
 
 @dataclass(frozen=True)
 class Networks:
-    """How a training holds its networks: on `device`, computing in `dtype`, as `compute` says, and sharded where the launch asks for it."""
+    """How a training holds its networks: on `device`, computing in `dtype`, as `compute` says, and sharded where the launch asks for it.
+
+    With `compiled` their blocks go through torch.compile.
+    """
 
     device: torch.device
     dtype: torch.dtype
     compute: ComputeRecipe
     family: Family
+    compiled: bool = False
 
     @classmethod
-    def of(cls, stage: Stage) -> Networks:
+    def of(cls, stage: Stage, compiled: bool = False) -> Networks:
         """Raises MachineError when the device cannot compute in the recipe's precision."""
         compute = stage.recipe.compute
-        return cls(stage.device, dtype_of(compute.precision, stage.device), compute, stage.family)
+        return cls(stage.device, dtype_of(compute.precision, stage.device), compute, stage.family, compiled)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -53,51 +59,100 @@ class Networks:
 
     def frozen(self, network: nn.Module) -> nn.Module:
         """`network`, in place, without gradient and in `dtype`."""
-        from flashgen.training.shards import shard
-
-        return shard(network.requires_grad_(False).to(self.device, self.dtype), self.family)
+        return self._finished(network.requires_grad_(False).to(self.device, self.dtype))
 
     def learning(self, network: nn.Module) -> nn.Module:
         """`network`, in place, with gradient: float32 weights, passes in `dtype`, activations recomputed where the recipe asks for it."""
-        from flashgen.training.shards import shard
-
         compute_in(network, self.autocast)
         if self.compute.activation_checkpointing:
             network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
-        return shard(network.requires_grad_(True).to(self.device), self.family)
+        return self._finished(network.requires_grad_(True).to(self.device))
 
     def roles(self, network: nn.Module, lora: LoraTraining, *names: str, seed: int) -> tuple[Role, ...]:
         """`training.roles.roles_on`, with adapters inside autocast."""
         from flashgen.training.roles import roles_on
-        from flashgen.training.shards import shard
 
         compute_in(network, self.autocast)
         checkpointing, targets = self.compute.activation_checkpointing, self.family.lora_targets
         roles = roles_on(network, lora, *names, seed=seed, targets=targets, checkpointing=checkpointing)
-        shard(network, self.family)
+        self._finished(network)
         return roles
 
+    def _finished(self, network: nn.Module) -> nn.Module:
+        from flashgen.training.shards import shard
 
-def moment_bytes(training: Training) -> int:
-    """Bytes of an optimizer's state per weight: two moments, or one where beta1 is 0. Muon, with one, is counted as AdamW."""
-    return 4 if training.betas[0] == 0 else 8
+        shard(network, self.family)
+        if self.compiled:
+            compile_blocks(network, self.family)
+        return network
 
 
-def regression_state(training: Training) -> int:
+def compile_blocks(network: nn.Module, family: Family) -> None:
+    """Let each block of `network` run through torch.compile, in place; the rest of a pass is not compiled.
+
+    Blocks of one kind share what is compiled, for batches and pictures of any size, since the number of rows changes from round to
+    round. Hooks on blocks stay outside, so they may come and go.
+    """
+    import torch
+
+    torch._dynamo.config.recompile_limit = 256  # kinds of blocks, adapters, with or without gradient, one sample or several: 8 are too few
+    for block in family.blocks(network):
+        kind: Any = type(block)  # mypy: no Hashable
+        block.__class__ = _compiled(kind)
+
+
+@cache
+def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` with a compiled forward method: a compiled method of each block would refer to its block, which would outlive its network."""
+    import torch
+
+    return type(kind.__name__, (kind,), {"forward": torch.compile(kind.forward, dynamic=True)})
+
+
+def moment_bytes(training: Training, bits: int) -> float:
+    """Bytes of an optimizer's state per weight: two moments of `bits`, or one where beta1 is 0 and `bits` 32.
+
+    Moments of 8 bits have a scale per 256 numbers. Muon, with one moment of 32 bits, is counted as AdamW, but not below its own.
+    """
+    if bits == 32:
+        return 4 if training.betas[0] == 0 else 8
+    return 4 if getattr(training, "muon_lr", 0) or getattr(training, "fake_score_muon_lr", 0) else 2 * (1 + 4 / 256)
+
+
+def regression_state(training: Training, bits: int) -> float:
     """Bytes of a regression's checkpoint per learned weight: weights, EMA, moments."""
-    return 8 + moment_bytes(training)
+    return 8 + moment_bytes(training, bits)
 
 
-def matching_state(matching: MatchingTraining) -> int:
+def matching_state(matching: MatchingTraining, bits: int) -> float:
     """Bytes of matching's checkpoint per learned weight: student, fake score, EMA, moments of two."""
-    return 12 + 2 * moment_bytes(matching) + (BEST_STATE if matching.validate_every else 0)
+    return 12 + 2 * moment_bytes(matching, bits) + (BEST_STATE if matching.validate_every else 0)
 
 
-def checkpoint_bytes(config: DistillRecipe, keep: int) -> int:
+def checkpoint_bytes(config: DistillRecipe, keep: int, bits: int) -> float:
     """Bytes of all checkpoints of `distill` per learned weight; a checkpoint is written beside the `keep` that stay."""
-    sizes = [regression_state(part) for part in (config.trajectory, config.on_policy) if part.iterations]
-    sizes += [matching_state(config.matching)] if config.matching.iterations else []
+    sizes = [regression_state(part, bits) for part in (config.trajectory, config.on_policy) if part.iterations]
+    sizes += [matching_state(config.matching, bits)] if config.matching.iterations else []
     return keep * sum(sizes) + max(sizes, default=0)
+
+
+def compute_key(stage: Stage) -> dict[str, Any]:
+    """The settings of `compute` that change what is learned. Students from before there were `optimizer_bits` stay up to date."""
+    compute = stage.recipe.compute
+    return {"precision": compute.precision} | ({"optimizer_bits": compute.optimizer_bits} if compute.optimizer_bits != 32 else {})
+
+
+def check_optimizer(stage: Stage) -> None:
+    """Raises MachineError without the package for 8-bit moments, and UsageError for such moments of sharded weights."""
+    if stage.recipe.compute.optimizer_bits == 32:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise MachineError(
+            "compute.optimizer_bits=8 needs bitsandbytes, which is not installed: pip install 'flashgen[nf4]', "
+            "or --set compute.optimizer_bits=32"
+        )
+    if stage.machine.sharded:
+        raise UsageError("compute.optimizer_bits=8 does not go with FSDP2, whose shards bitsandbytes cannot update; set it to 32")
 
 
 def check_matching(stage: Stage, matching: MatchingTraining, batches: list[int]) -> None:

@@ -7,7 +7,7 @@ trajectories of the run before.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,8 +149,6 @@ def _steps(
     folder: Path,
     student: nn.Module | None = None,
 ) -> Replay:
-    import torch
-
     from flashgen.randomness import generator
     from flashgen.training.cache import cache_trajectories
 
@@ -158,9 +156,6 @@ def _steps(
     pool = pool.dropping(config.encoder_drop, generator(stage.seed, DROP_STREAM))
     if student is not None:
         pool = pool.part(slice(-(-config.on_policy.prompts * len(pool) // config.trajectory.prompts)))
-    if config.compile:
-        compiled: Any = torch.compile(steps_of.net, dynamic=False)
-        steps_of = replace(steps_of, net=compiled)
     return cache_trajectories(steps_of, pool, nodes, shape, stage.seed, folder, student=student, micro_batch=stage.micro_batch)
 
 

@@ -65,12 +65,12 @@ class Checkpoint:
         step, window, folders = 0, list[dict[str, float]](), checkpoints(self.folder)
         if folders:
             saved = read_state(folders[-1])
-            sizes, tensors = read_sizes(folders[-1]), dict[str, Tensor]()
+            entries, tensors = read_entries(folders[-1]), dict[str, Tensor]()
             for key, item in self.state.items():
                 if key in saved["numbers"]:
                     item.load_state_dict(saved["numbers"][key])  # type: ignore[attr-defined]  # modules and optimizers have no numbers
                 if isinstance(item, Optimizer):
-                    _make_room(item, {name.removeprefix(f"{key}."): size for name, size in sizes.items() if name.startswith(f"{key}.")})
+                    _make_room(item, {name.removeprefix(f"{key}."): e for name, e in entries.items() if name.startswith(f"{key}.")})
                 tensors |= {f"{key}.{name}": value for name, value in _entries(item) if isinstance(value, Tensor)}
             read_tensors(folders[-1], tensors)
             step, window = int(saved["step"]), saved["window"]
@@ -151,13 +151,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise _damaged(checkpoint, error) from error
 
 
-def read_sizes(checkpoint: Path) -> dict[str, torch.Size]:
-    """Sizes of a checkpoint's full tensors by name. Raises ArtifactError if it is damaged."""
+def read_entries(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Sizes and types of a checkpoint's full tensors by name. Raises ArtifactError if it is damaged."""
     try:
         metadata: dict[str, Any] = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise _damaged(checkpoint, error) from error
-    return {name: entry.size for name, entry in metadata.items()}
+    return {name: (entry.size, entry.properties.dtype) for name, entry in metadata.items()}
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
@@ -178,21 +178,22 @@ def _entries(item: Stateful) -> Iterator[tuple[str, Any]]:
     """
     if isinstance(item, Optimizer):
         for place, parameter in enumerate(_parameters(item)):
-            yield from ((f"{place}.{key}", value) for key, value in item.state.get(parameter, {}).items())
+            state: dict[str, Any] = item.state.get(parameter, {})
+            yield from ((f"{place}.{key}", torch.as_tensor(value)) for key, value in state.items())  # bitsandbytes counts steps in an int
         return
     buffers = dict(item.named_buffers()) if isinstance(item, nn.Module) else {}
     yield from ((name, value) for name, value in item.state_dict().items() if name not in buffers)
 
 
-def _make_room(optimizer: Optimizer, sizes: Mapping[str, torch.Size]) -> None:
-    """Give an optimizer, which makes its state in its first step, the state of these sizes, for a checkpoint to fill."""
+def _make_room(optimizer: Optimizer, entries: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Give an optimizer, which makes its state in its first step, a state of these sizes and types, for a checkpoint to fill."""
     parameters = _parameters(optimizer)
     fused = any(group.get("fused") for group in optimizer.param_groups)  # keeps the number of steps beside the parameters
-    for name, size in sizes.items():
+    for name, (size, dtype) in entries.items():
         place, key = name.split(".")
         p = parameters[int(place)]
-        device = p.device if fused else torch.device("cpu")
-        optimizer.state[p][key] = torch.zeros_like(p) if size == p.shape else torch.zeros(size, device=device)
+        device = p.device if fused or size else torch.device("cpu")
+        optimizer.state[p][key] = torch.zeros_like(p, dtype=dtype) if size == p.shape else torch.zeros(size, dtype=dtype, device=device)
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -97,7 +97,7 @@ class Log:
     def _machine(self, step: int) -> dict[str, float]:
         on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-        machine = {"memory_gib": round(memory / 2**30, 3), "checkpoint_s": round(self.saving_s, 3)}
+        machine = {"memory_gib": round(memory / 2**30, 3), "checkpoint_s": round(self.saving_s, 6)}
         seconds, cost = time.monotonic() - self.since - self.saving_s, self.logging.costs.get(self.name)
         if cost is None or seconds <= 0:
             return machine

@@ -74,6 +74,7 @@ class Task:
     shift: float = 1.0
     pictures: RealPictures | None = None
     others: Sequence[Bucket] = ()
+    optimizer_bits: int = 32
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -115,7 +116,7 @@ class Matcher:
         self.net_at = task.net_at or (lambda _: student)  # no reference to this object, which would outlive its run by it
         self.weights = {term: torch.tensor(w, device=task.device) for term, w in config.node_weights(len(task.nodes) - 1).items()}
         self.optimizers, self.fake_score_optimizers = (
-            muon_and_adamw(network, family.blocks(unwrap(network)), config, lr=lr, muon_lr=muon_lr)
+            muon_and_adamw(network, family.blocks(unwrap(network)), config, lr=lr, muon_lr=muon_lr, bits=task.optimizer_bits)
             for network, lr, muon_lr in (
                 (self.student, config.lr, config.muon_lr),
                 (self.fake_score, config.fake_score_lr, config.fake_score_muon_lr),

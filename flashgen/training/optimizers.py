@@ -84,11 +84,19 @@ class AdamWithoutMomentum(torch.optim.Optimizer):
 
 
 def muon_and_adamw(
-    network: nn.Module, blocks: Sequence[nn.Module], config: Training, *, lr: float, muon_lr: float, weight_decay: float = 0.0
+    network: nn.Module,
+    blocks: Sequence[nn.Module],
+    config: Training,
+    *,
+    lr: float,
+    muon_lr: float,
+    weight_decay: float = 0.0,
+    bits: int = 32,
 ) -> list[torch.optim.Optimizer]:
     """Muon on the matrices of `network` that lie in its `blocks`, AdamW on all other parameters; `weight_decay` is Muon's alone.
 
     An optimizer without parameters is left out: Muon with `muon_lr` 0 or without blocks, AdamW where every parameter is such a matrix.
+    `bits` are those of AdamW's moments, 32 or 8; Muon's momentum stays in 32.
     """
     inside = {id(p) for block in blocks for p in block.parameters() if muon_lr and p.ndim == 2}
     matrices = [p for p in network.parameters() if id(p) in inside]
@@ -97,12 +105,21 @@ def muon_and_adamw(
     if matrices:
         optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=config.muon_momentum))
     if others:
-        optimizers.append(adam(others, lr, config.betas))
+        optimizers.append(adam(others, lr, config.betas, bits))
     return optimizers
 
 
-def adam(parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """AdamW without weight decay; fused on GPUs, and without a stored first moment where beta1 is 0."""
+def adam(parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], bits: int = 32) -> torch.optim.Optimizer:
+    """AdamW without weight decay; fused on GPUs, and without a stored first moment where beta1 is 0.
+
+    With 8 `bits` bitsandbytes' AdamW8bit, which always stores both moments, and those of tensors below 4096 numbers in 32 bits.
+    """
+    if bits == 8:
+        import bitsandbytes
+
+        library: Any = bitsandbytes  # its functions have no types
+        optimizer: torch.optim.Optimizer = library.optim.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=0.0)
+        return optimizer
     if betas[0] == 0:
         return AdamWithoutMomentum(parameters, lr, betas[1])
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=parameters[0].device.type == "cuda" or None)

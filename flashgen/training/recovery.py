@@ -104,6 +104,7 @@ def recover(
     blocks: Sequence[nn.Module] = (),
     device: torch.device = CPU,
     micro_batch: int = 0,
+    optimizer_bits: int = 32,
 ) -> None:
     """Minimise `loss` over the parameters of `network` that require gradient (it goes to these only); it ends with its EMA weights.
 
@@ -111,7 +112,7 @@ def recover(
     an encoder. `device` is where the networks are; at most `micro_batch` samples pass together (0: all of a process).
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizers = muon_and_adamw(network, blocks, config, lr=config.lr, muon_lr=config.muon_lr)
+    optimizers = muon_and_adamw(network, blocks, config, lr=config.lr, muon_lr=config.muon_lr, bits=optimizer_bits)
     ema = Ema(network, config.ema, offloads(network))
 
     def step_fn(step: int) -> dict[str, Metric]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +39,16 @@ def regress(
     work: Path,
     checkpoint: CheckpointRecipe,
     name: Literal["trajectory", "on_policy"] = "trajectory",
-    compiled: bool = False,
     validate: Validate | None = None,
     micro_batch: int = 0,
     others: Sequence[Replay] = (),
+    optimizer_bits: int = 32,
 ) -> None:
     """Regress the student's velocity at the starts of cached steps onto their average velocity. Gradient: `student` only.
 
     The student ends with its EMA weights, which `validate` gets every `config.validate_every` steps. It sees the conditioning that the
-    source saw, since a difference that its own conditioning does not tell would end in a blur. `compiled` uses torch.compile for
-    the shapes of this run alone: shapes that an earlier run has compiled must not decide the order of sums. At most `micro_batch` samples
-    pass together (0: all of a process), and their gradients add up. `others` are steps of pictures of further sizes; an update is of one
+    source saw, since a difference that its own conditioning does not tell would end in a blur. At most `micro_batch` samples pass
+    together (0: all of a process), and their gradients add up. `others` are steps of pictures of further sizes; an update is of one
     size, which all processes draw.
     """
     device, replays = replay.pool.device, [replay, *others]
@@ -58,9 +57,8 @@ def regress(
         torch.tensor(by_step("node_draws", config.node_draws, len(nodes) - 1), dtype=torch.float32),
     )
     parameters, blocks = list(student.parameters()), replay.pool.family.blocks(unwrap(student))
-    optimizers = muon_and_adamw(student, blocks, config, lr=config.lr, muon_lr=config.muon_lr)
+    optimizers = muon_and_adamw(student, blocks, config, lr=config.lr, muon_lr=config.muon_lr, bits=optimizer_bits)
     ema, validation = Ema(student, config.ema, offloads(student)), Validation(validate, name, config.iterations, config.validate_every)
-    learner: Any = torch.compile(student, dynamic=False) if compiled else student
 
     def step_fn(step: int) -> dict[str, Metric]:
         draws = Draws(config.batch, seed, STREAMS[name], step, device=device)
@@ -72,7 +70,7 @@ def regress(
             for part in slices(len(rows), micro_batch or len(rows)):
                 at = node[part]
                 x_from, x_to, cond = cached.at(rows[part], at)
-                v = velocity(learner, x_from, sigmas[at], cond)
+                v = velocity(student, x_from, sigmas[at], cond)
                 yield len(at) / len(rows) * trajectory_loss(v, x_from, x_to, sigmas[at], sigmas[at + 1], config.huber)
 
         loss, norm = descend(losses(), parameters, optimizers, clip=config.clip, where=f"{name} step {step}")

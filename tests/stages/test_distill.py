@@ -21,7 +21,9 @@ from flashgen.families.conditioning import Conditioning
 from flashgen.flow.grid import shifted_grid
 from flashgen.models.pipeline import Pipeline, load_pipeline
 from flashgen.models.prompts import encode_prompts
-from flashgen.stages import distill, trajectories
+from flashgen.runtime.machines import Machine
+from flashgen.stages import distill, finetune, trainings, trajectories
+from flashgen.stages.base import prepare
 from flashgen.training import cache as caching
 from flashgen.training import loop, matching, prompts, regression
 from flashgen.training.cache import Replay
@@ -239,28 +241,56 @@ def test_strides_say_which_of_the_teachers_steps_the_student_takes(chain: Chain,
             micro("distill.trajectory.teacher_steps=6", f"distill.strides={wrong}")
 
 
-def test_teacher_and_student_are_compiled_for_trajectories_and_on_policy_regression(
-    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: list[torch.nn.Module]
+@pytest.mark.parametrize("kind", ["adapters", "finetune"])
+def test_blocks_are_compiled_in_every_training(
+    kind: str, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: list[str]
 ) -> None:
-    monkeypatch.setattr(distill, "check_compiler", lambda _: None)
-    more = ["distill.on_policy.iterations=1", "distill.on_policy.batch=4", "distill.on_policy.prompts=8"]
-    student = runs.distill(str(chain.teacher.path), tmp_path, micro("distill.compile=true", *more))
-    top, learner = traced[:2]
-    assert [id(net) for net in traced] == [id(top), id(learner)] * 2 and top is not learner
-    assert load_pipeline(student.path).transformer.state_dict().keys() == top.state_dict().keys()
+    for stage in (distill, finetune):
+        monkeypatch.setattr(stage, "check_compiler", lambda _: None)
+    curves = []
+    for compiled in ("false", "true"):
+        lora = ["distill.lora.rank=4"] if kind == "adapters" else []
+        recipe = micro(
+            f"distill.compile={compiled}",
+            "distill.on_policy.iterations=1",
+            "distill.on_policy.batch=4",
+            "distill.on_policy.prompts=8",
+            *lora,
+        )
+        if kind == "finetune":
+            student = runs.finetune(str(chain.student.path), tmp_path / compiled, recipe)
+        else:
+            student = runs.distill(str(chain.teacher.path), tmp_path / compiled, recipe)
+        assert traced == (["JointTransformerBlock.forward"] if compiled == "true" else [])
+        curves.append([json.loads(line) for line in (student.path / "stats.jsonl").read_text().splitlines()])
+    for eager, fused in zip(*curves, strict=True):
+        for key in eager.keys() - {"phase", "time", "machine"}:
+            assert fused[key] == pytest.approx(eager[key], rel=1e-3), (eager["phase"], key)
 
 
-def test_compiling_wants_a_compiler_and_networks_of_their_own(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_wants_a_compiler(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = micro("distill.compile=true")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MachineError, match=r"there is no 'no-such-compiler'; .* --set distill\.compile=false"):
         runs.distill(str(chain.teacher.path), tmp_path / "out", recipe)
     with pytest.raises(MachineError, match=r"--set distill\.compile=false"):
-        runs.finetune(str(chain.student.path), tmp_path / "out", micro("distill.compile=true", "finetune.matching.node_trajectory=[1]"))
+        runs.finetune(str(chain.student.path), tmp_path / "out", recipe)
     with pytest.raises(MachineError, match=r"--set teacher\.flow\.compile=false"):
         runs.train(micro("teacher.flow.compile=true"), tmp_path / "teacher")
-    with pytest.raises(UsageError, match="compile=true does not go with lora"):
-        micro("distill.compile=true", "distill.lora.rank=4")
+
+
+@pytest.mark.parametrize("name", ["distill", "finetune", "restructure"])
+def test_moments_of_8_bits_want_their_package_and_unsharded_weights(name: str, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, recipe = runs.stage(name), micro("compute.optimizer_bits=8")
+    refs = {next(iter(kind.takes)): (chain.teacher if name == "distill" else chain.student).path}
+    monkeypatch.setattr(trainings, "find_spec", lambda _: None)
+    with pytest.raises(MachineError, match=r"pip install 'flashgen\[nf4\]'"):
+        prepare(kind, refs, recipe)
+    monkeypatch.setattr(trainings, "find_spec", lambda _: True)
+    with pytest.raises(UsageError, match="does not go with FSDP2"):
+        prepare(kind, refs, recipe, on=Machine(8e10, processes=2, accelerated=True, sharded=True))
+    key = prepare(kind, refs, recipe).settings()
+    assert key.pop("optimizer_bits") == 8 and key == prepare(kind, refs, micro()).settings()
 
 
 def test_distill_stops_before_a_step_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:

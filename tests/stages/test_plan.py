@@ -21,7 +21,7 @@ from flashgen.pixels import Size
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
 from flashgen.runtime import machines
-from flashgen.stages import planning
+from flashgen.stages import planning, trainings
 from flashgen.stages.base import prepare
 from flashgen.stages.distill import Distill
 from flashgen.stages.planning import Plan
@@ -165,9 +165,26 @@ def test_checkpoints_are_counted_twice_where_one_replaces_another(tiny_teacher: 
 def test_kept_checkpoints_are_counted(name: str, chain: Chain) -> None:
     source = chain.teacher if name == "distill" else chain.student
     one, three = (plan_of(name, source, micro(f"checkpoint.keep={keep}", "distill.on_policy.iterations=0")) for keep in (1, 3))
-    learned, matching = Footprint(source).learnable, matching_state(micro().distill.matching)
+    learned, matching = Footprint(source).learnable, matching_state(micro().distill.matching, 32)
     states = {"distill": 16 + matching, "finetune": 2 * matching, "restructure": 16}  # of all trainings of a stage
     assert three.disk - one.disk == 2 * states[name] * learned
+
+
+@pytest.mark.parametrize("name", ["distill", "finetune", "restructure"])
+def test_moments_of_8_bits_are_counted_and_change_what_a_run_is(name: str, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainings, "find_spec", lambda _: True)
+    source = chain.teacher if name == "distill" else chain.student
+    with_muon = [f"{at}.muon_lr=1e-3" for at in ("distill.trajectory", "distill.matching", "finetune.matching", "restructure")]
+    without = [setting.replace("1e-3", "0") for setting in with_muon]
+    without += [f"{at}.matching.fake_score_muon_lr=0" for at in ("distill", "finetune")]
+    full, eight, muon = (
+        plan_of(name, source, micro(*without, f"compute.optimizer_bits={bits}", *more))
+        for bits, more in ((32, []), (8, []), (8, with_muon))
+    )
+    sizes = [plan.memory["train"]["optimizers"] / Footprint(source).learnable for plan in (full, eight, muon)]
+    two = name != "restructure"
+    assert sizes == pytest.approx([8, 4.0625 if two else 2.03125, 8 if two else 4])
+    assert eight.disk < full.disk
 
 
 def test_prompts_take_16_bits_where_any_encoder_is_large(tiny_teacher: Artifact) -> None:

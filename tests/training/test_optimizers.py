@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flashgen.families.sd3 import SD3
 from flashgen.randomness import generator
 from flashgen.recipe.base import Training
 from flashgen.recipe.distillation import LoraTraining
+from flashgen.recipe.schema import CheckpointRecipe
+from flashgen.stages.trainings import moment_bytes
+from flashgen.training.checkpoint import Checkpoint
 from flashgen.training.optimizers import Muon, muon_and_adamw, orthogonalise
 from flashgen.training.roles import roles_on, unwrap
 from flashgen.training.schedule import cosine, hold_then_decay, set_rates
@@ -57,8 +61,7 @@ def test_a_zero_gradient_moves_nothing() -> None:
 
 
 def optimizers_of(network: nn.Module, **changes: Any) -> list[torch.optim.Optimizer]:
-    config, rates = Training(**changes), {"lr": 0.01, "muon_lr": 0.1}
-    return muon_and_adamw(network, SD3().blocks(unwrap(network)), config, **rates)
+    return muon_and_adamw(network, SD3().blocks(unwrap(network)), Training(**changes), lr=0.01, muon_lr=0.1)
 
 
 def test_each_parameter_has_exactly_one_optimizer_and_muon_gets_matrices_of_blocks(transformer: Callable[[int], nn.Module]) -> None:
@@ -78,6 +81,42 @@ def test_muon_gets_all_of_an_adapter_whose_matrices_lie_in_blocks(transformer: C
     _, student = roles_on(transformer(0), LoraTraining(rank=2), "student", seed=0, targets=SD3.lora_targets)
     (muon,) = optimizers_of(student)
     assert isinstance(muon, Muon) and [id(p) for p in muon.param_groups[0]["params"]] == [id(p) for p in student.parameters()]
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_moments_of_8_bits_step_nearly_as_those_of_32_and_a_resumed_training_steps_the_same(beta1: float, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config, g = Training(betas=(beta1, 0.99)), generator(0, 3)
+    gradients = [torch.randn(96, 64, generator=g) for _ in range(8)]
+
+    def network() -> nn.Linear:
+        made = nn.Linear(64, 96)
+        for parameter in made.parameters():
+            nn.init.zeros_(parameter)
+        return made
+
+    def train(network: nn.Linear, optimizer: torch.optim.Optimizer, steps: slice) -> Tensor:
+        for gradient in gradients[steps]:
+            network.weight.grad, network.bias.grad = gradient.clone(), gradient[:, 0].clone()
+            optimizer.step()
+        return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+    networks = [network() for _ in range(3)]
+    (full,), (eight,), (fresh,) = (
+        muon_and_adamw(net, [], config, lr=0.01, muon_lr=0, bits=bits) for net, bits in zip(networks, (32, 8, 8), strict=True)
+    )
+    expected, found = train(networks[0], full, slice(5)), train(networks[1], eight, slice(5))
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.15
+    stored = sum(value.nbytes for name, value in eight.state[networks[1].weight].items() if name.startswith(("state", "absmax")))
+    assert stored == moment_bytes(config, 8) * networks[1].weight.numel()
+    saved = Checkpoint(tmp_path, {"network": networks[1], "adamw": eight}, CheckpointRecipe())
+    saved.save(5, [])
+    saved.close()
+    again = Checkpoint(tmp_path, {"network": networks[2], "adamw": fresh}, CheckpointRecipe())
+    assert again.load()[0] == 5
+    again.close()
+    rest = slice(5, None)
+    assert torch.equal(train(networks[1], eight, rest), train(networks[2], fresh, rest))
 
 
 def test_learning_rates_warm_up_and_end_at_their_floor(transformer: Callable[[int], nn.Module]) -> None:

@@ -71,7 +71,7 @@ MULTI = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dyn
 FSDP = ["--config_file", str(Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp2.yaml")]
 ADVERSARIAL = "node_adversarial=[0, 1, 0, 0]"  # so that one process may have nothing to judge
 DENSE = [
-    "distill.compile=true",
+    "distill.compile=false",  # docs/lab-log.md, 2026-11-30: with it the same holds, after ten minutes of compiling
     "distill.on_policy.iterations=10",
     "distill.on_policy.batch=8",
     "distill.on_policy.prompts=150",  # parts of 128: one process has nothing of its own to compute
@@ -155,7 +155,9 @@ def assert_alike(ones: list[dict[str, Any]], twos: list[dict[str, Any]]) -> None
             assert two[key] == pytest.approx(one[key], rel=1e-3), (one["phase"], one["step"], key)
 
 
-@pytest.mark.parametrize(("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_DEEPSPEED", "true")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_DEEPSPEED", "true"), ("FSDP_OFFLOAD_PARAMS", "true")]
+)
 def test_a_launch_that_is_not_followed_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="not followed"):

@@ -75,20 +75,6 @@ def test_draws_that_fit_no_grid_are_refused(draws: list[float]) -> None:
         DistillRecipe(steps=2, trajectory=TrajectoryTraining(node_draws=draws))
 
 
-def test_compiled_training_learns_the_same_and_leaves_an_ordinary_network(
-    transformer: Build, replay: Replay, tmp_path: Path, traced: list[nn.Module]
-) -> None:
-    config, learned = TrajectoryTraining(iterations=2, batch=4, lr=1e-3), []
-    for compiled in (False, True):
-        student = transformer(0).requires_grad_(True)
-        regress(student, replay, shifted_grid(2, 3.0), config, 0, tmp_path / str(compiled), CHECKPOINT, compiled=compiled)
-        learned.append(dict(student.state_dict()))
-    eager, fused = learned
-    assert len(traced) == 1 and traced[0] is student
-    assert not same(list(eager.values()), weights(transformer(0)))
-    assert eager.keys() == fused.keys() and all(torch.allclose(eager[key], fused[key], atol=1e-5) for key in eager)
-
-
 def test_validation_gets_the_averaged_weights_after_every_so_many_steps_and_the_last(
     transformer: Build, replay: Replay, tmp_path: Path
 ) -> None:
