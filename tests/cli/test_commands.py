@@ -384,7 +384,7 @@ def measured_at_once(rows: Any, prompts: list[str], seeds: list[int], how: Any, 
     """In place of `measure`: 0.1 s for everything and black pictures."""
     for row in rows:
         laps = {"load": [0.1], "encode": [0.1], "step": [0.1] * (len(row.job.sigmas) - 1), "decode": [0.1]}
-        about = {"engine": row.job.engine, "device": "cpu", "threads": 1, "peak_rss_mib": 1.0, "peak_phase_mib": None}
+        about = {"engine": row.job.engine, "device": "cpu", "threads": 1, "peak_rss_mib": 1.0, "peak_phase_mib": {}}
         row.first = about | {"laps": laps}
         row.rounds = [row.first] * how.repeats
     return {row.pictures_key: np.zeros((len(prompts), 64, 64, 3), np.uint8) for row in rows}
@@ -405,7 +405,8 @@ def test_bench_prints_its_report_as_json_or_the_folder_it_wrote(
     assert [prompt["seed"] for prompt in report["prompts"]] == [5 + i for i in range(6)] and row["pictures_measured"] == 3
     assert flashgen("bench", tiny_student.path, "--per-task", "1").stdout == ""
     out = tmp_path / "report"
-    assert flashgen("bench", tiny_student.path, "--per-task", "1", "--out", out).stdout == f"{out}\n"
+    result = flashgen("bench", tiny_student.path, "--per-task", "1", "--out", out)
+    assert result.stdout == f"{out}\n", result.stderr
     assert {path.name for path in out.iterdir()} >= {"bench.json", "contact-sheet.png", "pictures", "report.html"}
 
 
