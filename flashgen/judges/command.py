@@ -188,11 +188,13 @@ def _write(drawn: Drawn, folder: Path) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Stop `process` and what it started."""
+    """Stop `process`, and what it started, if it still runs; the number of one that ended may already be another group's."""
+    if process.poll() is not None:
+        return
     if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError, PermissionError):  # the group is gone; macOS says the latter for one that only has zombies
+        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter for a group that only has zombies
             os.killpg(process.pid, signal.SIGKILL)
-    elif process.poll() is None:
+    else:
         process.kill()
     process.wait()
 
