@@ -14,7 +14,7 @@ from flashgen.artifact.files import sha256
 from flashgen.artifact.manifest import hash_json
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import PromptsRecipe, Recipe
-from flashgen.stages.rows import Row, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
+from flashgen.stages.rows import Row, json_rows, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
 
 UNJUDGED_PICTURES = 8  # prompts that are drawn where no judge scores pictures
 HUB, OPTION = "hf:", "prompts_file="
@@ -108,6 +108,8 @@ def _rows(source: Path, how: PromptsRecipe) -> Iterator[tuple[str, Row]]:
     match source.suffix.lower():
         case ".jsonl":
             return jsonl_rows(source, OPTION)
+        case ".json":
+            return json_rows(source, OPTION)
         case ".csv" | ".tsv" as suffix:
             return table_rows(source, OPTION, "," if suffix == ".csv" else "\t")
         case ".parquet":

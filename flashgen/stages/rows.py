@@ -1,4 +1,4 @@
-"""Rows of text, .jsonl, .csv, .tsv and .parquet files, with messages for what cannot be read.
+"""Rows of text, .json, .jsonl, .csv, .tsv and .parquet files, with messages for what cannot be read.
 
 `option` precedes the file in messages, as in `prompts_file=`. Rows come with their place, for messages, too.
 """
@@ -40,9 +40,30 @@ def jsonl_rows(path: Path, option: str) -> Iterator[tuple[str, Row]]:
         yield f", line {number}", row
 
 
+def json_rows(path: Path, option: str) -> Iterator[tuple[str, Row]]:
+    """(place, row) of every item of a JSON list, or of the list `annotations` of an object, as MS-COCO's captions are.
+
+    Raises UsageError for anything else.
+    """
+    try:
+        data = json.loads("".join(text_lines(path, option)))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{option}{path} is not JSON ({error}); write the file again") from error
+    items = data.get("annotations") if isinstance(data, dict) else data
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UsageError(f"{option}{path} is no JSON list of objects, nor an object with such a list under 'annotations'; use .jsonl")
+    yield from ((f", item {number}", item) for number, item in enumerate(items, 1))
+
+
 def table_rows(path: Path, option: str, delimiter: str) -> Iterator[tuple[str, Row]]:
-    """(place, row) of every line of a table whose first line names the columns. Raises UsageError for broken quotes."""
-    reader = csv.DictReader(text_lines(path, option), delimiter=delimiter, strict=True, restval="")
+    """(place, row) of every line of a table whose first line names the columns. Raises UsageError for broken quotes.
+
+    A cell of a .tsv file may go on behind its closing quote, all of which is text then: PartiPrompts has `"G I G G L E" painted ...`.
+    """
+    lines = text_lines(path, option)
+    if delimiter == "\t":
+        lines = (_escaped(line) for line in lines)
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True, restval="")
     try:
         for row in reader:
             row.pop(None, None)  # cells beyond the header
@@ -51,6 +72,16 @@ def table_rows(path: Path, option: str, delimiter: str) -> Iterator[tuple[str, R
         raise UsageError(
             f"{option}{path} cannot be read behind line {reader.line_num} ({error}); double the quotes inside of cells"
         ) from error
+
+
+def _escaped(line: str) -> str:
+    """A line of a .tsv file, in which cells that begin with a quote and end behind the closing one are quoted as a whole."""
+    end = line[len(line.rstrip("\r\n")) :]
+    cells = [
+        '"' + cell.replace('"', '""') + '"' if cell.startswith('"') and not cell.endswith('"') and cell.count('"') % 2 == 0 else cell
+        for cell in line.rstrip("\r\n").split("\t")
+    ]
+    return "\t".join(cells) + end
 
 
 @contextmanager

@@ -116,7 +116,6 @@ def test_every_new_name_is_a_field_that_loads() -> None:
         ("quantize={scheme: nf4, method: hqq}", "leave them out"),
         ("quantize={method: hqq, symmetric: true}", "set symmetric to false"),
         ("quantize.group=channel", "without budget and low_rank_tolerance"),
-        ("distill={compile: true, lora: {rank: 4}}", "set compile=false"),
         ("distill={trajectory: {node_draws: [0]}}", "give one a number above 0"),
         ("distill.on_policy={iterations: 1, prompts: 4096}", "are the first of trajectory.prompts=2048"),
     ],

@@ -44,6 +44,7 @@ def own(file: Path | str, **how: Any) -> OwnPrompts:
 def files(tmp_path: Path) -> Iterator[dict[str, Path]]:
     """The same rows in every format that needs no extra."""
     texts = {
+        "json": json.dumps({"info": {}, "annotations": ROWS}),
         "txt": "\ufeffa cat\r\n\n two, dogs \na bird",
         "jsonl": "\n".join(json.dumps(row) for row in ROWS) + "\n\n",
         "csv": "\ufeff" + CSV,
@@ -52,6 +53,19 @@ def files(tmp_path: Path) -> Iterator[dict[str, Path]]:
     for suffix, text in texts.items():
         (tmp_path / f"rows.{suffix}").write_text(text, encoding="utf-8")
     yield {suffix: tmp_path / f"rows.{suffix}" for suffix in texts}
+
+
+def test_quotes_in_a_tsv_file_may_be_text(tmp_path: Path) -> None:
+    file = tmp_path / "PartiPrompts.tsv"
+    file.write_text('Prompt\tCategory\n"G I G G L E" painted on a wall\tArt\n"two\nlines, ""quoted"""\tArt\nthe word "hi"\tArt\n')
+    assert own(file, column="Prompt").training == ['"G I G G L E" painted on a wall', 'two\nlines, "quoted"', 'the word "hi"']
+
+
+@pytest.mark.parametrize("text", ["{", "3", '{"annotations": 3}', "[1, 2]"])
+def test_json_that_is_no_list_of_rows_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(UsageError, match=r"rows\.json is (no|not) JSON"):
+        own(tmp_path / "rows.json")
 
 
 def test_the_same_rows_are_read_from_every_format(files: dict[str, Path]) -> None:
