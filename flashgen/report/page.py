@@ -24,11 +24,11 @@ NUMBER = re.compile(r"-?[\d.]+(\n\[.*\])?|inf|nan|")
 
 def page(bench: Bench, shown: list[int], pictures: Pictures) -> str:
     """Text of report.html, with the pictures of the prompts `shown`."""
-    plots: dict[str, Any] = {"scatters": scatters(bench), "bars": bars(bench), "letters": bench.letters}
+    scattered, barred = scatters(bench), bars(bench)
     sections = {
         "Summary": "".join(_table(t, "Summary") for t in summary(bench)),
-        "Quality against cost": _scatters(bench, plots["scatters"]),
-        "Tasks": _bars(bench, plots["bars"]) + "".join(_table(t) for t in parts(bench)),
+        "Quality against cost": _scatters(bench, scattered),
+        "Tasks": _bars(bench, barred) + "".join(_table(t) for t in parts(bench)),
         "Pictures": _swipe(bench, shown, pictures) + _gallery(bench, shown, pictures),
         "Measurements": "".join(_table(t) for t in measurements(bench)),
         "Lineage": "".join(_table(t) for t in lineage(bench)),
@@ -52,7 +52,7 @@ def page(bench: Bench, shown: list[int], pictures: Pictures) -> str:
         sections="\n".join(f'<section id="{ids[title]}"><h2>{title}</h2>\n{content}</section>' for title, content in sections.items()),
         version=flashgen.__version__,
         licences=escape("\n".join((FOLDER / "vendor" / f"{name}.LICENSE").read_text(encoding="utf-8") for name in LIBRARIES)),
-        data=island(plots),
+        data=island({"scatters": scattered, "bars": barred, "letters": bench.letters}),
         scripts="\n".join(f"<script>{code}</script>" for code in codes),
     )
 

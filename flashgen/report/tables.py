@@ -167,7 +167,7 @@ def scatters(bench: Bench) -> list[dict[str, Any]]:
     for metric in bench.metrics:
         up = bench.higher_is_better(metric) is not False
         for cost in ("seconds per picture", "MiB"):
-            points = list[dict[str, Any]]()
+            points: list[dict[str, Any]] = []
             for letter, result in zip(bench.letters, bench.results, strict=True):
                 seconds = cost == "seconds per picture"
                 x = result.latency_s.get("total_p50") if seconds else result.size_mib

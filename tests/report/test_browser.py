@@ -18,6 +18,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAINT = """() => new Promise((resolve) => new PerformanceObserver((list) =>
     resolve(list.getEntriesByName("first-contentful-paint")[0]?.startTime)).observe({ type: "paint", buffered: true }))"""
+DECODED = "(i) => Promise.race([i.decode().then(() => i.naturalWidth), new Promise((resolve) => setTimeout(resolve, 60000, 0))])"
 HIDDEN_BY_WIDTH = """() => [...document.querySelectorAll("main *")].filter((e) => e.getBoundingClientRect().right > innerWidth + 1 &&
     !e.closest(".scroll") && !e.closest("svg")).map((e) => e.outerHTML.slice(0, 80))"""
 # Contrast of WCAG between the colour of text and the first background below it, for elements with text of their own.
@@ -82,7 +83,7 @@ def test_page_opens_without_errors_and_without_network(browser: Any, full: Path)
     assert tab.messages == []
     assert [url for url in tab.requests if not url.startswith("data:")] == [tab.url]
     tab.page.locator("#gallery img").last.scroll_into_view_if_needed()
-    tab.page.wait_for_function("[...document.querySelectorAll('#gallery img')].at(-1).naturalWidth === 512")  # pictures load when seen
+    assert tab.page.locator("#gallery img").last.evaluate(DECODED) == 512, "pictures load when they are seen"
 
 
 def test_text_comes_before_the_pictures_are_read(browser: Any, full: Path) -> None:
@@ -131,9 +132,12 @@ def test_lightbox_works_by_keyboard(browser: Any, full: Path) -> None:
     tab.page.keyboard.press("Enter")
     box = tab.page.locator("#lightbox")
     box.wait_for()
-    alt: Any = lambda: box.locator("img").get_attribute("alt")  # noqa: E731
+
+    def alt() -> Any:
+        return box.locator("img").get_attribute("alt")
+
     assert alt() == links.nth(1).locator("img").get_attribute("alt")
-    tab.page.wait_for_function("document.querySelector('#lightbox img').complete")
+    assert box.locator("img").evaluate(DECODED) == 512
     assert box.bounding_box() == {"x": 0, "y": 0, "width": 1280, "height": 900}
     assert box.locator(".close").bounding_box()["y"] < 870, "the buttons are inside of the window"
     tab.screenshot("lightbox", full_page=False)
@@ -162,7 +166,10 @@ def test_swipe_works_by_keyboard_and_by_pointer(browser: Any, full: Path) -> Non
     tab.page.keyboard.press("ArrowDown")
     tab.page.locator("select[name=prompt]").select_option("5")
     assert left.get_attribute("src") == source(0, 5) and right.get_attribute("src") == source(2, 5)
-    cut: Any = lambda: left.evaluate("i => getComputedStyle(i).clipPath")  # noqa: E731
+
+    def cut() -> Any:
+        return left.evaluate("i => getComputedStyle(i).clipPath")
+
     tab.page.locator("#swipe [type=range]").focus()
     before = cut()
     for _ in range(10):
