@@ -50,9 +50,10 @@ def bench(
     recipe = choice_of(options).resolve(opened[0])
     grid = Grid([name.value for name in engine or ()], threads or (), size or (), steps or ())
     judges = stage.judges_of(opened, recipe, judge or (), options.device)
+    compared = Comparison(reference, baseline, tolerance, recipe.bench.lpips)
     report = stage.bench(
         artifacts, opened, out, recipe, options.seed, per_task, grid,
-        Comparison(reference, baseline, tolerance), device=options.device, judges=judges, command=shlex.join(["flashgen", *sys.argv[1:]]),
+        compared, device=options.device, judges=judges, command=shlex.join(["flashgen", *sys.argv[1:]]),
     )  # fmt: skip
     if options.json or out:
         emit(options, str(out), report)

@@ -30,6 +30,7 @@ EXTRAS = {
     "bitsandbytes": "nf4",
     "pyarrow": "data",
     "datasets": "data",
+    "lpips": "lpips",
     "starlette": "arena",
     "uvicorn": "arena",
 }  # extra by module; all others are in `train`

@@ -54,6 +54,7 @@ class BenchRecipe(Model):
     batch: int = Field(30, ge=1, description="pictures drawn together for a quality score")
     pictures: int = Field(64, ge=1, description="validation prompts of `prompts_file` that are drawn at most where a judge scores pictures")
     reference: Path | None = Field(None, description="of the judge frechet: a folder of real pictures, or a .npz file of their statistics")
+    lpips: Path | None = Field(None, description="torchvision's weights of AlexNet, for LPIPS beside PSNR and SSIM; null: no LPIPS")
     judge_timeout_s: float = Field(3600.0, gt=0, description="seconds after which the program of the judge command has failed")
 
 
@@ -76,7 +77,7 @@ class Recipe(Model):
     name: str = Field(min_length=1)
     family: str | None = Field(None, description="model family that the recipe is for; null: any")
     prompts_file: Path | None = Field(
-        None, description="prompts to train and calibrate on: .txt, .jsonl, .csv, .tsv, .parquet or hf:OWNER/NAME; null: the world's"
+        None, description="prompts to train and calibrate on: .txt, .json, .jsonl, .csv, .tsv, .parquet or hf:OWNER/NAME; null: the world's"
     )
     prompts: PromptsRecipe = PromptsRecipe()
     judge: str | None = Field(None, description="what scores pictures, as in `--judge`; null: the world's judge where there is one")
