@@ -120,7 +120,7 @@ def test_page_is_readable(browser: Any, full: Path, scheme: str, width: int) -> 
     assert contrast >= 4.5, element
     tab.screenshot(f"{scheme}-{width}", full_page=False)
     for section in ("quality-against-cost", "tasks", "pictures", "lineage", "how-to-reproduce"):
-        tab.page.evaluate(f"document.documentElement.style.scrollBehavior = 'auto'; document.getElementById('{section}').scrollIntoView()")
+        tab.page.evaluate(f"document.getElementById('{section}').scrollIntoView()")
         tab.screenshot(f"{scheme}-{width}-{section}", full_page=False)
     assert tab.messages == []
 
