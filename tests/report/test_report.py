@@ -139,7 +139,7 @@ def test_no_text_of_strangers_becomes_an_element(small: Path) -> None:
     data = page.split('id="data">')[1].split("</script>")[0]
     assert json.loads(data)["scatters"][0]["metric"] == EVIL
     outside = re.sub(r"(?m)^    .*$", "", text)  # an indented block shows its text as it is
-    assert "<script" not in outside and "<img" not in outside and not re.search(r"(?<!\\)\[x(?<!\\)\]", outside)
+    assert re.search(r"<script|<img|(?<!\\)\[x", outside) is None
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows[:4]} == {len(re.findall(r"(?<!\\)\|", rows[0]))}
 
