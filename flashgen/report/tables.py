@@ -83,7 +83,9 @@ def summary(bench: Bench) -> list[Table]:
         return row | {name: str(text) for name, text in circumstances.items() if text is not None}
 
     rows = [(label, cells(result)) for label, result in zip(bench.labels, bench.results, strict=True)]
-    note = "Total is the median time of one picture. ↑ more is better, ↓ less is better; intervals are in brackets."
+    note = "Total is the median time of one picture. ↑ more is better, ↓ less is better; 95 % intervals are in brackets."
+    if (noise := bench.machine.get("noise")) and isinstance(noise, dict) and noise.get("noisy") is True:
+        note += " The machine was too noisy for exact latencies, see Machine."
     return table("Summary", "artifact", rows, note)
 
 

@@ -257,3 +257,10 @@ def test_number_has_three_digits(value: float | None, text: str) -> None:
 
 def test_interval_has_the_decimals_of_its_number() -> None:
     assert number(0.86, interval=(0.8444, 1.0)) == "0.860\n[0.844, 1.000]"
+
+
+def test_a_noisy_machine_is_said_beside_the_latencies(tmp_path: Path) -> None:
+    handmade.write(tmp_path, 2, 2, 16)
+    assert not any("too noisy" in text for text in written(tmp_path))
+    change(tmp_path, lambda data: data["machine"]["noise"].update(noisy=True))
+    assert all("too noisy for exact latencies" in text for text in written(tmp_path))
