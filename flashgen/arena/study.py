@@ -228,11 +228,16 @@ def build(bench_out: Path, study: Path, settings: Settings) -> Path:
     return study
 
 
+def drawn_rows(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row of a bench.json per folder of pictures: rows that differ in threads share theirs, and are one artifact."""
+    return list({str(row["pictures"]): row for row in reversed(bench["results"])}.values())[::-1]
+
+
 def _bench(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Path]]:
     """(artifacts with unique names, items, folder of pictures per artifact) of a bench."""
     try:
         bench = json.loads((folder / "bench.json").read_text())
-        rows = list({str(row["pictures"]): row for row in reversed(bench["results"])}.values())[::-1]  # engines that share pictures are one
+        rows = drawn_rows(bench)
         items = [{"prompt": str(p["prompt"]), "seed": int(p["seed"]), "task": p.get("task")} for p in bench["prompts"]]
         names = [str(row["name"]) for row in rows]
         folders = [folder / str(row["pictures"]) for row in rows]

@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flashgen.arena.study import Comparison, Study
+from flashgen.arena.study import Comparison, Study, drawn_rows
 from flashgen.artifact.files import fsync, locked
 from flashgen.errors import ArtifactError, MachineError, UsageError
 from flashgen.progress import warn
@@ -234,4 +234,13 @@ def judge_votes(study: Study, name: str, scores: Mapping[str, list[float]], high
                 better = "tie" if left == right else "left" if (left > right) == higher_is_better else "right"
                 if better != "tie" or study.settings.ties:
                     new += votes.vote(JUDGE + clean_name(name), Comparison(f"{item}/{a}/{b}", "pair", item, a, b), better, None)
+    return new
+
+
+def bench_votes(study: Study, bench_out: Path) -> int:
+    """Let the judges of the bench from whose folder `study` was built vote, each that has a number per picture; the number of new votes."""
+    rows, new = drawn_rows(json.loads((bench_out / "bench.json").read_text())), 0
+    for metric in sorted(set.intersection(*(set(row.get("values", {})) for row in rows))):
+        scores = {name: row["values"][metric] for name, row in zip(study.artifacts, rows, strict=True)}
+        new += judge_votes(study, metric, scores, rows[0]["quality_of"][metric]["higher_is_better"])
     return new

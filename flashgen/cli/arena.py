@@ -23,12 +23,13 @@ def build(
     bench: Annotated[Path, typer.Argument(metavar="BENCH", help="folder that `flashgen bench ARTIFACT... --out BENCH` wrote")],
     options: Options,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="STUDY", help="folder of the study")],
+    judges: Annotated[bool, typer.Option("--judges", help="the bench's judges vote, too, ranked apart from people")] = False,
     preset: Annotated[str | None, typer.Option("--preset", metavar="NAME", help="sd35-flash: the sizes of the paper's study")] = None,
 ) -> None:
     """Build a study from the pictures of a bench. --set changes one of its settings, as --set per_rater=20."""
     import yaml
 
-    from flashgen.arena import study
+    from flashgen.arena import study, votes
     from flashgen.errors import UsageError
 
     values = {}
@@ -41,7 +42,8 @@ def build(
         except yaml.YAMLError as error:
             raise UsageError(f"--set {setting} is no YAML value; quote it") from error
     made = study.build(bench, out, study.settings_of(values, preset))
-    emit(options, str(made), {"study": str(made)})
+    by_judges = votes.bench_votes(study.Study(made), bench) if judges else 0
+    emit(options, str(made), {"study": str(made), "votes_of_judges": by_judges})
 
 
 @app.command("serve")

@@ -59,5 +59,9 @@ def test_bench_asks_programs_and_builds_a_study(
     )
     assert first["quality_of"]["bright"]["judge"]["files"] and len(first["values"]["bright"]) == 6
     assert len(Study(tmp_path / "study").artifacts) == 2 and "bright" in (tmp_path / "out" / "report.html").read_text()
+    judged = ["arena", "build", str(tmp_path / "out"), "--out", str(tmp_path / "judged"), "--judges", "--json"]
+    assert json.loads(flashgen(*judged).stdout)["votes_of_judges"] == 12 and json.loads(flashgen(*judged).stdout)["votes_of_judges"] == 0
+    analysis = json.loads(flashgen("arena", "analyse", tmp_path / "judged", "--json").stdout)
+    assert set(analysis["judges"]) == {"judge:bright", "judge:composition"} and analysis["judges"]["judge:bright"]["ties"] == 6
     assert "add --out DIR" in refused(2, *asked)
     assert "is not known" in refused(2, *asked[:-2], "--judge", "nobody")
