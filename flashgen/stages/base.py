@@ -167,7 +167,7 @@ class Stage(ABC):
     @cached_property
     def judge(self) -> Judge | None:
         """What scores pictures; None where nothing does. Raises FlashgenError, as `open_judge`."""
-        return judge_of(self.source, self.recipe, self.source.manifest.sampler, self.device_name)
+        return judge_of(next(iter(self.inputs.values()), None), self.world, self.recipe, self.device_name)
 
     @property
     def judges(self) -> bool:

@@ -138,7 +138,7 @@ def judges_of(opened: Sequence[Artifact], recipe: Recipe, specs: Sequence[str], 
     source, shared = opened[0], len({world.name if (world := world_of(artifact)) else None for artifact in opened}) == 1
     judges = []
     for spec in (*specs,) or (recipe.judge,):
-        judge = judge_of(source, recipe.model_copy(update={"judge": spec}), source.manifest.sampler, device)
+        judge = judge_of(source, world_of(source), recipe.model_copy(update={"judge": spec}), device)
         if judge is not None and (shared or not isinstance(judge, WorldJudge)):
             judges.append(judge)
     return judges

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact
 from flashgen.judges.base import Judge, Pictures
 from flashgen.judges.spec import open_judge
 from flashgen.judges.teacher import Draw
 from flashgen.recipe.schema import Recipe
-from flashgen.stages.inputs import sampler_of, teacher_of, world_of
+from flashgen.stages.inputs import sampler_of, teacher_of
 from flashgen.stages.prompts import UNJUDGED_PICTURES
 
 if TYPE_CHECKING:
     from flashgen.stages.base import Stage
+    from flashgen.worlds.base import World
 
 
 def judge_key(stage: Stage) -> dict[str, Any]:
@@ -45,16 +45,16 @@ def judged_alike(judge: Judge, metrics: Mapping[str, Any]) -> bool:
     return {key: own[key] for key in own if key != "world"} == {key: known[key] for key in known if key != "pictures"}
 
 
-def judge_of(source: Artifact, recipe: Recipe, size_of: Sampler | None, device_name: str) -> Judge | None:
-    """The judge that the recipe names, or that of the world of `source`; None where nothing judges.
+def judge_of(source: Artifact | None, world: World | None, recipe: Recipe, device_name: str) -> Judge | None:
+    """The judge that the recipe names, or that of `world`; None where nothing judges.
 
-    The judge `teacher` compares with the teacher in the lineage of `source`, at the picture size of `size_of`.
+    The judge `teacher` compares with the teacher in the lineage of `source`, at the picture size of `source`.
     """
 
     def teacher() -> tuple[Draw, str]:
+        assert source is not None
         artifact = teacher_of(source)
-        sampler = sampler_of(artifact)
-        at_size = sampler.model_copy(update={"size_px": (size_of or sampler).size_px})
+        at_size = sampler_of(artifact).model_copy(update={"size_px": sampler_of(source).size_px})
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
             from flashgen.models.pipeline import load_pipeline
@@ -67,4 +67,4 @@ def judge_of(source: Artifact, recipe: Recipe, size_of: Sampler | None, device_n
 
         return draw, artifact.manifest.digest
 
-    return open_judge(recipe.judge, world_of(source), teacher, recipe.bench.reference, recipe.bench.judge_timeout_s)
+    return open_judge(recipe.judge, world, teacher if source else None, recipe.bench.reference, recipe.bench.judge_timeout_s)
