@@ -93,7 +93,7 @@ def test_the_sizes_share_out_the_trajectories_prompts(chain: Chain, tmp_path: Pa
     seen = dict[str, list[Replay]]()
 
     def kept(student: nn.Module, replay: Replay, *arguments: Any) -> None:
-        seen[arguments[5]] = [replay, *arguments[-1]]
+        seen[arguments[5]] = [replay, *arguments[8]]
 
     monkeypatch.setattr(regression, "regress", kept)
     runs.distill(str(chain.teacher.path), tmp_path, micro(*TWO, "distill.matching.iterations=0", "distill.trajectory.prompts=15"))
