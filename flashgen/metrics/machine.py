@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import time
@@ -32,7 +33,7 @@ FEATURES = (
     "i8mm",
     "sve",
 )
-SIDE, PRODUCTS = 384, 5  # the calibration kernel: products of fp32 matrices of this side, a few ms each
+KERNEL_BYTES, REPEATS = 4 << 20, 5  # the calibration kernel: a SHA-256 of so many bytes, a few ms each
 PAUSE_S = 0.02  # engines' threads spin for a while after their work
 SPREAD, STEAL, OTHERS = 0.10, 0.02, 0.10  # above these shares a machine is noisy
 
@@ -61,20 +62,19 @@ def fingerprint() -> dict[str, Any]:
 
 
 class NoiseMeter:
-    """Tells a quiet machine from a noisy one by the time of a fixed product of matrices, and by what processors did for others."""
+    """Tells a quiet machine from a noisy one by the time of a fixed calculation in one thread, and by what processors did for others."""
 
     def __init__(self) -> None:
         self._kernel_s: list[float] = []
         self._steal_s = self._others_s = self._elapsed_s = 0.0
-        self._matrix = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32)
-        self._matrix @ self._matrix
+        self._bytes = bytes(KERNEL_BYTES)
 
     def tick(self) -> None:
         """Time the kernel; call this between rounds, when no row computes."""
         time.sleep(PAUSE_S)
-        for _ in range(PRODUCTS):
+        for _ in range(REPEATS):
             start = time.perf_counter()
-            self._matrix @ self._matrix
+            hashlib.sha256(self._bytes).digest()  # products of matrices would measure how BLAS shares out threads
             self._kernel_s.append(time.perf_counter() - start)
 
     @contextmanager
