@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def recipe() -> Recipe:
     tiny = Recipe(name="test", quantize=QuantizeRecipe(group=16), export=ExportRecipe(accuracy_level=0))
     return tiny.model_copy(update={"bench": tiny.bench.model_copy(update={"per_task": 1, "repeats": 2, "warmup": 1})})
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium of the system, driven by playwright; skips without either."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra web")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ class Study:
         return [Comparison(self.opaque("comparison", slot, i), *choice) for i, choice in enumerate(order)]
 
     def page_data(self, slot: int) -> dict[str, Any]:
-        """What a rater's page may know: no artifact, no kind of comparison."""
+        """Data of a rater's page: prompts and opaque names, no artifact and no kind of comparison."""
         comparisons = [
             {"id": c.id, "prompt": self.prompts[c.item], "left": self.picture(c.item, c.left), "right": self.picture(c.item, c.right)}
             for c in self.plan(slot)

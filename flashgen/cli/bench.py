@@ -17,7 +17,7 @@ from flashgen.progress import say
 
 
 class EngineName(StrEnum):
-    """What draws: torch the artifacts in diffusers layout, the others the exported ones."""
+    """Engines: torch draws artifacts in diffusers layout, the others draw exported ones."""
 
     onnxruntime = "onnxruntime"
     openvino = "openvino"

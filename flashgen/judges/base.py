@@ -52,7 +52,7 @@ class Judge(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What the numbers depend on beside the pictures: metric, digest of weights or program, reference. In manifests and run keys."""
+        """Metric, digest of weights or program, and reference: all that the numbers depend on beside the pictures."""
 
     @abstractmethod
     def judge(self, drawn: Drawn) -> Judgement:

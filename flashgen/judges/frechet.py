@@ -40,7 +40,7 @@ class Gaussian:
 
     @classmethod
     def of_moments(cls, mean: Floats64, covariance: Floats64) -> Gaussian:
-        """Of a mean and a symmetric covariance. Raises ValueError when an eigenvalue is negative beyond rounding."""
+        """Gaussian with this mean and symmetric covariance. Raises ValueError when an eigenvalue is negative beyond rounding."""
         values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
         if values[0] < -NEGATIVE * max(values[-1], np.finfo(np.float64).tiny):
             raise ValueError(f"sigma has the eigenvalue {values[0]:.3g}")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flashgen.artifact.files import sha256
+from flashgen.artifact.hub import HUB, fetch
 from flashgen.artifact.manifest import hash_json
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say
 
-HUB = "hf:"
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")  # owner/name, perhaps a revision
 SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -39,7 +39,7 @@ class Weights:
 
     @property
     def model_type(self) -> str:
-        """What transformers calls the architecture: clip, dinov2, ...; "" without config.json."""
+        """Name of the architecture in transformers: clip, dinov2, ...; "" without config.json."""
         return str(self.config.get("model_type", ""))
 
     def describe(self) -> str:
@@ -125,15 +125,4 @@ def _download(origin: str, more: tuple[str, ...]) -> Path:
         raise UsageError(f"{origin} is no hub id; write {HUB}OWNER/NAME")
     name, revision = match.groups()
     say(f"judge: fetching the weights of {name} from the hub, unless its cache has them")
-    try:
-        from huggingface_hub import snapshot_download
-
-        patterns = [*NETWORK, *more, "model.safetensors", "model-*-of-*.safetensors"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        kind = type(error).__name__
-        if kind == "GatedRepoError":
-            raise ArtifactError(
-                f"{name} is gated: accept its licence on https://huggingface.co/{name}, then log in with: hf auth login"
-            ) from error
-        raise ArtifactError(f"{name} could not be fetched from the hub ({kind}); give a local folder") from error
+    return fetch(name, [*NETWORK, *more, "model.safetensors", "model-*-of-*.safetensors"], revision=revision)

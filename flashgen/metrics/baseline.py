@@ -75,7 +75,7 @@ def compare(results: Sequence[Report], baseline: Report, tolerance: float) -> tu
         if old is None:
             unknown.append(row_name(row))
             continue
-        found = [*_slower(row, old, tolerance), *_larger(row, old, tolerance), *_uglier(row, old, tolerance, prompts)]
+        found = [*_slower(row, old, tolerance), *_larger(row, old, tolerance), *_worse_in_quality(row, old, tolerance, prompts)]
         worse += [f"{row_name(row)}: {what}" for what in found]
         unknown += [f"{metric} of {row_name(row)}" for metric in row["quality_of"] if not _same_judge(metric, row, old)]
     return worse, unknown
@@ -95,7 +95,7 @@ def _larger(row: Report, old: Report, tolerance: float) -> list[str]:
     return [_change(name, a, b, " MiB") for name, a, b in pairs if a and b and b > a * (1 + tolerance)]
 
 
-def _uglier(row: Report, old: Report, tolerance: float, prompts: list[str]) -> list[str]:
+def _worse_in_quality(row: Report, old: Report, tolerance: float, prompts: list[str]) -> list[str]:
     from flashgen.metrics.intervals import difference_intervals
 
     found = []

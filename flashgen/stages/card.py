@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from flashgen.artifact.hub import HUB
 from flashgen.artifact.manifest import Manifest, Parent, Sampler
 from flashgen.artifact.store import open_artifact
 from flashgen.errors import ArtifactError
@@ -67,8 +68,8 @@ def _first_parent(manifest: Manifest) -> Parent | None:
 
 def hub_id(root: Manifest) -> str | None:
     """OWNER/NAME of the hub repository that `root` was imported from, or None."""
-    paths = [parent.path for parent in root.parents if parent.role == "source" and parent.path.startswith("hf:")]
-    return paths[0].removeprefix("hf:") if paths else None
+    paths = [parent.path for parent in root.parents if parent.role == "source" and parent.path.startswith(HUB)]
+    return paths[0].removeprefix(HUB) if paths else None
 
 
 def _front_matter(stage: Stage, ours: bool, weights: Published | None, base: str | None, few: bool) -> str:

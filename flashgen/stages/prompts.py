@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from flashgen.artifact.files import sha256
+from flashgen.artifact.hub import HUB
 from flashgen.artifact.manifest import hash_json
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import PromptsRecipe, Recipe
 from flashgen.stages.rows import Row, json_rows, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
 
 UNJUDGED_PICTURES = 8  # prompts that are drawn where no judge scores pictures
-HUB, OPTION = "hf:", "prompts_file="
+OPTION = "prompts_file="
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flashgen import families, worlds
 from flashgen.artifact.draft import Draft
 from flashgen.artifact.files import copy
+from flashgen.artifact.hub import HUB, fetch
 from flashgen.artifact.manifest import NAME, Parent
 from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, UsageError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from flashgen.worlds.base import World
 
 SUFFIXES = (".json", ".txt", ".model", ".safetensors")
-HUB = "hf:"  # prefix of a hub id
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 HELD_OUT_PER_TASK = 40
 
@@ -163,18 +163,8 @@ def open_teacher(ref: str, out: Path) -> Artifact:
 
 def _download(hub_id: str) -> Path:
     components = {component for family in map(families.get, families.names()) for component in family.components}
-    try:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["model_index.json", *(f"{part}/*{suffix}" for part in sorted(components) for suffix in SUFFIXES)]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.fp16*"]))
-    except Exception as error:
-        kind = type(error).__name__
-        if kind == "GatedRepoError":
-            raise ArtifactError(
-                f"{hub_id} is gated: accept its licence on https://huggingface.co/{hub_id}, then log in with: hf auth login"
-            ) from error
-        raise ArtifactError(f"{hub_id} could not be fetched from the hub ({kind}); give a local folder") from error
+    patterns = ["model_index.json", *(f"{part}/*{suffix}" for part in sorted(components) for suffix in SUFFIXES)]
+    return fetch(hub_id, patterns, ignore_patterns=["*.fp16*"])
 
 
 def _files(folder: Path, family: Family) -> list[Path]:
