@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from flashgen.artifact.files import read_state, write_state
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.models.pipeline import load_pipeline
 from flashgen.stages.checkpoints import open_checkpoint
