@@ -2,8 +2,8 @@
 
 python -m flashgen.metrics.worker FOLDER
 
-FOLDER/job.json is a `Job`. Every line on stdin holds the arguments of `Session.draw` as JSON, and the last one null; every line on stdout is
-an answer.
+FOLDER/job.json is a `Job`. Every line on stdin holds the arguments of `Session.draw` as JSON, the last one null; every line on stdout
+is an answer.
 """
 
 from __future__ import annotations
