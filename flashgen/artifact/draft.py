@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
@@ -65,6 +66,15 @@ class Draft:
     def cache(self) -> Path:
         """Folder of what runs share (`cache_folder`)."""
         return cache_folder(self.out)
+
+    @contextmanager
+    def removed_on_error(self) -> Iterator[None]:
+        """Remove `path` if an error leaves the block: it would keep a full disk full."""
+        try:
+            yield
+        except Exception:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def link_tree(self, source: Path, name: str) -> None:
         """Hard-link every file below `source`, a folder of a published version, to the same place below `name`."""

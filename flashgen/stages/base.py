@@ -230,11 +230,8 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
             return _follow(stage, out, origin)
         draft = drafts.begin(out, origin)
         wait_for_all()
-        try:
+        with draft.removed_on_error():
             artifact = _finish(stage, draft, stage.make(draft))
-        except Exception:
-            shutil.rmtree(draft.path, ignore_errors=True)  # it would keep a full disk full
-            raise
         from_first(lambda: artifact.path)
         return artifact
 
