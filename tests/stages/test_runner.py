@@ -86,6 +86,7 @@ def test_a_run_resumes_after_any_error_and_leaves_the_versions_alone(error: Base
     with pytest.raises(type(error)):
         copied(student, out, seed=1)
     assert versions(out) == [before.path] and open_artifact(out, verify=True) == before
+    assert (out / ".work" / "staging").exists() == isinstance(error, KeyboardInterrupt)  # after an error the disk may be full
     Copy.error = None
     after = copied(student, out, seed=1)  # the lock is free, and the unfinished version is gone
     assert after.path.name == "v0002" and [f.path for f in after.manifest.files] == ["README.md", WEIGHTS]
