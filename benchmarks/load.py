@@ -50,7 +50,8 @@ def run(command: Sequence[str], out: Path, stop_at: int | None = None) -> tuple[
     """(exit code, samples of (pictures in `out`, bytes)) of a process; SIGINT once `stop_at` pictures are there."""
     samples: Samples = []
     with (out.parent / f"{out.name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        # A shell starts its background jobs with SIGINT ignored, which the child would inherit.
+        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     watched = psutil.Process(process.pid)
     while process.poll() is None:
         count = sum(1 for _ in out.glob("*.png")) if out.is_dir() else 0
@@ -141,7 +142,7 @@ def arena(folder: Path, raters: int, votes_each: int = 10) -> dict[str, Any]:
     with ThreadPoolExecutor(raters) as pool:
         list(pool.map(rate, range(raters)))
     seconds = time.perf_counter() - start
-    server.send_signal(signal.SIGINT)
+    server.terminate()
     server.communicate(timeout=60)
     on_disk = {(row["rater"], row["comparison"]) for row in counted(study)}
     return {
