@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import flashgen
+from flashgen.artifact.files import write_whole
 from flashgen.errors import UsageError
 from flashgen.pixels import Size
 
@@ -56,17 +57,25 @@ def read_texts(path: Path) -> dict[str, Any]:
         raise UsageError(f"--from-png {path} does not say how it was made ({error!r}); give a picture of flashgen generate") from error
 
 
+def is_whole(path: Path) -> bool:
+    """Return True if `path` is a PNG file whose every chunk has the checksum that it was written with."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
+
+
 def write_png(path: Path, image: NDArray[np.uint8], chunks: dict[str, str]) -> None:
     """Write `image` [H, W, 3] with text `chunks`, completely or not at all."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
+    info, buffer = PngInfo(), io.BytesIO()
     for key, value in chunks.items():
         info.add_text(key, value)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(image).save(temporary, "PNG", pnginfo=info, compress_level=6)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info, compress_level=6)
+    write_whole(path, buffer.getbuffer())

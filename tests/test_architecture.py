@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "randomness": set(),
     "progress": {"runtime"},
     "runtime": {"errors", "runtime"},
-    "png": {"", "errors", "pixels"},
+    "png": {"", "errors", "pixels", "artifact.files"},
     "flow": {"errors", "flow"},
     "objectives": {"flow", "objectives"},
     "quant": {"errors", "quant"},

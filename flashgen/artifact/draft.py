@@ -126,7 +126,8 @@ class Draft:
             if (self.work / name).exists():
                 kept.mkdir(exist_ok=True)
                 os.rename(self.work / name, kept / name)
-        shutil.rmtree(self.work)
+        os.rename(self.work, self.path)  # a kill while files are removed leaves no half of a resume state
+        shutil.rmtree(self.path)
         if not any(self.work.parent.iterdir()):
             self.work.parent.rmdir()
         return Artifact(final, manifest)

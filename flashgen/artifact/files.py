@@ -97,9 +97,52 @@ def point_latest(out: Path, version: str) -> None:
     try:
         new.symlink_to(version, target_is_directory=True)
     except (OSError, NotImplementedError):  # no links on this file system
-        new.write_text(version + "\n")
-        fsync(new)
-    os.replace(new, out / "latest")
+        write_whole(out / "latest", f"{version}\n".encode())
+    else:
+        os.replace(new, out / "latest")
+
+
+def write_whole(file: Path, *data: bytes | memoryview) -> None:
+    """Write `data` to `file` so that a kill, a full disk or a power failure at any moment leaves the old file or the new one.
+
+    Raises OSError with the name of `file`; no temporary file is left then.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another process may write the same file
+    try:
+        with temporary.open("wb") as stream:
+            for part in data:
+                stream.write(part)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+        fsync(file.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_state(file: Path, data: bytes | memoryview) -> None:
+    """`write_whole` of `data` behind a line with their sha256, for `read_state`."""
+    write_whole(file, hashlib.sha256(data).hexdigest().encode() + b"\n", data)
+
+
+def read_state(file: Path) -> bytes | None:
+    """The data that `write_state` wrote; None if there is no `file`. Raises ArtifactError if the file was altered or cut."""
+    try:
+        digest, _, data = file.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if digest != hashlib.sha256(data).hexdigest().encode():
+        raise ArtifactError(f"{file} is damaged (its sha256 differs); remove it, then run the same command again")
+    return data
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a kill inside `write_whole` has left below `folder`. Only for the process that holds the folder's lock."""
+    for left in folder.rglob(".*.tmp"):
+        if left.is_file():
+            left.unlink()
 
 
 def fsync(path: Path) -> None:

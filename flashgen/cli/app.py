@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Annotated
 
 import typer
@@ -16,7 +17,9 @@ from flashgen.cli.finetune import finetune
 from flashgen.cli.generate import generate
 from flashgen.cli.quantize import quantize
 from flashgen.cli.restructure_encoder import restructure_encoder
+from flashgen.cli.run import raise_terminated
 from flashgen.cli.show import show
+from flashgen.runtime.processes import world_size
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 
@@ -53,4 +56,6 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if world_size() == 1:  # a launcher that ends its processes does not wait for them to clean up
+        signal.signal(signal.SIGTERM, raise_terminated)
     app(prog_name="flashgen")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flashgen.artifact.files import sha256
+from flashgen.artifact.files import sha256, write_whole
 from flashgen.artifact.manifest import hash_json
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.judges.base import Drawn, Judge, Judgement
@@ -129,8 +130,9 @@ class FrechetJudge(Judge):
             if isinstance(reference, Gaussian)
             else {"embeddings": reference}
         )
-        with path.open("wb") as file:
-            np.savez(file, metric=np.array(self.metric), weights=np.array(self.features.weights.digest), **values)
+        buffer = io.BytesIO()
+        np.savez(buffer, metric=np.array(self.metric), weights=np.array(self.features.weights.digest), **values)
+        write_whole(path, buffer.getbuffer())
 
     @property
     def _least(self) -> int:

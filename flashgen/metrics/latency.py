@@ -80,6 +80,7 @@ class Row:
             return
         assert self._process.stdin and self._process.stdout
         try:
+            print("null", file=self._process.stdin, flush=True)
             self._process.stdin.close()
             self._process.wait(STOP_S)
         except (OSError, subprocess.TimeoutExpired):

@@ -230,7 +230,11 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
             return _follow(stage, out, origin)
         draft = drafts.begin(out, origin)
         wait_for_all()
-        artifact = _finish(stage, draft, stage.make(draft))
+        try:
+            artifact = _finish(stage, draft, stage.make(draft))
+        except Exception:
+            shutil.rmtree(draft.path, ignore_errors=True)  # it would keep a full disk full
+            raise
         from_first(lambda: artifact.path)
         return artifact
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from flashgen.artifact.draft import TENSORBOARD
+from flashgen.artifact.files import write_whole
 from flashgen.errors import MachineError
 from flashgen.recipe.schema import LogRecipe
 from flashgen.runtime.machines import bf16_peak
@@ -74,6 +76,8 @@ class Log:
         row = {"phase": self.name, "step": step, "time": round(time.time(), 1), **metrics, "machine": machine}
         with (self.work / "stats.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that comes after this row must not outlive it
         values = {**metrics, **machine}
         shown = [*(key for key in FIRST if key in values), *(key for key in metrics if key not in FIRST and not key.startswith(RATE))]
         self.rows.append({"step": step} | {key: values[key] for key in shown})
@@ -142,5 +146,5 @@ def start_trackers(logging: Logging, work: Path, name: str, start: int) -> list[
 def _run_id(file: Path) -> str:
     """The identity of a run in the service: the one in `file`, or a new one, written there."""
     if not file.exists():
-        file.write_text(uuid4().hex)
+        write_whole(file, uuid4().hex.encode())
     return file.read_text()

@@ -7,12 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -405,3 +407,31 @@ def test_table_fits_80_columns_when_names_are_long(capsys: pytest.CaptureFixture
 )
 def test_names_leave_out_the_folders_that_all_share(refs: list[str], names: list[str]) -> None:
     assert short_names(refs) == names
+
+
+STARTED = """
+import sys, time
+from pathlib import Path
+from flashgen.metrics.latency import Row
+from flashgen.metrics.worker import Job
+row = Row(Job(sys.argv[1], "onnxruntime", (1.0, 0.5, 0.0)), 1, Path(sys.argv[2]))
+row.start("a red circle", 0)
+print(row._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_measuring_process_ends_with_the_bench_and_removes_its_folder(busy: bool, tiny_device: Artifact, tmp_path: Path) -> None:
+    program = STARTED.replace("time.sleep(60)", 'row.draw(["a red circle"] * 4000, [0] * 4000, 8)') if busy else STARTED
+    folder = tmp_path / "flashgen-bench-1" / "0"
+    arguments = [sys.executable, "-c", program, str(tiny_device.path), str(folder)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout is not None
+        worker = int(bench.stdout.readline())
+        time.sleep(0.2)
+        bench.kill()
+    deadline = time.monotonic() + 20
+    while (psutil.pid_exists(worker) or folder.parent.exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(worker) and list(tmp_path.iterdir()) == []
