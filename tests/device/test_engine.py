@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashgen.artifact.files import sha256
 from flashgen.artifact.store import Artifact
 from flashgen.device import engine
 from flashgen.device.sampler import DevicePipeline
@@ -103,28 +101,6 @@ def test_a_graph_of_another_artifact_is_not_run(handmade_device: Artifact, tmp_p
     pipeline.engine.network("transformer")
     with pytest.raises(ArtifactError, match=r"style_encoder/model.onnx was altered or comes from another artifact"):
         pipeline.sample(PROMPT, [3])
-
-
-def test_a_file_is_read_again_only_when_it_changed(handmade_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
-
-    def counted(file: Path) -> str:
-        read.append(file)
-        return sha256(file)
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine, "sha256", counted)
-    own = copied(handmade_device, tmp_path / "own")
-    for _ in range(2):
-        engine.Engine(own).network("transformer")
-        assert read and len(read) == len(set(read))
-    path, when = own.path / "transformer" / "model.onnx", (own.path / "transformer" / "model.onnx").stat().st_mtime_ns
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(when, when))  # as a copy that keeps times would
-    with pytest.raises(ArtifactError, match="was altered"):
-        engine.Engine(own).network("transformer")
 
 
 def test_a_graph_that_the_manifest_does_not_name_is_not_run(handmade_device: Artifact, tmp_path: Path) -> None:

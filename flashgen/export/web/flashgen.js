@@ -2,9 +2,10 @@
 // flashgen/device does in Python, in the same order and the same float32 arithmetic, by the same description in the manifest.
 
 import { Files, Problem, address, megabytes } from "./files.js";
-import { evaluate, sample, sizeOf, toDecoder, toRgba, tokenize } from "./graph.js";
+import { evaluate, requireFinite, sample, sizeOf, toDecoder, toRgba, tokenize } from "./graph.js";
 import { randn } from "./noise.js";
 
+const ADAPTER_MS = 5000; // some drivers never answer
 const RUNTIME = {
   wasm: { script: "vendor/ort.wasm.min.js", glue: "vendor/ort-wasm-simd-threaded.js", binary: "vendor/ort-wasm-simd-threaded.wasm" },
   webgpu: {
@@ -43,7 +44,7 @@ class Pipeline {
     const settings = this.ort.env.wasm;
     settings.wasmPaths = { mjs: address(glue), wasm: address(binary) };
     settings.wasmBinary = await this.files.bytes(binary);
-    settings.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
+    settings.numThreads = self.crossOriginIsolated && hasSharedMemory() ? Math.min(navigator.hardwareConcurrency, 8) : 1;
   }
 
   /** Texts on the page about the artifact and the engine. */
@@ -142,7 +143,7 @@ class Pipeline {
       const onStep = (step) => this.report({ progress: `Step ${step + 1} of ${steps}`, value: step / steps });
       await sample(graph, sampler, x, conditioning, run, onStep);
     });
-    if (!x.every(Number.isFinite)) throw new Error(`the numbers overflow on ${this.engine}`);
+    requireFinite(x, "transformer");
     this.report({ progress: "Decoding", value: 1 });
     const latents = { data: toDecoder(graph, x), dims: [1, ...graph.latent_shape] };
     const [decoded] = await this.withNetwork("vae_decoder", (session) => this.run(session, "vae_decoder", { latent_sample: latents }, ["sample"]));
@@ -150,10 +151,21 @@ class Pipeline {
   }
 }
 
+/** Whether the browser gives memory that threads share; some refuse it to small devices or by policy. */
+function hasSharedMemory() {
+  try {
+    return new WebAssembly.Memory({ initial: 1, maximum: 65536, shared: true }).buffer instanceof SharedArrayBuffer;
+  } catch {
+    return false;
+  }
+}
+
 /** "webgpu" on a real adapter (software ones are slower than WebAssembly), else "wasm"; `wanted` overrides. */
 async function pickEngine(wanted) {
   if (wanted === "wasm") return wanted;
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  const late = new Promise((resolve) => setTimeout(resolve, ADAPTER_MS, null));
+  const asked = (async () => await navigator.gpu?.requestAdapter())().catch(() => null); // async: it may throw instead of rejecting
+  const adapter = await Promise.race([asked, late]);
   const real = adapter && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
   if (wanted === "webgpu" && !adapter) throw new Problem("This browser gives no WebGPU adapter; leave ?engine=webgpu out of the address.");
   return real || wanted === "webgpu" ? "webgpu" : "wasm";
