@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from flashgen.artifact.store import Artifact
 from flashgen.device import engine
 from flashgen.device.sampler import DevicePipeline
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.recipe.compression import ExportRecipe
 from flashgen.recipe.schema import Recipe
 
@@ -108,3 +109,18 @@ def test_a_graph_that_the_manifest_does_not_name_is_not_run(handmade_device: Art
     shutil.copytree(foreign.path / "transformer", foreign.path / "upscaler")
     with pytest.raises(ArtifactError, match="its manifest names no upscaler"):
         engine.Engine(foreign).network("upscaler")
+
+
+@pytest.mark.parametrize("component", ["style_encoder", "transformer", "vae_decoder"])
+def test_a_network_that_gives_nan_is_named(component: str, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, load = engine.OnnxRuntimeNetwork.run, engine.Engine._load
+
+    def poisoned(self: engine.Engine, name: str) -> Any:
+        network: Any = load(self, name)
+        if name == component:
+            network.run = lambda *arguments: [np.full_like(value, np.nan) for value in run(network, *arguments)]
+        return network
+
+    monkeypatch.setattr(engine.Engine, "_load", poisoned)
+    with pytest.raises(NumericsError, match=f"^{component} of .* gives numbers that are not finite"):
+        DevicePipeline(handmade_device).sample(["two red circles"], [3])

@@ -31,6 +31,7 @@ class Pipeline {
         "This browser has no WebAssembly with SIMD, which the networks need. Use Chrome or Edge 91, Firefox 114, Safari 16.4 or newer, and leave WebAssembly switched on.",
       );
     }
+    yieldMemory();
     this.manifest = await this.files.open();
     this.graph = this.manifest.extra.graph;
     if (!this.graph) throw new Problem("manifest.json has no description of the networks; export the student again with: flashgen export --target web");
@@ -44,7 +45,7 @@ class Pipeline {
     const settings = this.ort.env.wasm;
     settings.wasmPaths = { mjs: address(glue), wasm: address(binary) };
     settings.wasmBinary = await this.files.bytes(binary);
-    settings.numThreads = self.crossOriginIsolated && hasSharedMemory() ? Math.min(navigator.hardwareConcurrency, 8) : 1;
+    settings.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
   }
 
   /** Texts on the page about the artifact and the engine. */
@@ -151,13 +152,22 @@ class Pipeline {
   }
 }
 
-/** Whether the browser gives memory that threads share; some refuse it to small devices or by policy. */
-function hasSharedMemory() {
-  try {
-    return new WebAssembly.Memory({ initial: 1, maximum: 65536, shared: true }).buffer instanceof SharedArrayBuffer;
-  } catch {
-    return false;
-  }
+/**
+ * Gives the runtime less address space than the 4 GiB that it asks for, half as often as needed, where the browser refuses so much shared
+ * memory. The runtime has no build without shared memory, so fewer threads would not help.
+ */
+function yieldMemory() {
+  const Memory = WebAssembly.Memory;
+  WebAssembly.Memory = function (settings) {
+    for (let maximum = settings.maximum; ; maximum /= 2) {
+      try {
+        return new Memory({ ...settings, maximum });
+      } catch (error) {
+        if (!(maximum / 2 >= Math.max(1024, settings.initial))) throw error; // 1024 pages are 64 MiB
+      }
+    }
+  };
+  WebAssembly.Memory.prototype = Memory.prototype; // for instanceof
 }
 
 /** "webgpu" on a real adapter (software ones are slower than WebAssembly), else "wasm"; `wanted` overrides. */
