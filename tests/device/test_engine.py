@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,3 +125,19 @@ def test_a_network_that_gives_nan_is_named(component: str, handmade_device: Arti
     monkeypatch.setattr(engine.Engine, "_load", poisoned)
     with pytest.raises(NumericsError, match=f"^{component} of .* gives numbers that are not finite"):
         DevicePipeline(handmade_device).sample(["two red circles"], [3])
+
+
+def test_a_tokenizer_with_swapped_ids_is_not_used(handmade_device: Artifact, tmp_path: Path) -> None:
+    swapped = copied(handmade_device, tmp_path / "swapped")
+    file = next(swapped.path.glob("*/tokenizer.json"))
+    text = file.read_text()
+    vocabulary = json.loads(text)["model"]["vocab"]
+    pairs = ((a, b) for a in vocabulary for b in vocabulary if a < b and len(str(vocabulary[a])) == len(str(vocabulary[b])))
+    a, b = (f"{json.dumps(word)}:{vocabulary[word]}" for word in next(pairs))
+    plain = text.replace('": ', '":')
+    assert a in plain and b in plain
+    new = f"{a.rpartition(':')[0]}:{b.rpartition(':')[2]}", f"{b.rpartition(':')[0]}:{a.rpartition(':')[2]}"
+    file.write_text(plain.replace(a, new[0], 1).replace(b, new[1], 1).ljust(len(text)))
+    assert file.stat().st_size == (handmade_device.path / file.relative_to(swapped.path)).stat().st_size
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json was altered"):
+        DevicePipeline(swapped)
