@@ -22,7 +22,7 @@ from typing import Any
 
 from flashgen import __version__
 from flashgen.artifact import manifest as manifests
-from flashgen.artifact.files import disk_bytes, fsync, identity, link, point_latest, sha256, walk
+from flashgen.artifact.files import digest, disk_bytes, fsync, link, point_latest, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, read_latest, versions
 from flashgen.errors import ArtifactError, UsageError
@@ -84,14 +84,11 @@ class Draft:
     ) -> Artifact:
         """Digest, fsync and rename into `out`, then move `latest`; a kill in between leaves the previous version whole.
 
-        The resume state is removed; with `keep_checkpoints` its checkpoints move to `.work/VERSION`.
+        Every file is read, but for linked ones that `Artifact.verify` has read and that have not changed since. The resume state is
+        removed; with `keep_checkpoints` its checkpoints move to `.work/VERSION`. Raises NumericsError for weights that are not finite.
         """
-        known = _digests(self.origin.parents)
-        files = [
-            File(path=name, size=size, sha256=known.get(identity(self.path / name)) or sha256(self.path / name))
-            for name, size in walk(self.path)
-            if name != manifests.NAME
-        ]
+        sizes = {name: size for name, size in walk(self.path) if name != manifests.NAME}
+        files = [File(path=name, size=size, sha256=digest(self.path / name)) for name, size in sizes.items()]
         before = versions(self.out)
         manifest = Manifest(
             kind=self.origin.kind,
@@ -180,18 +177,6 @@ def begin(out: Path, origin: Origin) -> Draft:
         say(f"{work.parent} keeps {len(others)} unfinished runs with other settings, {size:.0f} MiB; remove what you will not resume")
     work.mkdir(exist_ok=True)
     return Draft(out, staging, work, origin)
-
-
-def _digests(parents: Sequence[Parent]) -> dict[tuple[int, int, int], str]:
-    """sha256 of the parents' files by identity, so that linked files are not read again. Parents that are gone or broken give nothing."""
-    known: dict[tuple[int, int, int], str] = {}
-    for parent in parents:
-        try:
-            manifest = open_artifact(parent.path).manifest
-            known |= {identity(Path(parent.path) / file.path): file.sha256 for file in manifest.files}
-        except (ArtifactError, OSError):
-            continue
-    return known
 
 
 def _packages() -> dict[str, str]:
