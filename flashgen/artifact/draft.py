@@ -22,7 +22,7 @@ from typing import Any
 
 from flashgen import __version__
 from flashgen.artifact import manifest as manifests
-from flashgen.artifact.files import disk_bytes, fsync, identity, link, point_latest, sha256, walk
+from flashgen.artifact.files import disk_bytes, fsync, identity, link, make_readable, point_latest, sha256, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, read_latest, versions
 from flashgen.errors import ArtifactError, UsageError
@@ -113,6 +113,8 @@ class Draft:
         (self.path / manifests.NAME).unlink(missing_ok=True)  # it may be a link into another version
         (self.path / manifests.NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         for folder, _, names in os.walk(self.path, topdown=False):
+            for name in names:
+                make_readable(Path(folder, name))
             for name in (*names, ""):
                 fsync(Path(folder, name))
         final = self.out / manifest.version
@@ -136,6 +138,9 @@ def check_out(out: Path) -> None:
     """Raises UsageError when `out` cannot hold versions."""
     if (out / manifests.NAME).exists() or (out.exists() and not out.is_dir()):
         raise UsageError(f"--out {out} is a {'file' if out.is_file() else 'published version'}; name a folder that may hold versions")
+    latest = out / "latest"
+    if latest.exists() and not (latest.is_symlink() or latest.is_file()):
+        raise UsageError(f"{latest} is neither a link nor a file, so it could not be pointed at a new version; remove it")
 
 
 def up_to_date(out: Path, origin: Origin) -> Artifact | None:

@@ -16,6 +16,7 @@ from flashgen.pixels import SizePx
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 8 << 20  # of a manifest; a hostile one must not fill the memory
+MAX_TOKENS, MAX_STEPS = 4096, 1000  # of a sampler
 NAME = "manifest.json"
 NAME_PATTERN = r"^[a-z][a-z0-9_-]{0,63}$"  # of families and worlds
 PICKLED = re.compile(r"(?i)\.(pt|pth|ckpt|pkl|pickle|joblib)$|pytorch_model.*\.bin$")  # formats that run code when loaded
@@ -60,12 +61,12 @@ class Sampler(_Strict):
     Manifests of flashgen 0.1 and 0.2 have one field per token length, `clip_tokens` and `t5_tokens`; they become entries of `tokens`.
     """
 
-    sigmas: list[float] = Field(min_length=2)
-    shift: float = Field(gt=0)
-    guidance: float = Field(ge=1, description="1 for students: none")
+    sigmas: list[float] = Field(min_length=2, max_length=MAX_STEPS + 1)
+    shift: float = Field(gt=0, le=1e4)
+    guidance: float = Field(ge=1, le=1000, description="1 for students: none")
     prediction: Literal["velocity"] = "velocity"
     encoder: Literal["full", "zeros", "prune", "compact"] = "full"
-    tokens: dict[str, Annotated[int, Field(ge=0)]] = Field(description="text tokens by the family's label; 0: pruned from the sequence")
+    tokens: dict[str, Annotated[int, Field(ge=0, le=MAX_TOKENS)]] = Field(description="text tokens by the family's label; 0: pruned")
     size_px: SizePx
     trained_steps: list[int]
     solver: Literal["euler"] = "euler"

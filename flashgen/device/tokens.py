@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashgen.errors import ArtifactError
+from flashgen.artifact.files import check_file
+from flashgen.errors import ArtifactError, foreign
 from flashgen.progress import warn
 
 
@@ -25,23 +27,28 @@ class PromptTokenizer:
     def __init__(self, file: Path, length: int, pad_id: int) -> None:
         from tokenizers import Tokenizer
 
-        try:
+        check_file(file)
+        self.file = file
+        with self._clear():
             self.tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ArtifactError(f"{file} is no tokenizer ({error}); check it with: flashgen show {file.parents[1]} --verify") from error
         self.label, self.length, self.pad_id = file.parent.name, length, pad_id
         self.tokenizer.no_padding()
+
+    def _clear(self) -> AbstractContextManager[None]:
+        mend = f"check it with: flashgen show {self.file.parents[1]} --verify"
+        return foreign(lambda why: ArtifactError(f"{self.file} is no tokenizer ({why}); {mend}"))
 
     def encode(self, prompts: list[str]) -> Tokens:
         """Tokens of `prompts`. Warns about every prompt that is cut."""
         tokens = Tokens(np.full((len(prompts), self.length), self.pad_id, np.int64), np.zeros((len(prompts), self.length), np.int64))
         for row, prompt in enumerate(prompts):
-            self.tokenizer.no_truncation()
-            ids = self.tokenizer.encode(prompt).ids
-            if len(ids) > self.length:
-                warn_cut(prompt, self.label, len(ids), self.length)
-                self.tokenizer.enable_truncation(self.length)
+            with self._clear():
+                self.tokenizer.no_truncation()
                 ids = self.tokenizer.encode(prompt).ids
+                if len(ids) > self.length:
+                    warn_cut(prompt, self.label, len(ids), self.length)
+                    self.tokenizer.enable_truncation(self.length)
+                    ids = self.tokenizer.encode(prompt).ids
             tokens.ids[row, : len(ids)] = ids
             tokens.mask[row, : len(ids)] = 1
         return tokens
