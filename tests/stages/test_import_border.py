@@ -96,12 +96,9 @@ def in_tokenizer(**model: Any) -> Change:
     return change
 
 
-def as_plain_tokenizer(folder: Path) -> None:
-    """Let tokenizer.json alone decide: transformers' CLIPTokenizer replaces a part of it."""
-    put("model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])(folder)
-
-
 def backtracking(folder: Path) -> None:
+    """A regular expression without end in tokenizer.json, in a class that takes it from there; CLIPTokenizer has its own."""
+    put("model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])(folder)
     split = {"type": "Split", "pattern": {"Regex": "([a-z ]+)+="}, "behavior": "Isolated", "invert": False}
     put(WORDS, pre_tokenizer=split)(folder)
 
@@ -177,7 +174,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "unknown words": (in_tokenizer(type="Nothing"), r"X/tokenizer is no tokenizer"),
     "no words": (in_tokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[]), r"X/tokenizer is no tokenizer"),
     "more words than embeddings": (put(CLIP, vocab_size=100), r"text_encoder"),
-    "backtracking words": (lambda f: (as_plain_tokenizer(f), backtracking(f)), r"X/tokenizer is no tokenizer \(.*retry-limit"),
+    "backtracking words": (backtracking, r"X/tokenizer is no tokenizer \(.*retry-limit"),
     "settings that are a list": (text(TOKENIZER, "[]"), r"tokenizer"),
     "cut weights": (cut(WEIGHTS), r"is not a whole safetensors file"),
     "cut settings": (cut(TRANSFORMER), r"transformer/config.json cannot be read"),
