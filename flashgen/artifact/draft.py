@@ -22,7 +22,7 @@ from typing import Any
 
 from flashgen import __version__
 from flashgen.artifact import manifest as manifests
-from flashgen.artifact.files import digest, disk_bytes, fsync, link, point_latest, walk
+from flashgen.artifact.files import digest, disk_bytes, fsync, link, make_readable, point_latest, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, read_latest, versions
 from flashgen.errors import ArtifactError, UsageError
@@ -88,6 +88,8 @@ class Draft:
         removed; with `keep_checkpoints` its checkpoints move to `.work/VERSION`. Raises NumericsError for weights that are not finite.
         """
         sizes = {name: size for name, size in walk(self.path) if name != manifests.NAME}
+        for name in sizes:
+            make_readable(self.path / name)
         files = [File(path=name, size=size, sha256=digest(self.path / name)) for name, size in sizes.items()]
         before = versions(self.out)
         manifest = Manifest(
@@ -134,6 +136,9 @@ def check_out(out: Path) -> None:
     """Raises UsageError when `out` cannot hold versions."""
     if (out / manifests.NAME).exists() or (out.exists() and not out.is_dir()):
         raise UsageError(f"--out {out} is a {'file' if out.is_file() else 'published version'}; name a folder that may hold versions")
+    latest = out / "latest"
+    if latest.exists() and not (latest.is_symlink() or latest.is_file()):
+        raise UsageError(f"{latest} is neither a link nor a file, so it could not be pointed at a new version; remove it")
 
 
 def up_to_date(out: Path, origin: Origin) -> Artifact | None:

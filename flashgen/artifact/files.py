@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 from flashgen.artifact.finite import check_finite
 from flashgen.artifact.manifest import PICKLED
@@ -20,6 +21,9 @@ from flashgen.errors import ArtifactError, MachineError
 CHUNK_BYTES = 1 << 30
 LARGE_BYTES = 1 << 20  # smaller files are read again every time, which takes a millisecond
 MOST_DIGESTS = 1000  # of large files that the user's cache remembers
+MAX_SMALL_BYTES = 64 << 20  # of a config, an index or a tokenizer; T5's tokenizer.json has 2 MB
+LFS = b"version https://git-lfs"
+SOURCE = "take the artifact from its source again"
 
 
 def disk_bytes(folder: Path) -> int:
@@ -53,6 +57,38 @@ def walk(path: Path) -> Iterator[tuple[str, int]]:
             if PICKLED.search(name):
                 raise ArtifactError(f"{path}: {relative} may hold pickled code; weights must be safetensors, remove it")
             yield relative, state.st_size
+
+
+def check_file(file: Path) -> bytes:
+    """First bytes of a plain file. Raises ArtifactError for a file that is missing, cannot be read, is none or a Git LFS pointer."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ArtifactError(f"{file} is not a plain file; {SOURCE}")
+        with file.open("rb") as stream:
+            first = stream.read(len(LFS))
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error.strerror}); {SOURCE}") from error
+    if first == LFS:
+        raise ArtifactError(f"{file} is a Git LFS pointer instead of the file; fetch it in its repository with: git lfs pull")
+    return first
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file of at most `MAX_SMALL_BYTES`. Raises ArtifactError for anything else."""
+    check_file(file)
+    try:
+        if (size := file.stat().st_size) > MAX_SMALL_BYTES:
+            raise ValueError(f"{size} bytes, the limit is {MAX_SMALL_BYTES}")
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+        if not isinstance(value, dict):
+            raise ValueError("it is no mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} cannot be read ({error}); {SOURCE}") from error
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}")
 
 
 def sha256(file: Path) -> str:
@@ -129,6 +165,14 @@ def copy(source: Path, target: Path) -> None:
             if error.errno == 28:  # ENOSPC: a second way of copying needs the same room
                 raise
     shutil.copyfile(source, target)
+
+
+def make_readable(file: Path) -> None:
+    """Give a file the mode of any new file; safetensors writes some for their user alone. Links into another version stay as they are."""
+    mask, state = os.umask(0), file.stat()
+    os.umask(mask)
+    if state.st_nlink == 1 and stat.S_IMODE(state.st_mode) != (mode := 0o666 & ~mask):
+        file.chmod(mode)
 
 
 def point_latest(out: Path, version: str) -> None:

@@ -16,7 +16,7 @@ from flashgen.pixels import SizePx
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 8 << 20  # of a manifest; a hostile one must not fill the memory
-MAX_STEPS = 1000  # per picture
+MAX_TOKENS, MAX_STEPS = 4096, 1000  # of a sampler
 NAME = "manifest.json"
 NAME_PATTERN = r"^[a-z][a-z0-9_-]{0,63}$"  # of families and worlds
 PICKLED = re.compile(r"(?i)\.(pt|pth|ckpt|pkl|pickle|joblib)$|pytorch_model.*\.bin$")  # formats that run code when loaded
@@ -62,11 +62,11 @@ class Sampler(_Strict):
     """
 
     sigmas: list[float] = Field(min_length=2, max_length=MAX_STEPS + 1)
-    shift: float = Field(gt=0)
-    guidance: float = Field(ge=1, description="1 for students: none")
+    shift: float = Field(gt=0, le=1e4)
+    guidance: float = Field(ge=1, le=1000, description="1 for students: none")
     prediction: Literal["velocity"] = "velocity"
     encoder: Literal["full", "zeros", "prune", "compact"] = "full"
-    tokens: dict[str, Annotated[int, Field(ge=0)]] = Field(description="text tokens by the family's label; 0: pruned from the sequence")
+    tokens: dict[str, Annotated[int, Field(ge=0, le=MAX_TOKENS)]] = Field(description="text tokens by the family's label; 0: pruned")
     size_px: SizePx
     trained_steps: list[int]
     solver: Literal["euler"] = "euler"

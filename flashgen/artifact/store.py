@@ -85,11 +85,18 @@ def read_latest(out: Path) -> Path | None:
     """What `latest` points at, or None when it is absent. Raises ArtifactError when it names no version beside it."""
     link = out / "latest"
     try:
-        target = os.readlink(link) if link.is_symlink() else link.read_bytes()[:64].decode(errors="replace").strip()
+        mode = link.lstat().st_mode
+        if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode)):
+            raise ArtifactError(f"{link} is neither a link nor a one-line file; remove it and run the stage again")
+        if stat.S_ISLNK(mode):
+            target = os.readlink(link)
+        else:
+            with link.open("rb") as file:
+                target = file.read(64).decode(errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ArtifactError(f"{link} is neither a link nor a one-line file; remove it and run the stage again") from error
+        raise ArtifactError(f"{link} cannot be read ({error.strerror}); remove it and run the stage again") from error
     if out / target not in versions(out):
         raise ArtifactError(f"{link} points at {target!r}, which is no version in {out}; name one as {out}@v0001, or run the stage again")
     return out / target

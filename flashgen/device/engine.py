@@ -17,7 +17,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path
 from flashgen.device.graph import MEND
 from flashgen.device.memory import out_of_memory
-from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError
+from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError, one_line
 from flashgen.pixels import require_finite
 from flashgen.progress import warn
 from flashgen.runtime.memory import cpu_count
@@ -65,11 +65,7 @@ def default_threads() -> int:
 
 
 def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"{engine} cannot load {model} ({_line(error)}); check it with: flashgen show {model.parents[1]} --verify")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return ArtifactError(f"{engine} cannot load {model} ({one_line(error)}); check it with: flashgen show {model.parents[1]} --verify")
 
 
 class OnnxRuntimeNetwork:
@@ -202,10 +198,10 @@ class Engine:
             if isinstance(error, FlashgenError):
                 raise error
             if out_of_memory(error):
-                raise MachineError(f"{component} ran out of memory ({_line(error)}); use a smaller --batch, or --memory") from error
+                raise MachineError(f"{component} ran out of memory ({one_line(error)}); use a smaller --batch, or --memory") from error
             mend = f"check it with: flashgen show {self.path} --verify"
-            raise ArtifactError(f"{self.name} failed in {component} of {self.path} ({_line(error)}); {mend}") from error
-        warn(f"{self.name} failed in {component} ({_line(error)}); onnxruntime continues (--engine decides otherwise)")
+            raise ArtifactError(f"{self.name} failed in {component} of {self.path} ({one_line(error)}); {mend}") from error
+        warn(f"{self.name} failed in {component} ({one_line(error)}); onnxruntime continues (--engine decides otherwise)")
         self.name, self._open = "onnxruntime", None
 
     def _key(self, component: str) -> str:

@@ -67,8 +67,11 @@ def sampler_of(artifact: Artifact) -> Sampler:
 
 def teacher_of(student: Artifact) -> Artifact:
     """The teacher in the lineage of `student`, by path, each step checked by digest; a teacher's is itself."""
-    current = student
+    current, seen = student, set[str]()
     while current.manifest.kind != "teacher":
+        if current.manifest.digest in seen:
+            raise ArtifactError(f"{student.path} names no teacher: the parents of {current.path} go round in a circle; make it again")
+        seen.add(current.manifest.digest)
         parents = {parent.role: parent for parent in current.manifest.parents}
         if (parent := parents.get("teacher")) is not None:
             made_from = open_artifact(parent.path, ("teacher",))

@@ -44,6 +44,8 @@ class Request:
         sampler = sampler_of(source)
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise UsageError('the prompt is empty; write what to draw, as in: flashgen generate ARTIFACT "a red circle" -o a.png')
+        if any("\ud800" <= letter <= "\udfff" for text in (*self.prompts, self.negative) for letter in text):
+            raise UsageError("a prompt or --negative is not valid UTF-8; write it in UTF-8, or put it into a file for --prompt-file")
         if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**64]:
             raise UsageError(f"--seed {wrong[0]} is out of range; use 0 to 2^64-1")
         teacher = source.manifest.kind == "teacher" or not sampler.trained_steps
@@ -64,7 +66,8 @@ class Request:
             if source.manifest.kind == "device":
                 mend = f"leave --size out, or export again with --set export.size_px={self.size}"
                 raise UsageError(f"--size {self.size}: this export draws {sampler.size_px} px only; {mend}")
-            check_size(families.get(source.manifest.family), configs_in(source.path), sampler, self.size, "--size ")
+            family = families.get(source.manifest.family)
+            check_size(family, configs_in(source.path, family), sampler, self.size, "--size ")
         return sampler
 
     def weight(self, sampler: Sampler) -> float:
