@@ -17,6 +17,7 @@ from flashgen.cli.generate import generate
 from flashgen.cli.quantize import quantize
 from flashgen.cli.restructure_encoder import restructure_encoder
 from flashgen.cli.show import show
+from flashgen.runtime.memory import cpu_count
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 
@@ -53,4 +54,6 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not os.environ.get("OMP_NUM_THREADS", "").strip():  # OpenMP, and so torch, knows the affinity but no quota of a container
+        os.environ["OMP_NUM_THREADS"] = str(cpu_count())
     app(prog_name="flashgen")

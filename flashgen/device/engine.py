@@ -22,6 +22,7 @@ from flashgen.device.graph import MEND
 from flashgen.device.memory import out_of_memory
 from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError
 from flashgen.progress import warn
+from flashgen.runtime.environment import number
 from flashgen.runtime.memory import cpu_count
 from flashgen.runtime.timing import Laps
 
@@ -63,7 +64,7 @@ def open_session(model: Path, threads: int | None = None) -> InferenceSession:
 
 def default_threads() -> int:
     """OMP_NUM_THREADS, or the number of processors that this process may use."""
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or cpu_count()
+    return number("OMP_NUM_THREADS") or cpu_count()
 
 
 def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
