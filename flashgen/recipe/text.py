@@ -41,21 +41,22 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node. Raises ComposerError where there are too many, counted as if every alias were written out, or too deep ones."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
         before = self._count
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, TOO_DEEP, event.start_mark)
+            raise yaml.composer.ComposerError(None, None, TOO_DEEP, mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise yaml.composer.ComposerError(None, None, f"*{event.anchor} repeats what it is a part of", event.start_mark)
+                raise yaml.composer.ComposerError(None, None, f"*{event.anchor} repeats what it is a part of", mark)
             self._count += self._sizes[id(node)]
         else:
             self._count += 1
             self._sizes[id(node)] = self._count - before
         if self._count > MAX_NODES:
-            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values, this is no recipe", event.start_mark)
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values, this is no recipe", mark)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
