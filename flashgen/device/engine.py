@@ -20,6 +20,7 @@ from flashgen.device.memory import out_of_memory
 from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError, one_line
 from flashgen.pixels import require_finite
 from flashgen.progress import warn
+from flashgen.runtime.environment import number
 from flashgen.runtime.memory import cpu_count
 from flashgen.runtime.timing import Laps
 
@@ -61,7 +62,7 @@ def open_session(model: Path, threads: int | None = None) -> InferenceSession:
 
 def default_threads() -> int:
     """OMP_NUM_THREADS, or the number of processors that this process may use."""
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or cpu_count()
+    return number("OMP_NUM_THREADS") or cpu_count()
 
 
 def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
