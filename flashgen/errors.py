@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class FlashgenError(Exception):
     """Base class; the exit code of a plain one says that it is a bug of flashgen."""
@@ -32,3 +36,23 @@ class MachineError(FlashgenError):
     """A missing extra, not enough memory or disk."""
 
     exit_code = 5
+
+
+@contextmanager
+def foreign(wrap: Callable[[str], FlashgenError]) -> Iterator[None]:
+    """Turn an error of another library inside into `wrap(its message)`; a panic of a Rust library, which is no Exception, too.
+
+    FlashgenErrors, interrupts, memory that ran out and a full disk pass unchanged.
+    """
+    try:
+        yield
+    except BaseException as error:
+        passes = isinstance(error, FlashgenError | MemoryError) or getattr(error, "errno", None) == errno.ENOSPC
+        if passes or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise wrap(one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -67,6 +67,11 @@ def import_(source: str, out: Path, force: bool = False, *, world: str | None = 
     return run(stage("import"), {}, out, RecipeChoice(), 0, force, origin=source, of_world=world)
 
 
+def prepared_import(source: str) -> Stage:
+    """An import that is ready to run."""
+    return prepare(stage("import"), {}, RecipeChoice(), origin=source)
+
+
 def prepared(name: str, refs: dict[str, str | Path], recipe: Recipe) -> Stage:
     """A stage that is ready to run."""
     return prepare(stage(name), refs, recipe, device=DEVICE.get())

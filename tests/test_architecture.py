@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
     "errors": set(),
-    "pixels": set(),
+    "pixels": {"errors"},
     "noise": set(),
     "cache": set(),
     "randomness": set(),
@@ -33,10 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"flow", "objectives"},
     "quant": {"errors", "quant"},
     "recipe": {"errors", "pixels", "recipe"},
-    "artifact": {"", "errors", "pixels", "progress", "artifact"},
+    "artifact": {"", "errors", "pixels", "cache", "progress", "artifact"},
     "judges": BASE | ARTIFACTS | {"worlds", "judges"},
     "judges.base": {"errors"},
-    "arena": {"errors", "progress", "artifact.files", "recipe.base", "arena"},
+    "arena": {"errors", "png", "progress", "artifact.files", "recipe.base", "arena"},
     "worlds": {"errors", "judges.base", "worlds"},
     "families": BASE | ARTIFACTS | {"families", "flow"},
     "families.sd3": BASE | ARTIFACTS | {"families", "flow", "models", "device"},
@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE | ARTIFACTS | {"families", "flow", "objectives", "quant", "models", "training"},
     "export": BASE | ARTIFACTS | {"families", "flow", "quant", "models", "device", "export"},
     "metrics": BASE | ARTIFACTS | {"judges.base", "families", "flow", "models", "device", "metrics"},
-    "report": BASE | {"report"},
+    "report": BASE | {"png", "report"},
     "stages": BASE
     | ARTIFACTS
     | {

@@ -23,7 +23,7 @@ from typing import Any
 
 from flashgen import __version__
 from flashgen.artifact import manifest as manifests
-from flashgen.artifact.files import disk_bytes, fsync, identity, link, point_latest, sha256, walk
+from flashgen.artifact.files import digest, disk_bytes, fsync, link, make_readable, point_latest, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, read_latest, versions
 from flashgen.errors import ArtifactError, UsageError
@@ -67,15 +67,6 @@ class Draft:
         """Folder of what runs share (`cache_folder`)."""
         return cache_folder(self.out)
 
-    @contextmanager
-    def removed_on_error(self) -> Iterator[None]:
-        """Remove `path` if an error leaves the block: it would keep a full disk full."""
-        try:
-            yield
-        except Exception:
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
-
     def link_tree(self, source: Path, name: str) -> None:
         """Hard-link every file below `source`, a folder of a published version, to the same place below `name`."""
         if not source.is_dir():
@@ -94,14 +85,13 @@ class Draft:
     ) -> Artifact:
         """Digest, fsync and rename into `out`, then move `latest`; a kill in between leaves the previous version whole.
 
-        The resume state is removed; with `keep_checkpoints` its checkpoints move to `.work/VERSION`.
+        Every file is read, but for linked ones that `Artifact.verify` has read and that have not changed since. The resume state is
+        removed; with `keep_checkpoints` its checkpoints move to `.work/VERSION`. Raises NumericsError for weights that are not finite.
         """
-        known = _digests(self.origin.parents)
-        files = [
-            File(path=name, size=size, sha256=known.get(identity(self.path / name)) or sha256(self.path / name))
-            for name, size in walk(self.path)
-            if name != manifests.NAME
-        ]
+        sizes = {name: size for name, size in walk(self.path) if name != manifests.NAME}
+        for name in sizes:
+            make_readable(self.path / name)
+        files = [File(path=name, size=size, sha256=digest(self.path / name)) for name, size in sizes.items()]
         before = versions(self.out)
         manifest = Manifest(
             kind=self.origin.kind,
@@ -147,6 +137,9 @@ def check_out(out: Path) -> None:
     """Raises UsageError when `out` cannot hold versions."""
     if (out / manifests.NAME).exists() or (out.exists() and not out.is_dir()):
         raise UsageError(f"--out {out} is a {'file' if out.is_file() else 'published version'}; name a folder that may hold versions")
+    latest = out / "latest"
+    if latest.exists() and not (latest.is_symlink() or latest.is_file()):
+        raise UsageError(f"{latest} is neither a link nor a file, so it could not be pointed at a new version; remove it")
 
 
 def up_to_date(out: Path, origin: Origin) -> Artifact | None:
@@ -192,16 +185,15 @@ def begin(out: Path, origin: Origin) -> Draft:
     return Draft(out, staging, work, origin)
 
 
-def _digests(parents: Sequence[Parent]) -> dict[tuple[int, int, int], str]:
-    """sha256 of the parents' files by identity, so that linked files are not read again. Parents that are gone or broken give nothing."""
-    known: dict[tuple[int, int, int], str] = {}
-    for parent in parents:
-        try:
-            manifest = open_artifact(parent.path).manifest
-            known |= {identity(Path(parent.path) / file.path): file.sha256 for file in manifest.files}
-        except (ArtifactError, OSError):
-            continue
-    return known
+@contextmanager
+def begun(out: Path, origin: Origin) -> Iterator[Draft]:
+    """`begin`; after an error the draft's files are removed, since they would keep a full disk full. The resume state stays."""
+    draft = begin(out, origin)
+    try:
+        yield draft
+    except Exception:
+        shutil.rmtree(draft.path, ignore_errors=True)
+        raise
 
 
 def _packages() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -10,11 +11,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
+from flashgen.artifact.finite import check_finite
 from flashgen.artifact.manifest import PICKLED
+from flashgen.cache import cache_path, remember
 from flashgen.errors import ArtifactError, MachineError
 
 CHUNK_BYTES = 1 << 30
+LARGE_BYTES = 1 << 20  # smaller files are read again every time, which takes a millisecond
+MOST_DIGESTS = 1000  # of large files that the user's cache remembers
+MAX_SMALL_BYTES = 64 << 20  # of a config, an index or a tokenizer; T5's tokenizer.json has 2 MB
+LFS = b"version https://git-lfs"
+SOURCE = "take the artifact from its source again"
 
 
 def disk_bytes(folder: Path) -> int:
@@ -50,26 +59,94 @@ def walk(path: Path) -> Iterator[tuple[str, int]]:
             yield relative, state.st_size
 
 
+def check_file(file: Path) -> bytes:
+    """First bytes of a plain file. Raises ArtifactError for a file that is missing, cannot be read, is none or a Git LFS pointer."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ArtifactError(f"{file} is not a plain file; {SOURCE}")
+        with file.open("rb") as stream:
+            first = stream.read(len(LFS))
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error.strerror}); {SOURCE}") from error
+    if first == LFS:
+        raise ArtifactError(f"{file} is a Git LFS pointer instead of the file; fetch it in its repository with: git lfs pull")
+    return first
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file of at most `MAX_SMALL_BYTES`. Raises ArtifactError for anything else."""
+    check_file(file)
+    try:
+        if (size := file.stat().st_size) > MAX_SMALL_BYTES:
+            raise ValueError(f"{size} bytes, the limit is {MAX_SMALL_BYTES}")
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+        if not isinstance(value, dict):
+            raise ValueError("it is no mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} cannot be read ({error}); {SOURCE}") from error
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}")
+
+
 def sha256(file: Path) -> str:
     """sha256 of a file's contents, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def identity(path: Path) -> tuple[int, int, int]:
-    """Device, inode and modification time: equal for two hard links to one file."""
-    state = path.stat()
-    return state.st_dev, state.st_ino, state.st_mtime_ns
+def digest(file: Path, expected: str | None = None) -> str:
+    """sha256 of a file, for which a large file is read only if the file system reports a change since it was read last.
+
+    Raises NumericsError for weights that are not finite; those of a file whose sha256 is not the `expected` one are not looked at.
+    """
+    state = _state(file)
+    if (known := _digests().get(state[0])) is not None and known[:-1] == state[1:]:
+        return str(known[-1])
+    found = sha256(file)
+    if expected in (None, found):
+        check_finite(file)
+        _remember(state, found)
+    return found
+
+
+def _state(file: Path) -> list[str | int]:
+    """Device and inode, then size, time of modification and time of change, which copying tools cannot set."""
+    state = file.stat()
+    return [f"{state.st_dev}:{state.st_ino}", state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _digests() -> dict[object, list[str | int]]:
+    """What the user's cache remembers: [size, times, sha256] by device and inode; nothing if it is damaged."""
+    try:
+        known = json.loads(cache_path("digests.json").read_text())
+        return {name: list(entry) for name, entry in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _remember(state: list[str | int], sha256_hex: str) -> None:
+    name, size, *times = state
+    if sys.platform != "win32" and int(size) >= LARGE_BYTES:  # Windows keeps no time of change
+        others = [(key, entry) for key, entry in _digests().items() if key != name]
+        known = dict([*others[1 - MOST_DIGESTS :], (name, [size, *times, sha256_hex])])
+        remember(cache_path("digests.json"), json.dumps(known))
 
 
 def link(source: Path, target: Path) -> None:
     """Hard-link `source` to `target`, or copy it where links are not possible. Only for files of published versions."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
+    before, known = _state(source), _digests()
     try:
         os.link(source.resolve(), target)
     except OSError:
         copy(source, target)
+        return
+    if (entry := known.get(before[0])) is not None and entry[:-1] == before[1:]:
+        _remember(_state(target), str(entry[-1]))  # a link is a change, but not of the contents
 
 
 def copy(source: Path, target: Path) -> None:
@@ -88,6 +165,14 @@ def copy(source: Path, target: Path) -> None:
             if error.errno == 28:  # ENOSPC: a second way of copying needs the same room
                 raise
     shutil.copyfile(source, target)
+
+
+def make_readable(file: Path) -> None:
+    """Give a file the mode of any new file; safetensors writes some for their user alone. Links into another version stay as they are."""
+    mask, state = os.umask(0), file.stat()
+    os.umask(mask)
+    if state.st_nlink == 1 and stat.S_IMODE(state.st_mode) != (mode := 0o666 & ~mask):
+        file.chmod(mode)
 
 
 def point_latest(out: Path, version: str) -> None:

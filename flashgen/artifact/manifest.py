@@ -16,6 +16,7 @@ from flashgen.pixels import SizePx
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 8 << 20  # of a manifest; a hostile one must not fill the memory
+MAX_TOKENS, MAX_STEPS = 4096, 1000  # of a sampler
 NAME = "manifest.json"
 NAME_PATTERN = r"^[a-z][a-z0-9_-]{0,63}$"  # of families and worlds
 PICKLED = re.compile(r"(?i)\.(pt|pth|ckpt|pkl|pickle|joblib)$|pytorch_model.*\.bin$")  # formats that run code when loaded
@@ -60,12 +61,12 @@ class Sampler(_Strict):
     Manifests of flashgen 0.1 and 0.2 have one field per token length, `clip_tokens` and `t5_tokens`; they become entries of `tokens`.
     """
 
-    sigmas: list[float] = Field(min_length=2)
-    shift: float = Field(gt=0)
-    guidance: float = Field(ge=1, description="1 for students: none")
+    sigmas: list[float] = Field(min_length=2, max_length=MAX_STEPS + 1)
+    shift: float = Field(gt=0, le=1e4)
+    guidance: float = Field(ge=1, le=1000, description="1 for students: none")
     prediction: Literal["velocity"] = "velocity"
     encoder: Literal["full", "zeros", "prune", "compact"] = "full"
-    tokens: dict[str, Annotated[int, Field(ge=0)]] = Field(description="text tokens by the family's label; 0: pruned from the sequence")
+    tokens: dict[str, Annotated[int, Field(ge=0, le=MAX_TOKENS)]] = Field(description="text tokens by the family's label; 0: pruned")
     size_px: SizePx
     trained_steps: list[int]
     solver: Literal["euler"] = "euler"
@@ -138,19 +139,24 @@ class Manifest(_Strict):
 
     def sealed(self) -> Manifest:
         """Copy of the manifest with its content digest filled in."""
-        return self.model_copy(update={"digest": content_digest(self.model_dump(mode="json"))})
+        return self.model_copy(update={"digest": content_digest(json.loads(self.model_dump_json()))})
 
 
-def content_digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 over kind, sampler and sorted files of a manifest as JSON data.
+def content_digest(manifest: Mapping[str, Any], is_old: bool = False) -> str:
+    """sha256 over kind, family, world, sampler, `extra` and sorted files of a manifest as JSON data; `extra["key"]` is left out.
 
-    The digest says what the artifact is, not when it was made. It is computed from the data as written, so fields that later versions
-    rename or add leave the digest of an old manifest valid.
+    The digest says what the artifact is, not when or from what it was made. It is computed from the data as written, so fields that later
+    versions rename or add leave the digest of an old manifest valid. With `is_old` it is that of flashgen 0.1 to 0.3.0, which covers kind,
+    sampler and files alone.
     """
     sampler = manifest["sampler"]
     if sampler is not None:
         sampler = {key: value for key, value in sampler.items() if value is not None}
-    return hash_json([manifest["kind"], sampler, sorted([f["path"], f["size"], f["sha256"]] for f in manifest["files"])])
+    parts = [manifest["kind"], sampler, sorted([f["path"], f["size"], f["sha256"]] for f in manifest["files"])]
+    if not is_old:
+        extra = {key: value for key, value in manifest["extra"].items() if key != "key"}
+        parts += [manifest.get("family"), manifest.get("world"), extra]
+    return hash_json(parts)
 
 
 def hash_json(value: Any) -> str:
@@ -175,6 +181,8 @@ def parse(data: bytes, where: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtifactError(f"{where}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}; {mend}") from error
-    if manifest.digest != content_digest(raw):
-        raise ArtifactError(f"{where}: digest does not fit the files, sampler and kind listed, so it was altered; {mend}")
+    if manifest.digest not in (content_digest(raw), content_digest(raw, is_old=True)):
+        raise ArtifactError(
+            f"{where}: digest does not fit what it covers (kind, family, world, sampler, extra, files), so it was altered; {mend}"
+        )
     return manifest

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flashgen.errors import FlashgenError, MachineError, UsageError
-from flashgen.progress import say
+from flashgen.progress import printable, say
 from flashgen.runtime.memory import peak_rss_mib
 from flashgen.runtime.processes import rank, speaks_for_itself
 
@@ -58,7 +58,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
         code, message = explain(error)
         say(message if isinstance(error, KeyboardInterrupt) else f"error: {message}")
         if speaks_for_itself(error):
-            print(f"error in process {rank()}: {message}", file=sys.stderr, flush=True)
+            print(printable(f"error in process {rank()}: {message}"), file=sys.stderr, flush=True)
         raise typer.Exit(code) from error
 
 
@@ -92,7 +92,7 @@ def choice_of(options: Options) -> RecipeChoice:
 def emit(options: Options, text: str, record: Mapping[str, Any]) -> None:
     """Print the result, the only thing on stdout, in the first process."""
     if rank() == 0:
-        print(json.dumps(record) if options.json else text, flush=True)
+        print(json.dumps(record) if options.json else printable(text), flush=True)
 
 
 def record_of(artifact: Artifact, stage: str, started: float, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,13 @@ import typer
 
 from flashgen.cli.options import Options, command
 from flashgen.errors import ArtifactError
+from flashgen.progress import printable
 
 if TYPE_CHECKING:
-    from flashgen.artifact.manifest import Manifest
+    from flashgen.artifact.manifest import Manifest, Parent
     from flashgen.artifact.store import Artifact
+
+MAX_INDENT = 20  # generations
 
 
 @command()
@@ -46,25 +50,33 @@ def _lines(opened: Artifact, verified: bool) -> list[str]:
         sigmas = " ".join(f"{sigma:.4g}" for sigma in sampler.sigmas)
         lines.append(f"sampler  sigmas {sigmas}; guidance {sampler.guidance:g}; encoder {sampler.encoder}; {sampler.size_px} px")
     lines += [f"recipe   {json.dumps(manifest.recipe)}", f"metrics  {json.dumps(manifest.metrics)}", "lineage"]
-    return lines + _lineage(manifest, str(opened.path), "", set())
+    return [printable(line) for line in [*lines, *_lineage(opened)]]
 
 
-def _lineage(manifest: Manifest, name: str, indent: str, seen: set[str]) -> list[str]:
+def _lineage(opened: Artifact) -> Iterator[str]:
     """Lines for the artifact and, indented below, its ancestors that are still there."""
+    seen, stack = set[str](), [(opened.as_parent("self"), 0)]
+    while stack:
+        parent, depth = stack.pop()
+        line = f"  {'  ' * min(depth, MAX_INDENT)}{f'{parent.role} {parent.path}' if depth else opened.path}"
+        if parent.role == "source":  # a folder of another program, or a hub id
+            is_there = parent.path.startswith("hf:") or Path(parent.path).is_dir()
+            yield f"{line}  {parent.digest[:12]}{'' if is_there else '  (no longer there)'}"
+        elif (manifest := _manifest(parent)) is None:
+            yield f"{line}  {parent.digest[:12]}  (no longer there)"
+        else:
+            yield f"{line}  {manifest.kind} by {manifest.stage}  {manifest.digest[:12]}"
+            if manifest.digest not in seen:
+                stack += [(each, depth + 1) for each in reversed(manifest.parents)]
+            seen.add(manifest.digest)
+
+
+def _manifest(parent: Parent) -> Manifest | None:
+    """The manifest of `parent`, or None if it is gone or another version."""
     from flashgen.artifact.store import open_artifact
 
-    lines = [f"{indent}  {name}  {manifest.kind} by {manifest.stage}  {manifest.digest[:12]}"]
-    if manifest.digest in seen:
-        return lines
-    seen.add(manifest.digest)
-    for parent in manifest.parents:
-        label = f"{parent.role} {parent.path}"
-        try:
-            found = open_artifact(Path(parent.path)).manifest
-            if found.digest != parent.digest:
-                raise ArtifactError("changed")
-        except ArtifactError:
-            lines.append(f"{indent}    {label}  {parent.digest[:12]}  (no longer there)")
-            continue
-        lines += _lineage(found, label, indent + "  ", seen)
-    return lines
+    try:
+        manifest = open_artifact(Path(parent.path)).manifest
+    except ArtifactError:
+        return None
+    return manifest if manifest.digest == parent.digest else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashgen.errors import ArtifactError
+from flashgen.artifact.files import check_file
+from flashgen.errors import ArtifactError, foreign
 from flashgen.progress import warn
 
 NAMED = 3  # prompts that are cut, of those of one request
@@ -32,23 +33,28 @@ class PromptTokenizer:
     def __init__(self, file: Path, length: int, pad_id: int) -> None:
         from tokenizers import Tokenizer
 
-        try:
+        check_file(file)
+        self.file = file
+        with self._clear():
             self.tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ArtifactError(f"{file} is no tokenizer ({error}); check it with: flashgen show {file.parents[1]} --verify") from error
         self.label, self.length, self.pad_id = file.parent.name, length, pad_id
         self.tokenizer.no_padding()
+
+    def _clear(self) -> AbstractContextManager[None]:
+        mend = f"check it with: flashgen show {self.file.parents[1]} --verify"
+        return foreign(lambda why: ArtifactError(f"{self.file} is no tokenizer ({why}); {mend}"))
 
     def encode(self, prompts: list[str]) -> Tokens:
         """Tokens of `prompts`. Warns about every prompt that is cut."""
         tokens = Tokens(np.full((len(prompts), self.length), self.pad_id, np.int64), np.zeros((len(prompts), self.length), np.int64))
         for row, prompt in enumerate(prompts):
-            self.tokenizer.no_truncation()
-            ids = self.tokenizer.encode(prompt).ids
-            if len(ids) > self.length:
-                warn_cut(prompt, self.label, len(ids), self.length)
-                self.tokenizer.enable_truncation(self.length)
+            with self._clear():
+                self.tokenizer.no_truncation()
                 ids = self.tokenizer.encode(prompt).ids
+                if len(ids) > self.length:
+                    warn_cut(prompt, self.label, len(ids), self.length)
+                    self.tokenizer.enable_truncation(self.length)
+                    ids = self.tokenizer.encode(prompt).ids
             tokens.ids[row, : len(ids)] = ids
             tokens.mask[row, : len(ids)] = 1
         return tokens

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.families.conditioning import Conditioning
-from flashgen.families.configs import Configs
+from flashgen.families.configs import Config, Configs
 from flashgen.pixels import Size
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Restructuring(ABC):
 class Family(ABC):
     """One model family.
 
-    `configs` gives the config of a component: `Pipeline.configs` of a loaded pipeline, `configs_in(folder)` of a folder.
+    `configs` gives the config of a component: `Pipeline.configs` of a loaded pipeline, `configs_in(folder, family)` of a folder.
     """
 
     name: ClassVar[str]  # in manifests and recipes
@@ -117,6 +117,7 @@ class Family(ABC):
     pipeline_class: ClassVar[str]  # diffusers' class in model_index.json
     text_encoders: ClassVar[Mapping[str, TextEncoder]]  # by folder, in the order of the pipeline
     optional: ClassVar[frozenset[str]] = frozenset()  # components that a pipeline may lack
+    schemas: ClassVar[Mapping[str, type[Config]]] = {}  # bounds of the networks' configs, checked whenever one is read
     droppable: ClassVar[str | None] = None  # text encoder that training drops at random, so that a student runs without it
     restructuring: ClassVar[Restructuring | None] = None
     protect: ClassVar[tuple[str, ...]] = ()  # name prefixes of layers that quantization keeps at 8 bits

@@ -17,6 +17,7 @@ from flashgen.artifact.manifest import hash_json
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.judges.base import Drawn, Judge, Judgement
 from flashgen.judges.features import Features, Floats64, Picture
+from flashgen.png import read_picture
 from flashgen.progress import track, warn
 
 PICTURES = {".png", ".jpg", ".jpeg"}
@@ -147,14 +148,12 @@ class FrechetJudge(Judge):
         return features if self.metric == "cmmd" else Gaussian.of_features(features)
 
     def _pictures(self, label: str) -> Iterator[Picture]:
-        from PIL import Image
-
         for path in track(self._files, label, total=len(self._files)):
             try:
-                with Image.open(path) as image:
-                    yield np.asarray(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                picture = read_picture(path, ("PNG", "JPEG"))
+            except (OSError, ValueError) as error:
                 raise ArtifactError(f"reference picture {path} cannot be read ({error}); replace or remove it") from error
+            yield picture
 
     def _read_saved(self) -> Gaussian | Floats64:
         """Statistics of the .npz file, checked."""

@@ -57,7 +57,7 @@ class Footprint:
         assert source.manifest.sampler is not None
         self.family: Family = families.get(source.manifest.family)
         self.sampler: Sampler = source.manifest.sampler
-        self.path, self.configs = source.path, configs_in(source.path)
+        self.path, self.configs = source.path, configs_in(source.path, self.family)
         self.parts: dict[str, Tensors] = {}
         for part in self.family.networks:
             if (source.path / part).is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,34 @@ from diffusers import ModelMixin
 from torch import nn
 
 from flashgen import families
-from flashgen.errors import ArtifactError
+from flashgen.artifact.files import SOURCE, read_json
+from flashgen.errors import ArtifactError, foreign
 from flashgen.families.base import Family
+from flashgen.families.configs import read_config
 from flashgen.models.nf4 import STATE, unpack
 from flashgen.models.stream import header, read, tensor, tensor_files, weight_files
 
 LARGE_BYTES = 1 << 30  # weights above which a text encoder stays on disk
+INDEX = "model_index.json"
 MEND = "take it from its source again, or save it from diffusers in fp16, bf16 or fp32"
 
 
 def empty_network(folder: Path, name: str, family: Family) -> nn.Module:
-    """Component `name` of the pipeline in `folder` from its config; weights on `meta`. Raises ArtifactError for a broken config."""
-    kind = family.network_classes()[name]
-    try:
+    """Component `name` of the pipeline in `folder` from its config; weights on `meta`. Raises ArtifactError for a broken config.
+
+    The class is the family's; nothing in the config chooses code, and nothing is fetched.
+    """
+    kind, config = family.network_classes()[name], read_config(folder, name, family.schemas.get(name))
+    with foreign(lambda why: ArtifactError(f"{folder / name}/config.json makes no {kind.__name__} ({why}); {SOURCE}")):
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise ValueError(f"it is of {config['_class_name']!r}")
         if issubclass(kind, ModelMixin):
             with torch.device("meta"):  # its position table too, 900 MB of SD3.5-Medium
-                network: Any = kind.from_config(kind.load_config(folder / name))
+                network: Any = kind.from_config(config)
         else:
             with init_empty_weights():  # buffers are there: no file has them
-                network = kind(kind.config_class.from_pretrained(folder / name))
+                network = kind(kind.config_class.from_dict(config))
                 network.set_input_embeddings(network.get_input_embeddings())  # T5 has two names for them
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{folder / name}/config.json makes no {kind.__name__} ({error}); take it from its source again") from error
     made: nn.Module = network.eval()
     return made
 
@@ -103,26 +109,50 @@ def check_networks(folder: Path) -> tuple[Family, dict[str, nn.Module]]:
     Raises ArtifactError, with one clear sentence, when no family loads such a pipeline, or when files are missing, of a foreign type,
     or hold other tensors than the configs ask for.
     """
-    if not (folder / "model_index.json").is_file():
-        raise ArtifactError(f"{folder} has no model_index.json; give a diffusers pipeline folder")
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        name = index["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder} does not load as a pipeline ({error!r}); give a diffusers pipeline folder") from error
+    if not (folder / INDEX).is_file():
+        raise ArtifactError(f"{folder} has no {INDEX}; give a diffusers pipeline folder")
+    name = read_json(folder / INDEX).get("_class_name")
     family = families.of_pipeline(str(name))
     if family is None:
         known = "; ".join(f"{other.pipeline_class} ({other.models})" for other in map(families.get, families.names()))
         raise ArtifactError(f"{folder} is a {name}; flashgen takes {known}")
-    parts = [part for part in family.networks if part not in family.optional or (index.get(part) or [None])[0] is not None]
-    networks = {part: empty_network(folder, part, family) for part in parts}
+    classes = part_classes(folder, family)
+    for part, kind in family.network_classes().items():
+        if classes.get(part, kind.__name__) != kind.__name__:
+            raise ArtifactError(f"{folder}/{INDEX}: {part} is a {classes[part]}, flashgen takes a {kind.__name__}")
+    networks = {part: empty_network(folder, part, family) for part in family.networks if part in classes}
     for part, network in networks.items():
         _check(folder / part, network)
     return family, networks
 
 
+def part_classes(folder: Path, family: Family) -> dict[str, str]:
+    """Class names of the components that model_index.json gives to the pipeline in `folder`.
+
+    Raises ArtifactError for one that is missing and that the family needs: a network, or a present text encoder's tokenizer.
+    """
+    file = folder / INDEX
+    index, classes = read_json(file), dict[str, str]()
+    for part in family.components:
+        match index.get(part, [None, None]):
+            case [None, _]:
+                continue
+            case [str(), str() as name]:
+                classes[part] = name
+            case other:
+                raise ArtifactError(f"{file}: {part} is {other!r}, not the library and class of a component; {SOURCE}")
+    tokenizers = {encoder.tokenizer for name, encoder in family.text_encoders.items() if name in classes}
+    if missing := ({*family.networks} - family.optional | tokenizers) - classes.keys():
+        raise ArtifactError(f"{file} names no {min(missing)}; {SOURCE}")
+    return classes
+
+
 def _check(folder: Path, network: nn.Module) -> None:
     found = {name: entry for path in weight_files(folder) for name, entry in header(path)[0].items()}
+    stem = "diffusion_pytorch_model" if isinstance(network, ModelMixin) else "model"
+    for path in weight_files(folder):
+        if re.split(r"[-.]", path.name)[0] != stem:
+            raise ArtifactError(f"{path} is not called {stem}.safetensors, as diffusers names weights; {MEND}")
     for parameter, names in parameter_names(network):
         name = next((name for name in names if name in found), None)
         if name is None:
@@ -132,3 +162,5 @@ def _check(folder: Path, network: nn.Module) -> None:
         if list(found[name]["shape"]) != list(parameter.shape):
             shapes = f"{found[name]['shape']}, its config asks for {list(parameter.shape)}"
             raise ArtifactError(f"{folder}: {name} is {shapes}; config and weights belong to different models")
+        if not found[name]["dtype"].startswith(("F", "BF")):
+            raise ArtifactError(f"{folder}: {name} is of type {found[name]['dtype']}, which holds no weights; {MEND}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from flashgen.artifact.files import SOURCE
 from flashgen.artifact.manifest import Sampler
 from flashgen.device.tokens import warn_cut
+from flashgen.errors import ArtifactError, foreign
 from flashgen.families.conditioning import Conditioning, concatenate
 from flashgen.models.pipeline import Pipeline
 from flashgen.pixels import slices
@@ -19,7 +21,8 @@ def encode_prompts(pipe: Pipeline, prompts: list[str], sampler: Sampler, batch: 
     family = pipe.family
     parts = []
     for rows in slices(len(prompts), batch):
-        inputs = family.tokenize(pipe, prompts[rows], sampler)
+        with foreign(lambda why: ArtifactError(f"a tokenizer of {pipe.folder} fails ({why}); {SOURCE}")):
+            inputs = family.tokenize(pipe, prompts[rows], sampler)
         moved = {encoder: {name: ids.to(pipe.device) for name, ids in given.items()} for encoder, given in inputs.items()}
         parts.append(family.encode(pipe, moved, sampler))
     return concatenate(parts)
@@ -31,6 +34,8 @@ def warn_of_cuts(pipe: Pipeline, prompts: list[str], sampler: Sampler) -> None:
         if pipe[name] is None:
             continue
         limit = sampler.tokens[encoder.tokens]
-        for prompt, ids in zip(prompts, pipe[encoder.tokenizer](prompts, verbose=False).input_ids, strict=True):
+        with foreign(lambda why: ArtifactError(f"a tokenizer of {pipe.folder} fails ({why}); {SOURCE}")):
+            encoded = pipe[encoder.tokenizer](prompts, verbose=False).input_ids
+        for prompt, ids in zip(prompts, encoded, strict=True):
             if len(ids) > limit:
                 warn_cut(prompt, encoder.tokenizer, len(ids), limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -10,28 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from flashgen.errors import ArtifactError
+from flashgen.artifact.files import SOURCE, check_file, read_json
+from flashgen.errors import ArtifactError, foreign
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
+NUMBER = re.compile(r"-\d{5}-of-\d{5}")  # of a shard
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """({name: {dtype, shape, data_offsets}} in the order of the data, offset of the data). Raises ArtifactError for a broken file."""
-    try:
+    check_file(path)
+    with foreign(lambda why: ArtifactError(f"{path} is not a whole safetensors file ({why}); {SOURCE}")):
         with safe_open(path, "pt"):  # checks the header: bounds, overlaps, types
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(size))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ArtifactError(f"{path} is not a whole safetensors file ({error}); take the artifact from its source again") from error
     entries.pop("__metadata__", None)
     unknown = sorted({e["dtype"] for e in entries.values()} - DTYPES.keys())
     if unknown:
@@ -47,26 +50,51 @@ def tensor(path: Path, name: str) -> Tensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a network, sorted: the files that its index names, or all. Raises ArtifactError for a missing one."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    files = [path for path in files if ".fp16" not in path.name] or files  # a variant beside the plain files is a second copy
-    if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ArtifactError(f"{indices[0]} is no index of shards ({error!r}); take the artifact from its source again") from error
-        missing = [name for name in names if not (folder / str(name)).is_file()]
-        if missing:
-            raise ArtifactError(
-                f"{folder} lacks {missing[0]}, one of the {len(names)} shards that its index names; take it from its source again"
-            )
-        files = [folder / str(name) for name in names]
+    """The safetensors files of a network, sorted: the files that its index names, or all.
+
+    Variants beside plain weights, as model.fp16.safetensors beside model.safetensors, are second copies and are left out. Raises
+    ArtifactError for files that are missing, for an index that names files elsewhere, and for several variants without plain weights.
+    """
+    index, files = weight_layout(folder)
+    if index is not None:
+        shards = read_json(index).get("weight_map")
+        if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
+            raise ArtifactError(f"{index} is no index of shards (it has no weight_map); {SOURCE}")
+        names = sorted(set(shards.values()))
+        for name in names:
+            if not SHARD.fullmatch(name):
+                raise ArtifactError(f"{index} names {name!r}, which is no safetensors file beside it; {SOURCE}")
+            if not (folder / name).is_file():
+                raise ArtifactError(f"{folder} lacks {name}, one of the {len(names)} shards that its index names; {SOURCE}")
+        files = [folder / name for name in names]
     if not files:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".gguf", ".bin", ".pt", ".ckpt", ".onnx"))
         what = f"holds {others[0]}, which flashgen does not read" if others else "has no safetensors weights"
         raise ArtifactError(f"{folder} {what}; save the pipeline from diffusers with safe_serialization=True")
     return files
+
+
+def weight_layout(folder: Path) -> tuple[Path | None, list[Path]]:
+    """(index of shards or None, weight files) of the plain weights in `folder`, or of the one variant that it has instead."""
+    variants: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors*")):
+        variants.setdefault(variant(path.name), []).append(path)
+    if len(variants) > 1 and "" not in variants:
+        raise ArtifactError(f"{folder} has its weights as {' and as '.join(variants)} and none without; remove all but one")
+    paths = variants.get("") or next(iter(variants.values()), [])
+    index = next((path for path in paths if path.suffix == ".json"), None)
+    return index, [path for path in paths if path.suffix == ".safetensors"]
+
+
+def variant(name: str) -> str:
+    """Variant in the name of a weight file or an index, as fp16 in model.fp16.safetensors; "" in a plain name."""
+    return ".".join(part for part in NUMBER.sub("", name).split(".")[1:] if part not in ("safetensors", "index", "json"))
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight file or an index without its variant."""
+    kind = variant(name)
+    return name.replace(f".{kind}", "", 1) if kind else name
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

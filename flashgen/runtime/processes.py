@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashgen.errors import FlashgenError, UsageError
+from flashgen.runtime.environment import number
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -22,17 +23,18 @@ _device_type = "cpu"
 
 def world_size() -> int:
     """Number of processes of this launch; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return number("WORLD_SIZE") or 1
 
 
 def rank() -> int:
     """Number of this process; process 0 writes, prints and publishes. RANK alone, as some cluster managers set it, means nothing."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+    found = number("RANK") or 0
+    return found if found < world_size() else 0
 
 
 def local_rank() -> int:
     """Number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+    return number("LOCAL_RANK") or 0 if world_size() > 1 else 0
 
 
 def check_batch(batch: int, processes: int | None = None) -> None:

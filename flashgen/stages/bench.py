@@ -103,7 +103,8 @@ def _measure(rows: Sequence[PlannedRow], report: dict[str, Any], recipe: Recipe,
         raise error
     report["results"] = [result_of(row, m) for row, m in done]
     report["failed"] = [_failure(row, m) for row, m in pairs if m.error]
-    report["machine"]["noise"] = noise.report([row.name for row, m in done if not m.is_settled()])
+    precision = recipe.bench.precision
+    report["machine"]["noise"] = noise.report([row.name for row, m in done if not m.is_settled(precision)], precision)
     return [row for row, _ in done], [pictures[m.pictures_key] for _, m in done]
 
 

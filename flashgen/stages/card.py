@@ -34,7 +34,7 @@ def write_card(stage: Stage, draft: Draft, sampler: Sampler | None, metrics: Map
     lineage = ancestors(stage)
     root = lineage[-1]
     ours = not root.parents  # made from nothing by flashgen, and not imported or lost
-    weights = None if ours else stage.family.published(configs_in(draft.path))
+    weights = None if ours else stage.family.published(configs_in(draft.path, stage.family))
     base = hub_id(root) or (weights.base_model if weights else None)
     few = sampler is not None and sampler.num_steps in sampler.trained_steps
     parts = [_front_matter(stage, ours, weights, base, few), f"# {_title(stage, sampler)}"]
@@ -55,7 +55,7 @@ def ancestors(stage: Stage) -> list[Manifest]:
             manifest = open_artifact(parent.path).manifest
         except ArtifactError:
             break
-        if manifest.digest != parent.digest:
+        if manifest.digest != parent.digest or manifest in lineage:  # a circle that somebody has written
             break
         lineage.append(manifest)
     return lineage

@@ -96,15 +96,15 @@ class Distill(Stage):
             raise UsageError(f"{steps} is no multiple of distill.steps={config.steps}; the grids must nest")
         self.require_prompts()
         if (start := self.inputs.get("start")) is not None:
-            configs = [plain_config(configs_in(artifact.path)("transformer")) for artifact in (start, self.source)]
+            configs = [plain_config(configs_in(artifact.path, self.family)("transformer")) for artifact in (start, self.source)]
             if configs[0] != configs[1]:
                 raise UsageError(f"distill.start={config.start}: its transformer is not of the teacher's shape")
             if self.follows_start:
                 self._check_followed(start)
         if config.size_px:
-            check_size(self.family, configs_in(self.source.path), self.sampler, config.size_px, "distill.size_px=")
+            check_size(self.family, configs_in(self.source.path, self.family), self.sampler, config.size_px, "distill.size_px=")
         for size in config.sizes:
-            check_size(self.family, configs_in(self.source.path), self.sampler, size, "distill.sizes=")
+            check_size(self.family, configs_in(self.source.path, self.family), self.sampler, size, "distill.sizes=")
         check_matching(self, config.matching, config.batches)
         self.pictures  # noqa: B018  one that cannot be used is an error now
         check_optimizer(self)

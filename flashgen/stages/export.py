@@ -70,7 +70,7 @@ class Export(Stage):
         if self.target == "gguf":
             check_gguf(self)
         elif (size := self.recipe.export.size_px) is not None:
-            check_size(self.family, configs_in(self.source.path), self.sampler, size, "export.size_px=")
+            check_size(self.family, configs_in(self.source.path, self.family), self.sampler, size, "export.size_px=")
 
     def settings(self) -> dict[str, Any]:
         config, target = self.recipe.export, {"target": self.target}
@@ -110,7 +110,7 @@ class Export(Stage):
     def _vae_activations(self) -> float:
         """Bytes: the decoder is compared on a part of a large picture, the encoder on a whole one."""
         tokenizers = [encoder.tokenizer for encoder in self.family.text_encoders.values()]
-        vae = self.family.description(configs_in(self.source.path), self.device_sampler, dict.fromkeys(tokenizers, 0))["vae"]
+        vae = self.family.description(configs_in(self.source.path, self.family), self.device_sampler, dict.fromkeys(tokenizers, 0))["vae"]
         most = DECODED * int(vae["factor"])
         size = self.device_sampler.size_px
         pixels = prod(size) if self.recipe.export.vae_encoder else min(size.height, most) * min(size.width, most)
@@ -161,7 +161,7 @@ class Export(Stage):
         config = self.recipe.export
         expected = reference(part)  # before the weights leave the module, and before anything is cropped or fused
         if part.name == "transformer":
-            shape = self.family.latent_shape(configs_in(self.source.path), self.device_sampler.size_px)
+            shape = self.family.latent_shape(configs_in(self.source.path, self.family), self.device_sampler.size_px)
             self.family.prepare_export(part.module.net, shape)
         source = self.source.path / ("vae" if part.name.startswith("vae") else part.name)
         modulation = self.family.modulation if part.name == "transformer" else None

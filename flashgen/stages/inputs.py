@@ -21,7 +21,9 @@ def open_input(ref: str | Path, kinds: tuple[str, ...] | None = None, verify: bo
     """Open an artifact. The name of a world, as in `shapes`, is its embedded teacher wherever a teacher will do; `./shapes` is a folder."""
     if ref in worlds.NAMES and (kinds is None or "teacher" in kinds):
         ref = worlds.get(str(ref)).teacher()
-    return open_artifact(ref, kinds, verify)
+    artifact = open_artifact(ref, kinds, verify)
+    artifact.verify(".json")  # configs are read before any stage starts
+    return artifact
 
 
 def world_of(artifact: Artifact) -> World | None:
@@ -65,8 +67,11 @@ def sampler_of(artifact: Artifact) -> Sampler:
 
 def teacher_of(student: Artifact) -> Artifact:
     """The teacher in the lineage of `student`, by path, each step checked by digest; a teacher's is itself."""
-    current = student
+    current, seen = student, set[str]()
     while current.manifest.kind != "teacher":
+        if current.manifest.digest in seen:
+            raise ArtifactError(f"{student.path} names no teacher: the parents of {current.path} go round in a circle; make it again")
+        seen.add(current.manifest.digest)
         parents = {parent.role: parent for parent in current.manifest.parents}
         if (parent := parents.get("teacher")) is not None:
             made_from = open_artifact(parent.path, ("teacher",))

@@ -99,7 +99,7 @@ def picture_source(stage: Stage, matching: MatchingTraining, sizes: list[Size]) 
         return None
     if len(sizes) > 1 and config.pictures.suffix == ".safetensors":
         raise UsageError(f"{where} holds latents of one size; name pictures, or set {stage.name}.sizes=[]")
-    shape = stage.family.latent_shape(configs_in(stage.source.path), sizes[0])
+    shape = stage.family.latent_shape(configs_in(stage.source.path, stage.family), sizes[0])
     listing = Listing(where, f"{section}.adversarial", config, shape)
     files = listing.files(config.pictures)
     pictures = list(listing.of(files))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -85,6 +86,8 @@ def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe) -> 
         prompt, weight = row[how.column], 1.0 if how.weight is None else row[how.weight]
         if not isinstance(prompt, str | None):
             raise UsageError(f"{name}{place}: column {how.column!r} holds {type(prompt).__name__}, not text; name another, prompts.column=")
+        if prompt is not None and re.search("[\ud800-\udfff]", prompt):
+            raise UsageError(f"{name}{place}: half of a surrogate pair, which is no character; write the file again in UTF-8")
         if prompt is not None and prompt.strip():
             pairs.append((prompt.strip(), _weight(weight, f"{name}{place}: column {how.weight!r}")))
     if not pairs:

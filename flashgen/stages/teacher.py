@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from flashgen import families, worlds
 from flashgen.artifact.draft import Draft
-from flashgen.artifact.files import copy
+from flashgen.artifact.files import check_file, copy, read_json
 from flashgen.artifact.hub import HUB, fetch
-from flashgen.artifact.manifest import NAME, Parent
+from flashgen.artifact.manifest import NAME, Parent, Sampler
 from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.stages.base import Result, Stage, Takes, run
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from flashgen.families.base import Family
     from flashgen.worlds.base import World
 
-SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+SMALL = (".json", ".txt", ".model")
+SUFFIXES = (*SMALL, ".safetensors")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 HELD_OUT_PER_TASK = 40
 
@@ -116,10 +117,15 @@ class Import(_NoInput):
         return _download(self.origin.removeprefix(HUB)) if self.origin.startswith(HUB) else Path(self.origin)
 
     @cached_property
-    def family(self) -> Family:
-        from flashgen.models.networks import check_networks
+    def checked(self) -> tuple[Family, Sampler]:
+        """Family and default sampler of the pipeline, with everything checked that a stage will read but the values of weights."""
+        from flashgen.models.border import check_pipeline
 
-        return check_networks(self.folder)[0]
+        return check_pipeline(self.folder)
+
+    @cached_property
+    def family(self) -> Family:
+        return self.checked[0]
 
     @cached_property
     def world(self) -> World | None:
@@ -136,20 +142,27 @@ class Import(_NoInput):
         return {"import": self.origin} | ({"world": self.of_world} if self.of_world else {})
 
     def parents(self) -> list[Parent]:
-        return [Parent(role="source", path=self.origin, digest=_fingerprint(self.folder, self.family))]
+        where = self.origin if self.origin.startswith(HUB) else str(self.folder.absolute())
+        return [Parent(role="source", path=where, digest=_fingerprint(self.folder, self.family))]
 
     def make(self, draft: Draft) -> Result:
         from flashgen.models.networks import has_nf4
+        from flashgen.models.stream import plain_name, variant
 
         if has_nf4(self.folder / "transformer"):
             raise ArtifactError(f"{self.origin} has a transformer of NF4 codes, which is no teacher; give the pipeline in fp16 or bf16")
         for relative in _files(self.folder, self.family):
-            copy((self.folder / relative).resolve(), draft.path / relative)  # no links: the user's folder may change
-        index = json.loads((draft.path / "model_index.json").read_text())
+            target = draft.path / relative.parent / plain_name(relative.name)
+            copy((self.folder / relative).resolve(), target)  # no links: the user's folder may change
+            if variant(relative.name) and target.suffix == ".json":  # an index of shards, which names them with the variant, too
+                shards = read_json(target)
+                names = {name: plain_name(str(shard)) for name, shard in shards["weight_map"].items()}
+                target.write_text(json.dumps(shards | {"weight_map": names}, indent=2) + "\n")
+        index = read_json(draft.path / "model_index.json")
         unknown = {name for name, part in index.items() if isinstance(part, list) and name not in self.family.components}
         index |= {name: [None, None] for name in unknown}
         (draft.path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        return Result(self.family.import_sampler(self.folder), validate=False)
+        return Result(self.checked[1], validate=False)
 
 
 def open_teacher(ref: str, out: Path) -> Artifact:
@@ -169,17 +182,21 @@ def _download(hub_id: str) -> Path:
 
 def _files(folder: Path, family: Family) -> list[Path]:
     """The files of the pipeline, relative to `folder`. A hub repository holds more: other layouts, second copies of weights."""
-    paths = [path for part in family.components for path in sorted((folder / part).glob("*"))]
-    kept = [path for path in paths if path.is_file() and path.suffix in SUFFIXES and not _variant(path)]
-    return [path.relative_to(folder) for path in (folder / "model_index.json", *kept)]
+    from flashgen.models.networks import part_classes
+    from flashgen.models.stream import weight_files, weight_layout
+
+    kept = [folder / "model_index.json"]
+    for part in part_classes(folder, family):
+        if part in family.networks:
+            index, _ = weight_layout(folder / part)
+            kept += [*([index] if index else []), *weight_files(folder / part)]
+        kept += [path for path in sorted((folder / part).glob("*")) if path.suffix in SMALL and ".safetensors" not in path.name]
+    for path in kept:
+        check_file(path)
+    return [path.relative_to(folder) for path in kept]
 
 
 def _fingerprint(folder: Path, family: Family) -> str:
     """sha256 over names, sizes and times of the pipeline's files: changes when a file does, without reading gigabytes."""
     states = [(str(path), (folder / path).stat()) for path in sorted(_files(folder, family))]
     return hashlib.sha256(json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in states]).encode()).hexdigest()
-
-
-def _variant(path: Path) -> bool:
-    """Return True for a second copy of weights in another type: model.fp16.safetensors beside model.safetensors."""
-    return ".fp16" in path.name and any(".fp16" not in other.name for other in path.parent.glob("*.safetensors"))

@@ -174,7 +174,7 @@ def _check_skip_layers(stage: Stage, setting: str, skip: SkipLayers | None) -> N
 
 
 def _check_blocks(stage: Stage, setting: str, blocks: list[int]) -> None:
-    num_blocks = stage.family.num_blocks(configs_in(stage.source.path))
+    num_blocks = stage.family.num_blocks(configs_in(stage.source.path, stage.family))
     if any(not 0 <= block < num_blocks for block in blocks):
         raise UsageError(f"{setting}={blocks}: the transformer's blocks are 0 to {num_blocks - 1}")
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import psutil
 import torch
-from PIL import Image
 
 from flashgen.artifact.draft import TENSORBOARD
 from flashgen.artifact.files import write_whole
 from flashgen.errors import MachineError
+from flashgen.png import read_picture
 from flashgen.recipe.schema import LogRecipe
 from flashgen.runtime.machines import bf16_peak
 from flashgen.runtime.processes import rank, world_size
@@ -88,7 +87,7 @@ class Log:
         """Give the trackers the sample grid that a validation has drawn after `step` steps, if there is one."""
         picture = self.work / "samples" / f"{self.name}-{step:06d}.png"
         if self.trackers and picture.exists():
-            pixels = np.asarray(Image.open(picture).convert("RGB"))[None]
+            pixels = read_picture(picture)[None]
             for tracker in self.trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"{self.name}/samples": pixels}, step=step, **layout)

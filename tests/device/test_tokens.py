@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def test_ids_and_mask_equal_those_of_transformers(kind: str, tmp_path: Path, cap
     np.testing.assert_array_equal(found.mask, want.attention_mask)
     assert found.ids.dtype == found.mask.dtype == np.int64
     assert capsys.readouterr().err.count("'four green triangles") == 1  # the long prompt is named
+
+
+def test_a_panic_of_the_tokenizer_is_an_artifact_error(tmp_path: Path) -> None:
+    """A regular expression that backtracks without end: the Rust library panics, and its exception is no Exception."""
+    clip_tokenizer(16).save_pretrained(tmp_path)
+    words = json.loads((tmp_path / "tokenizer.json").read_text())
+    words["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "([a-z ]+)+="}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ArtifactError, match=r"tokenizer.json is no tokenizer \(.*retry-limit"):
+        PromptTokenizer(tmp_path / "tokenizer.json", 16, 0).encode(["a photo of a cat on a street at night"])
 
 
 def test_broken_tokenizer_is_an_artifact_error(tmp_path: Path) -> None:

@@ -67,10 +67,10 @@ def test_every_component_reaches_its_floor_and_the_manifest_has_the_numbers(tiny
 
 
 def test_manifest_describes_the_graph_as_the_family_does(tiny_student: Artifact, tiny_device: Artifact) -> None:
-    sampler, extra = tiny_device.manifest.sampler, tiny_device.manifest.extra
+    sd3, sampler, extra = families.get("sd3"), tiny_device.manifest.sampler, tiny_device.manifest.extra
     assert sampler == tiny_student.manifest.sampler and sampler is not None
     pad_ids = {f"tokenizer{n}": load_pipeline(tiny_student.path)[f"tokenizer{n}"].pad_token_id for n in ("", "_2", "_3")}
-    assert extra["graph"] == json.loads(json.dumps(families.get("sd3").description(configs_in(tiny_student.path), sampler, pad_ids)))
+    assert extra["graph"] == json.loads(json.dumps(sd3.description(configs_in(tiny_student.path, sd3), sampler, pad_ids)))
     assert extra["latent_shape"] == [16, 8, 8] and (extra["engine"], extra["accuracy_level"]) == ("onnxruntime", 0)
 
 

@@ -33,13 +33,6 @@ from flashgen.stages.bench_rows import Comparison, Grid, plan_rows
 from flashgen.worlds.shapes.scene import TASKS
 from tests import runs
 
-
-@pytest.fixture(autouse=True)
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No rounds beyond `bench.repeats`, which a noisy machine would use up."""
-    monkeypatch.setattr("flashgen.metrics.latency.EXTRA_S", 0.0)
-
-
 OLD_KEYS = {"artifact", "engine", "steps", "size_mib", "latency_s", "peak_rss_mib", "quality"}
 
 
@@ -229,9 +222,11 @@ def test_peaks_of_phases_are_their_own_and_the_process_keeps_its_peak() -> None:
 
 
 @pytest.mark.skipif(not Path("/usr/bin/time").exists(), reason="GNU time is not installed")
-def test_peak_memory_equals_that_of_gnu_time(tiny_int4_device: Artifact, tmp_path: Path) -> None:
-    assert tiny_int4_device.manifest.sampler is not None
-    job = Job(str(tiny_int4_device.path), "onnxruntime", tuple(tiny_int4_device.manifest.sampler.sigmas))
+@pytest.mark.parametrize(("fixture", "engine"), [("tiny_int4_device", "onnxruntime"), ("tiny_student", "torch")])
+def test_peak_memory_equals_that_of_gnu_time(fixture: str, engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    artifact: Artifact = request.getfixturevalue(fixture)
+    assert artifact.manifest.sampler is not None
+    job = Job(str(artifact.path), engine, tuple(artifact.manifest.sampler.sigmas))
     row = Row(job, 0, tmp_path / "row")
     row.start("a red circle", 0)
     row.round(["a red circle"] * 2)

@@ -84,7 +84,7 @@ def test_a_forward_pass_is_counted_from_the_shapes(tiny_teacher: Artifact) -> No
     assert (square.width, square.blocks) == (32, 2) and square.hidden == 48 * 32
     assert 1.2 < wide.multiply_adds / square.multiply_adds < 2
     assert footprint.forward(Size(height=128, width=64)) == wide
-    assert footprint.family.size_limits(configs_in(tiny_teacher.path)) == (16, 512)
+    assert footprint.family.size_limits(configs_in(tiny_teacher.path, footprint.family)) == (16, 512)
 
 
 def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp_path: Path) -> None:

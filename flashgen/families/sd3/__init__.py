@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from flashgen.families.base import Costs, Family, Forward, OriginalTensor, TextEncoder
 from flashgen.families.conditioning import Conditioning
-from flashgen.families.configs import Configs
+from flashgen.families.configs import Config, Configs
+from flashgen.families.sd3.configs import SCHEMAS
 from flashgen.families.sd3.restructuring import WithoutT5
 from flashgen.pixels import Size
 
@@ -47,6 +48,7 @@ class SD3(Family):
         "text_encoder_3": TextEncoder("tokenizer_3", "t5"),
     }
     optional = frozenset({"text_encoder_3", "tokenizer_3"})
+    schemas: ClassVar[Mapping[str, type[Config]]] = SCHEMAS
     droppable = "text_encoder_3"
     restructuring = WithoutT5()
     protect = ("proj_out", "pos_embed", "norm_out", "context_embedder", "time_text_embed")
