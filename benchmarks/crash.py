@@ -154,7 +154,8 @@ def start(run: Callable[[Path], None], out: Path, fault: Fault, log: Path) -> in
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         traceback.print_exc()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 5 if isinstance(error, OSError) else 1  # as the command line
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 5 if isinstance(error, OSError) else 1
+        code = getattr(error, "exit_code", code)  # as the command line
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -407,6 +408,8 @@ def disk_bytes(path: Path) -> int:
 @contextmanager
 def mounted(folder: Path, plain: bool = False) -> Iterator[Path]:
     """A small disk of its own at `folder`, in memory; with `plain` just a folder. Mounting needs root."""
+    if folder.is_mount():  # of a run that was killed
+        subprocess.run(["umount", "-l", str(folder)], check=True)
     remove(folder)
     folder.mkdir()
     if plain:
