@@ -334,7 +334,8 @@ class Matrix:
             if outcome.code:
                 counts["full"] += 1
                 assert outcome.code == 5, f"ended with {outcome.code}"
-                assert str(disk) in outcome.text or str(self.root / "tmp") in outcome.text, "the message names no path"
+                last = outcome.text.rpartition("error: ")[2]
+                assert last == outcome.text or str(self.root) in last, f"the message names no path: {last}"
             case.check(out)
             left = [path for path in out.rglob("*.tmp")] if out.is_dir() else []
             assert not left, f"temporary files are left: {left}"
