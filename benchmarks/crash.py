@@ -144,6 +144,7 @@ def start(run: Callable[[Path], None], out: Path, fault: Fault, log: Path) -> in
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
@@ -292,6 +293,7 @@ class Matrix:
                 else:
                     assert outcome.code in (-how, 128 + how), f"ended with {outcome.code}"
                     counts["interrupted"] += 1
+            assert counts["interrupted"], "no run was interrupted"
             self.finish(case, out)
 
     def publishing(self, case: Case) -> None:
