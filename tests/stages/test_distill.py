@@ -28,6 +28,7 @@ from flashgen.training import cache as caching
 from flashgen.training import loop, matching, prompts, regression
 from flashgen.training.cache import Replay
 from flashgen.training.checkpoint import Checkpoint
+from flashgen.training.mapped import read_mark
 from flashgen.training.rollout import roll_out
 from tests import runs
 from tests.stages.chain import TRANSFORMER, Chain, digests, judged, micro
@@ -113,8 +114,8 @@ def test_embeddings_beyond_the_budget_are_not_stored(chain: Chain, tmp_path: Pat
     stored = runs.distill(str(chain.teacher.path), tmp_path / "stored", micro("distill.matching.prompts=8"))
     a, b = (load_file(artifact.path / TRANSFORMER) for artifact in (made, stored))
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
-    (marks,) = ([*(tmp_path / name / ".work/cache").glob("prompts-*/*.json")] for name in ("out",))
-    embedded = {digest for mark in marks if mark.stem.isdigit() for digest in json.loads(mark.read_text())}
+    marks = map(read_mark, (tmp_path / "out/.work/cache").glob("prompts-*/[0-9]*.done"))
+    embedded = {digest for mark in marks if mark for digest in mark[1]}
     assert 1 < len(embedded) <= 9
     plans = [
         runs.plan("distill", {"teacher": str(chain.teacher.path)}, tmp_path / "x", recipe)
