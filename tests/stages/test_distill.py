@@ -32,6 +32,7 @@ from flashgen.training.mapped import read_mark
 from flashgen.training.rollout import roll_out
 from tests import runs
 from tests.stages.chain import TRANSFORMER, Chain, digests, judged, micro
+from tests.stages.test_damaged import reseal
 
 
 @pytest.fixture
@@ -294,11 +295,12 @@ def test_moments_of_8_bits_want_their_package_and_unsharded_weights(name: str, c
     assert key.pop("optimizer_bits") == 8 and key == prepare(kind, refs, micro()).settings()
 
 
-def test_distill_stops_before_a_step_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:
+def test_distill_starts_nothing_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:
     shutil.copytree(chain.teacher.path, tmp_path / "broken")
     weights = load_file(tmp_path / "broken" / TRANSFORMER)
     weights["proj_out.bias"][0] = float("inf")
     save_file(weights, tmp_path / "broken" / TRANSFORMER, metadata={"format": "pt"})
-    with pytest.raises(NumericsError, match=r"trajectory step 0.*before the optimizer step"):
+    reseal(tmp_path / "broken")
+    with pytest.raises(NumericsError, match=r"tensor proj_out\.bias holds numbers that are not finite"):
         runs.distill(str(tmp_path / "broken"), tmp_path / "out", micro())
     assert versions(tmp_path / "out") == []
