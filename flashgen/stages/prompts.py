@@ -15,7 +15,7 @@ from flashgen.artifact.hub import HUB
 from flashgen.artifact.manifest import hash_json
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import PromptsRecipe, Recipe
-from flashgen.stages.rows import Row, json_rows, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
+from flashgen.stages.rows import Row, is_unicode, json_rows, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
 
 UNJUDGED_PICTURES = 8  # prompts that are drawn where no judge scores pictures
 OPTION = "prompts_file="
@@ -85,6 +85,8 @@ def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe) -> 
         prompt, weight = row[how.column], 1.0 if how.weight is None else row[how.weight]
         if not isinstance(prompt, str | None):
             raise UsageError(f"{name}{place}: column {how.column!r} holds {type(prompt).__name__}, not text; name another, prompts.column=")
+        if prompt is not None and not is_unicode(prompt):
+            raise UsageError(f"{name}{place}: column {how.column!r} holds {prompt[:60]!a}, which is no valid Unicode; write the file again")
         if prompt is not None and prompt.strip():
             pairs.append((prompt.strip(), _weight(weight, f"{name}{place}: column {how.weight!r}")))
     if not pairs:

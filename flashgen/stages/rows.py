@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from flashgen.errors import UsageError
 
 Row = Mapping[str, Any]
+HALF = re.compile("[\ud800-\udfff]")
 
 
 def text_lines(path: Path, option: str) -> Iterator[str]:
@@ -24,6 +26,11 @@ def text_lines(path: Path, option: str) -> Iterator[str]:
             yield from file
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option}{path} cannot be read as text ({error}); name a file in UTF-8") from error
+
+
+def is_unicode(text: str) -> bool:
+    """Return True unless `text` has half characters: bytes of a command line, or escapes of JSON, that are no UTF-8."""
+    return not HALF.search(text)
 
 
 def jsonl_rows(path: Path, option: str) -> Iterator[tuple[str, Row]]:

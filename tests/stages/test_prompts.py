@@ -68,6 +68,12 @@ def test_json_that_is_no_list_of_rows_is_an_error(tmp_path: Path, text: str) -> 
         own(tmp_path / "rows.json")
 
 
+def test_half_a_character_in_json_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a \\ud83d"}\n')
+    with pytest.raises(UsageError, match=r"rows\.jsonl, line 2: column 'prompt' holds 'a \\ud83d', which is no valid Unicode"):
+        own(tmp_path / "rows.jsonl")
+
+
 def test_the_same_rows_are_read_from_every_format(files: dict[str, Path]) -> None:
     for suffix, file in files.items():
         assert own(file) == OwnPrompts(LISTED, None, []), suffix
