@@ -21,7 +21,7 @@ WHEELS := --target $(ARM64)/site --platform manylinux_2_28_aarch64 --platform ma
 	--python-version 3.11 --only-binary=:all:
 
 .PHONY: install demo shapes ablation compression bench-device bench-gpu bench-job fullsize browser healthy-run interchange test-interchange test-arm64 test-mobile
-.PHONY: test test-js check teacher clean distclean
+.PHONY: crash-test test test-js check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -146,6 +146,10 @@ test-mobile: interchange
 
 test: install
 	$(BIN)/pytest
+
+# docs/crash.json: every stage killed at random moments and at every step of publishing, on full disks and so on; resumes. About two hours.
+crash-test: install
+	$(BIN)/python -m benchmarks.crash artifacts/crash --page docs/crash.json
 
 # The web page's arithmetic in node; package.json only says that its .js are modules. `make browser` tests the page itself.
 test-js:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.scores import Meter, Ruler, gradient_variance, replaced_transformer
@@ -25,7 +24,7 @@ from flashgen.stages.report import judge
 from flashgen.stages.trajectories import cached_steps, guided_teacher, stage_pool
 from flashgen.training import matching
 from flashgen.training.cache import Replay
-from flashgen.training.checkpoint import save_state
+from flashgen.training.checkpoint import load_state, save_state
 from flashgen.training.matching import Matcher
 from flashgen.training.prompts import prompt_pool
 from flashgen.training.regression import regress
@@ -112,8 +111,8 @@ class Bench:
     def _kept(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         """A network from which several rows start, saved in the work folder."""
         path, network = self.work / f"{name}.weights.pt", copy.deepcopy(self.teacher)
-        if path.exists():
-            network.load_state_dict(torch.load(path, weights_only=True))
+        if (saved := load_state(path)) is not None:
+            network.load_state_dict(saved)
             return network
         network = make()
         save_state(network.state_dict(), path)

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
+from flashgen.errors import NumericsError
+
 Floats = NDArray[np.float32]
 MAX_SIDE_PX = 1 << 15
 
@@ -53,8 +55,21 @@ SizePx = Annotated[
 ]
 
 
+def require_finite(is_finite: bool, of: str) -> None:
+    """Raises NumericsError unless `is_finite`: whether all numbers are that the network `of` gives."""
+    if not is_finite:
+        raise NumericsError(
+            f"{of} gives numbers that are not finite (NaN or infinity), so there is no picture; its weights are damaged or its numbers "
+            "overflow: take the artifact from its source again, or make it again with --force"
+        )
+
+
 def to_uint8(sample: Floats) -> NDArray[np.uint8]:
-    """Pictures [B, H, W, 3] of decoder output [B, 3, H, W] in [-1, 1], rounded as diffusers rounds."""
+    """Pictures [B, H, W, 3] of decoder output [B, 3, H, W] in [-1, 1], rounded as diffusers rounds.
+
+    Raises NumericsError for numbers that are not finite: every picture passes here.
+    """
+    require_finite(bool(np.isfinite(sample).all()), "the decoder (vae)")
     return np.asarray(np.round(np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255), np.uint8)
 
 

@@ -37,7 +37,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
     tiny = Recipe(name="test", quantize=QuantizeRecipe(group=16), export=ExportRecipe(accuracy_level=0))
-    return tiny.model_copy(update={"bench": tiny.bench.model_copy(update={"per_task": 1, "repeats": 2, "warmup": 1})})
+    return tiny.model_copy(update={"bench": tiny.bench.model_copy(update={"per_task": 1, "repeats": 2, "warmup": 1, "extra_s": 0.0})})
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 
 from flashgen.artifact.files import fsync
 from flashgen.errors import ArtifactError, UsageError
+from flashgen.png import read_picture
 from flashgen.progress import say, track, warn
 from flashgen.recipe.base import Model
 
@@ -284,9 +285,8 @@ def _write_pictures(study: Study, folders: Sequence[Path]) -> None:
         for artifact, folder in enumerate(folders):
             source = folder / f"{item:04d}.png"
             try:
-                with Image.open(source) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError) as error:
+                pixels = read_picture(source, ("PNG",))
+            except (OSError, ValueError) as error:
                 raise ArtifactError(f"{source} is missing or is no picture ({error}); run flashgen bench again") from error
             sizes[artifact].add(pixels.shape[:2])
             Image.fromarray(pixels).save(study.picture_file(study.picture(item, artifact)))

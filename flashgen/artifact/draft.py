@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
@@ -22,7 +23,7 @@ from typing import Any
 
 from flashgen import __version__
 from flashgen.artifact import manifest as manifests
-from flashgen.artifact.files import disk_bytes, fsync, identity, link, make_readable, point_latest, sha256, walk
+from flashgen.artifact.files import digest, disk_bytes, fsync, link, make_readable, point_latest, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, read_latest, versions
 from flashgen.errors import ArtifactError, UsageError
@@ -84,14 +85,13 @@ class Draft:
     ) -> Artifact:
         """Digest, fsync and rename into `out`, then move `latest`; a kill in between leaves the previous version whole.
 
-        The resume state is removed; with `keep_checkpoints` its checkpoints move to `.work/VERSION`.
+        Every file is read, but for linked ones that `Artifact.verify` has read and that have not changed since. The resume state is
+        removed; with `keep_checkpoints` its checkpoints move to `.work/VERSION`. Raises NumericsError for weights that are not finite.
         """
-        known = _digests(self.origin.parents)
-        files = [
-            File(path=name, size=size, sha256=known.get(identity(self.path / name)) or sha256(self.path / name))
-            for name, size in walk(self.path)
-            if name != manifests.NAME
-        ]
+        sizes = {name: size for name, size in walk(self.path) if name != manifests.NAME}
+        for name in sizes:
+            make_readable(self.path / name)
+        files = [File(path=name, size=size, sha256=digest(self.path / name)) for name, size in sizes.items()]
         before = versions(self.out)
         manifest = Manifest(
             kind=self.origin.kind,
@@ -113,8 +113,6 @@ class Draft:
         (self.path / manifests.NAME).unlink(missing_ok=True)  # it may be a link into another version
         (self.path / manifests.NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         for folder, _, names in os.walk(self.path, topdown=False):
-            for name in names:
-                make_readable(Path(folder, name))
             for name in (*names, ""):
                 fsync(Path(folder, name))
         final = self.out / manifest.version
@@ -128,7 +126,8 @@ class Draft:
             if (self.work / name).exists():
                 kept.mkdir(exist_ok=True)
                 os.rename(self.work / name, kept / name)
-        shutil.rmtree(self.work)
+        os.rename(self.work, self.path)  # a kill while files are removed leaves no half of a resume state
+        shutil.rmtree(self.path)
         if not any(self.work.parent.iterdir()):
             self.work.parent.rmdir()
         return Artifact(final, manifest)
@@ -186,16 +185,15 @@ def begin(out: Path, origin: Origin) -> Draft:
     return Draft(out, staging, work, origin)
 
 
-def _digests(parents: Sequence[Parent]) -> dict[tuple[int, int, int], str]:
-    """sha256 of the parents' files by identity, so that linked files are not read again. Parents that are gone or broken give nothing."""
-    known: dict[tuple[int, int, int], str] = {}
-    for parent in parents:
-        try:
-            manifest = open_artifact(parent.path).manifest
-            known |= {identity(Path(parent.path) / file.path): file.sha256 for file in manifest.files}
-        except (ArtifactError, OSError):
-            continue
-    return known
+@contextmanager
+def begun(out: Path, origin: Origin) -> Iterator[Draft]:
+    """`begin`; after an error the draft's files are removed, since they would keep a full disk full. The resume state stays."""
+    draft = begin(out, origin)
+    try:
+        yield draft
+    except Exception:
+        shutil.rmtree(draft.path, ignore_errors=True)
+        raise
 
 
 def _packages() -> dict[str, str]:

@@ -13,10 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flashgen.artifact.finite import check_finite
 from flashgen.artifact.manifest import PICKLED
+from flashgen.cache import cache_path, remember
 from flashgen.errors import ArtifactError, MachineError
 
 CHUNK_BYTES = 1 << 30
+LARGE_BYTES = 1 << 20  # smaller files are read again every time, which takes a millisecond
+MOST_DIGESTS = 1000  # of large files that the user's cache remembers
 MAX_SMALL_BYTES = 64 << 20  # of a config, an index or a tokenizer; T5's tokenizer.json has 2 MB
 LFS = b"version https://git-lfs"
 SOURCE = "take the artifact from its source again"
@@ -93,20 +97,56 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def identity(path: Path) -> tuple[int, int, int]:
-    """Device, inode and modification time: equal for two hard links to one file."""
-    state = path.stat()
-    return state.st_dev, state.st_ino, state.st_mtime_ns
+def digest(file: Path, expected: str | None = None) -> str:
+    """sha256 of a file, for which a large file is read only if the file system reports a change since it was read last.
+
+    Raises NumericsError for weights that are not finite; those of a file whose sha256 is not the `expected` one are not looked at.
+    """
+    state = _state(file)
+    if (known := _digests().get(state[0])) is not None and known[:-1] == state[1:]:
+        return str(known[-1])
+    found = sha256(file)
+    if expected in (None, found):
+        check_finite(file)
+        _remember(state, found)
+    return found
+
+
+def _state(file: Path) -> list[str | int]:
+    """Device and inode, then size, time of modification and time of change, which copying tools cannot set."""
+    state = file.stat()
+    return [f"{state.st_dev}:{state.st_ino}", state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _digests() -> dict[object, list[str | int]]:
+    """What the user's cache remembers: [size, times, sha256] by device and inode; nothing if it is damaged."""
+    try:
+        known = json.loads(cache_path("digests.json").read_text())
+        return {name: list(entry) for name, entry in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _remember(state: list[str | int], sha256_hex: str) -> None:
+    name, size, *times = state
+    if sys.platform != "win32" and int(size) >= LARGE_BYTES:  # Windows keeps no time of change
+        others = [(key, entry) for key, entry in _digests().items() if key != name]
+        known = dict([*others[1 - MOST_DIGESTS :], (name, [size, *times, sha256_hex])])
+        remember(cache_path("digests.json"), json.dumps(known))
 
 
 def link(source: Path, target: Path) -> None:
     """Hard-link `source` to `target`, or copy it where links are not possible. Only for files of published versions."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
+    before, known = _state(source), _digests()
     try:
         os.link(source.resolve(), target)
     except OSError:
         copy(source, target)
+        return
+    if (entry := known.get(before[0])) is not None and entry[:-1] == before[1:]:
+        _remember(_state(target), str(entry[-1]))  # a link is a change, but not of the contents
 
 
 def copy(source: Path, target: Path) -> None:
@@ -142,9 +182,52 @@ def point_latest(out: Path, version: str) -> None:
     try:
         new.symlink_to(version, target_is_directory=True)
     except (OSError, NotImplementedError):  # no links on this file system
-        new.write_text(version + "\n")
-        fsync(new)
-    os.replace(new, out / "latest")
+        write_whole(out / "latest", f"{version}\n".encode())
+    else:
+        os.replace(new, out / "latest")
+
+
+def write_whole(file: Path, *data: bytes | memoryview) -> None:
+    """Write `data` to `file` so that a kill, a full disk or a power failure at any moment leaves the old file or the new one.
+
+    Raises OSError with the name of `file`; no temporary file is left then.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another process may write the same file
+    try:
+        with temporary.open("wb") as stream:
+            for part in data:
+                stream.write(part)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+        fsync(file.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_state(file: Path, data: bytes | memoryview) -> None:
+    """`write_whole` of `data` behind a line with their sha256, for `read_state`."""
+    write_whole(file, hashlib.sha256(data).hexdigest().encode() + b"\n", data)
+
+
+def read_state(file: Path) -> bytes | None:
+    """The data that `write_state` wrote; None if there is no `file`. Raises ArtifactError if the file was altered or cut."""
+    try:
+        digest, _, data = file.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if digest != hashlib.sha256(data).hexdigest().encode():
+        raise ArtifactError(f"{file} is damaged (its sha256 differs); remove it, then run the same command again")
+    return data
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a kill inside `write_whole` has left below `folder`. Only for the process that holds the folder's lock."""
+    for left in folder.rglob(".*.tmp"):
+        if left.is_file():
+            left.unlink()
 
 
 def fsync(path: Path) -> None:

@@ -139,19 +139,24 @@ class Manifest(_Strict):
 
     def sealed(self) -> Manifest:
         """Copy of the manifest with its content digest filled in."""
-        return self.model_copy(update={"digest": content_digest(self.model_dump(mode="json"))})
+        return self.model_copy(update={"digest": content_digest(json.loads(self.model_dump_json()))})
 
 
-def content_digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 over kind, sampler and sorted files of a manifest as JSON data.
+def content_digest(manifest: Mapping[str, Any], is_old: bool = False) -> str:
+    """sha256 over kind, family, world, sampler, `extra` and sorted files of a manifest as JSON data; `extra["key"]` is left out.
 
-    The digest says what the artifact is, not when it was made. It is computed from the data as written, so fields that later versions
-    rename or add leave the digest of an old manifest valid.
+    The digest says what the artifact is, not when or from what it was made. It is computed from the data as written, so fields that later
+    versions rename or add leave the digest of an old manifest valid. With `is_old` it is that of flashgen 0.1 to 0.3.0, which covers kind,
+    sampler and files alone.
     """
     sampler = manifest["sampler"]
     if sampler is not None:
         sampler = {key: value for key, value in sampler.items() if value is not None}
-    return hash_json([manifest["kind"], sampler, sorted([f["path"], f["size"], f["sha256"]] for f in manifest["files"])])
+    parts = [manifest["kind"], sampler, sorted([f["path"], f["size"], f["sha256"]] for f in manifest["files"])]
+    if not is_old:
+        extra = {key: value for key, value in manifest["extra"].items() if key != "key"}
+        parts += [manifest.get("family"), manifest.get("world"), extra]
+    return hash_json(parts)
 
 
 def hash_json(value: Any) -> str:
@@ -176,6 +181,8 @@ def parse(data: bytes, where: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtifactError(f"{where}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}; {mend}") from error
-    if manifest.digest != content_digest(raw):
-        raise ArtifactError(f"{where}: digest does not fit the files, sampler and kind listed, so it was altered; {mend}")
+    if manifest.digest not in (content_digest(raw), content_digest(raw, is_old=True)):
+        raise ArtifactError(
+            f"{where}: digest does not fit what it covers (kind, family, world, sampler, extra, files), so it was altered; {mend}"
+        )
     return manifest

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashgen.artifact import manifest as manifests
-from flashgen.artifact.files import sha256, walk
+from flashgen.artifact.files import digest, sha256, walk
 from flashgen.artifact.manifest import Manifest, Parent
 from flashgen.errors import ArtifactError
 
@@ -31,6 +31,23 @@ class Artifact:
     def as_parent(self, role: str) -> Parent:
         """This version as an entry of a child's manifest."""
         return Parent(role=role, path=str(self.path.absolute()), digest=self.manifest.digest)
+
+    def verify(self, suffixes: str | tuple[str, ...] = "", folder: str = "") -> None:
+        """Compare the contents of the files below `folder` with such names with the manifest. Whoever reads or links files calls it first.
+
+        A large file that passed is read again only if the file system reports a change. Raises ArtifactError for a file that is missing
+        or that was altered, and NumericsError for weights that are not finite.
+        """
+        for file in self.manifest.files:
+            if not file.path.startswith(folder) or not file.path.endswith(suffixes):
+                continue
+            try:
+                same = digest(self.path / file.path, file.sha256) == file.sha256
+            except OSError as error:
+                raise ArtifactError(f"{self.path}: {file.path} cannot be read ({error.strerror}); {MEND}") from error
+            if not same:
+                altered = "was altered or comes from another artifact (sha256 differs from the manifest's)"
+                raise ArtifactError(f"{self.path}: {file.path} {altered}; {MEND}")
 
     def size_bytes(self) -> int:
         """Bytes of all files, without those in `last/` (other weights, for comparison) and `lora/` (the same weights once more)."""

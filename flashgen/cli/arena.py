@@ -27,10 +27,9 @@ def build(
     preset: Annotated[str | None, typer.Option("--preset", metavar="NAME", help="sd35-flash: the sizes of the paper's study")] = None,
 ) -> None:
     """Build a study from the pictures of a bench. --set changes one of its settings, as --set per_rater=20."""
-    import yaml
-
     from flashgen.arena import study, votes
     from flashgen.errors import UsageError
+    from flashgen.recipe.text import parse
 
     values = {}
     for setting in options.set or ():
@@ -38,9 +37,9 @@ def build(
         if not equals:
             raise UsageError(f"--set {setting}: write NAME=VALUE, as in --set per_rater=20")
         try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {setting} is no YAML value; quote it") from error
+            values[name] = parse(value)
+        except ValueError as error:
+            raise UsageError(f"--set {setting}: the value is {error}") from error
     made = study.build(bench, out, study.settings_of(values, preset))
     by_judges = votes.bench_votes(study.Study(made), bench) if judges else 0
     emit(options, str(made), {"study": str(made), "votes_of_judges": by_judges})

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from flashgen.cli.run import exit_codes
+from flashgen.runtime.environment import check_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ def command(*offered: str) -> Callable[[Callable[..., None]], Callable[..., None
         def wrapper(**values: Any) -> None:
             options = Options(**{name: values.pop(name) for name in offered}, offered=offered)
             with exit_codes(options.debug):
+                check_environment()
                 function(**values, options=options)
 
         wrapper.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]

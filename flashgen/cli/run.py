@@ -36,6 +36,15 @@ EXTRAS = {
 }  # extra by module; all others are in `train`
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM."""
+
+
+def raise_terminated(*_: object) -> None:
+    """Handler of SIGTERM: what an interrupt cleans up, a batch system's request to end cleans up too."""
+    raise Terminated
+
+
 @contextmanager
 def exit_codes(debug: bool) -> Iterator[None]:
     """Turn an exception inside into one sentence on stderr and an exit code."""
@@ -47,7 +56,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         code, message = explain(error)
-        say(message if code == 130 else f"error: {message}")
+        say(message if isinstance(error, KeyboardInterrupt) else f"error: {message}")
         if speaks_for_itself(error):
             print(printable(f"error in process {rank()}: {message}"), file=sys.stderr, flush=True)
         raise typer.Exit(code) from error
@@ -59,7 +68,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, FlashgenError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; nothing half-written was published, the same command resumes"
+        return 143 if isinstance(error, Terminated) else 130, "interrupted; nothing half-written was published, the same command resumes"
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         return 5, f"no space left on the disk ({text}); free some, then the same command resumes"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

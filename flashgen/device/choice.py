@@ -31,6 +31,7 @@ from flashgen.device.engine import NETWORKS, Engine, default_threads
 from flashgen.device.graph import read_graph
 from flashgen.errors import FlashgenError, MachineError
 from flashgen.progress import say, warn
+from flashgen.runtime.processes import end_with_parent
 
 ENGINES = "engines.json"
 FORMAT = "2"  # of the keys in ENGINES
@@ -153,6 +154,7 @@ def _keep(cached: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     try:
         print_measurement(open_artifact(sys.argv[1]), sys.argv[2])
     except (FlashgenError, RuntimeError, MemoryError) as error:

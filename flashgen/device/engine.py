@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flashgen.artifact.files import sha256
 from flashgen.artifact.store import Artifact
-from flashgen.cache import cache_path, remember
+from flashgen.cache import cache_path
 from flashgen.device.graph import MEND
 from flashgen.device.memory import out_of_memory
 from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError, one_line
+from flashgen.pixels import require_finite
 from flashgen.progress import warn
+from flashgen.runtime.environment import number
 from flashgen.runtime.memory import cpu_count
 from flashgen.runtime.timing import Laps
 
@@ -63,7 +62,7 @@ def open_session(model: Path, threads: int | None = None) -> InferenceSession:
 
 def default_threads() -> int:
     """OMP_NUM_THREADS, or the number of processors that this process may use."""
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or cpu_count()
+    return number("OMP_NUM_THREADS") or cpu_count()
 
 
 def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
@@ -136,8 +135,7 @@ NETWORKS: dict[str, Callable[[Path, int | None, bool, str], Network]] = {"onnxru
 class Engine:
     """Runs the components of one exported artifact. Opening a component closes the one before.
 
-    The sha256 of a file is compared with the manifest's before the file is used first: weights of another artifact can have the right
-    size. The user's cache remembers which files passed, and they are read again when the file system reports a change.
+    The files of a component are compared with the manifest before it is opened: weights of another artifact can have the right size.
     With `falls_back` any failure of another engine than onnxruntime is a warning, and onnxruntime continues.
     Raises UsageError for an engine that is not installed, and ArtifactError for files that are not the manifest's.
     """
@@ -145,31 +143,37 @@ class Engine:
     def __init__(self, artifact: Artifact, laps: Laps | None = None, name: str = "onnxruntime", falls_back: bool = False) -> None:
         if find_spec(name) is None:
             raise UsageError(f"--engine {name} is not installed; install it with: pip install 'flashgen[{name}]'")
-        self.path, self.name, self.falls_back = artifact.path, name, falls_back
+        self._artifact, self.path, self.name, self.falls_back = artifact, artifact.path, name, falls_back
         self.laps = laps or Laps()
         self._files = {file.path: file.sha256 for file in artifact.manifest.files}
         # Artifacts exported at accuracy level 4 already accept 8-bit activations, so bf16 is allowed for them too.
         self._rounded = artifact.manifest.extra.get("accuracy_level") == 4
-        self._checked: set[str] = set()
         self._open: tuple[str, Network] | None = None
 
     def network(self, component: str) -> Network:
         """The open network of `component`."""
         if self._open is None or self._open[0] != component:
             self._open = None
-            self._check(component)
+            if f"{component}/model.onnx" not in self._files:
+                raise ArtifactError(f"{self.path}: its manifest names no {component}; take the artifact from its source again")
+            self._artifact.verify(folder=f"{component}/")
             with self.laps.lap("load"):
                 self._open = component, self._load(component)
         return self._open[1]
 
     def run(self, component: str, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
-        """Outputs of `component` for `feeds`. Raises ArtifactError for inputs and outputs that its graph does not have."""
+        """Outputs of `component` for `feeds`.
+
+        Raises ArtifactError for inputs and outputs that its graph does not have, and NumericsError for outputs that are not finite.
+        """
         network = self.network(component)
         if wrong := sorted({*feeds} ^ {*network.inputs} | {*outputs} - {*network.outputs}):
             raise ArtifactError(f"{self.path}: {component} and its description do not agree on {wrong[0]!r}; {MEND}")
         try:
             with self.laps.lap(component):
-                return network.run(outputs, feeds)
+                values = network.run(outputs, feeds)
+                require_finite(all(bool(np.isfinite(value).all()) for value in values), f"{component} of {self.path}")
+                return values
         except Exception as error:  # the engines' exception types have no common base
             if component == "vae_decoder" and out_of_memory(error):
                 raise  # the sampler decodes in smaller tiles
@@ -205,30 +209,3 @@ class Engine:
         """Name in the user's cache: changes with the component's place and with its content."""
         files = sorted(f"{name} {digest}" for name, digest in self._files.items() if name.startswith(f"{component}/"))
         return hashlib.sha256("\n".join([str(self.path.resolve()), *files]).encode()).hexdigest()[:16]
-
-    def _check(self, component: str) -> None:
-        if component in self._checked:
-            return
-        files = {name: digest for name, digest in self._files.items() if name.startswith(f"{component}/")}
-        if f"{component}/model.onnx" not in files:
-            raise ArtifactError(f"{self.path}: its manifest names no {component}; take the artifact from its source again")
-        cached, states = cache_path("checked") / self._key(component), json.dumps([_state(self.path / name) for name in files])
-        try:
-            passed = cached.read_text() == states and sys.platform != "win32"  # Windows keeps no time of change
-        except (OSError, ValueError):
-            passed = False
-        for name, digest in files.items():
-            if not passed and sha256(self.path / name) != digest:
-                raise ArtifactError(
-                    f"{self.path}: {name} was altered or comes from another artifact (sha256 differs from the manifest's); "
-                    "take the artifact from its source again"
-                )
-        if not passed:
-            remember(cached, states)
-        self._checked.add(component)
-
-
-def _state(file: Path) -> tuple[int, int, int]:
-    """Size, time of modification and time of change; copying tools cannot set the last."""
-    state = file.stat()
-    return state.st_size, state.st_mtime_ns, state.st_ctime_ns

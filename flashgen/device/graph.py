@@ -156,6 +156,7 @@ def read_graph(artifact: Artifact) -> Graph:
     Raises ArtifactError for a description that is broken, or that does not fit the artifact's files and picture size.
     """
     manifest, path = artifact.manifest, artifact.path
+    artifact.verify(".json")  # tokenizers, and the configs that describe old artifacts
     if manifest.sampler is None:
         raise ArtifactError(f"{path}: the manifest has no sampler; {MEND}")
     try:

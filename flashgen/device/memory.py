@@ -6,13 +6,14 @@ Needs are estimated from the sizes of files and the shapes in the artifact's des
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from flashgen.artifact.store import Artifact
 from flashgen.device.graph import Graph, read_graph
 from flashgen.errors import MachineError
-from flashgen.runtime.memory import gigabytes, resident_bytes
+from flashgen.runtime.memory import gigabytes, resident_bytes, total_bytes
 
 DECODE_BYTES = 2e9  # for the decoder's activations when no budget is given
 TILES = (64, 48, 32, 24, 16)  # largest sides of a tile in latents; diffusers uses 64 for SD3
@@ -88,25 +89,27 @@ class Needs:
 
 
 def plan(artifact: Artifact, engine: str, count: int, batch: int, budget: float | None = None, **asked: bool) -> Plan:
-    """The largest batch up to `batch` within `budget` bytes; without a budget the batch stays, and only a large decoder is cut.
+    """The largest batch up to `batch` within `budget` bytes, by default within the memory of this machine or its container.
 
-    `asked` are the flags of `Needs`. Raises MachineError when not even one picture, decoded in the smallest tiles, fits.
+    Without a budget a large decoder is cut before it fills the machine, and one picture is always tried. `asked` are the flags of `Needs`.
+    Raises MachineError when not even one picture, decoded in the smallest tiles, fits a budget.
     """
-    needs = Needs(artifact, engine, count, **asked)
+    needs, machine = Needs(artifact, engine, count, **asked), total_bytes() or math.inf
     batch = min(batch, count)
-    limit = needs.decoding(0, 0) + DECODE_BYTES if budget is None else budget
+    limit = min(needs.decoding(0, 0) + DECODE_BYTES, machine) if budget is None else budget
     rows = next((rows for rows in range(batch, 0, -1) if needs.decoding(rows, needs.side) <= limit), 0)
     tile = None if rows else next((tile for tile in TILES if tile < needs.side and needs.decoding(1, tile) <= limit), None)
     smallest = min(needs.side, TILES[-1])
-    if budget is not None:
-        batch = next((b for b in range(batch, 0, -1) if max(needs.drawing(b).values()) <= budget), 0)
-        if not batch or not (rows or tile):
-            all_needs = needs.drawing(1) | {"vae_decoder": needs.decoding(1, smallest)}
-            where = max(all_needs, key=lambda part: all_needs[part])
-            raise MachineError(
-                f"--memory {gigabytes(budget)} is too little for {artifact.path}: its {where} needs about {gigabytes(all_needs[where])} "
-                f"for one picture; --memory {gigabytes(all_needs[where] + 0.01e9)} would do"
-            )
+    room = machine if budget is None else budget
+    batch = next((b for b in range(batch, 0, -1) if max(needs.drawing(b).values()) <= room), 0)
+    if budget is not None and (not batch or not (rows or tile)):
+        all_needs = needs.drawing(1) | {"vae_decoder": needs.decoding(1, smallest)}
+        where = max(all_needs, key=lambda part: all_needs[part])
+        raise MachineError(
+            f"--memory {gigabytes(budget)} is too little for {artifact.path}: its {where} needs about {gigabytes(all_needs[where])} "
+            f"for one picture; --memory {gigabytes(all_needs[where] + 0.01e9)} would do"
+        )
+    batch = batch or 1
     if not rows:
         tile = tile or smallest
     stages = needs.drawing(batch) | {"vae_decoder": needs.decoding(rows or 1, tile or needs.side)}

@@ -50,8 +50,8 @@ class DevicePipeline:
         """Pictures [B, H, W, 3] of `prompts`; picture i starts from the noise of seeds[i]. Defaults are the manifest's.
 
         With `init` [H, W, 3] all pictures start from a mixture of it and their noise at sigmas[0]. `preview` is called at every step of
-        each batch, and keeps the decoder in memory. `within` limits batch and tiles; by default the batch is `batch`, and only the
-        decoder's memory is limited.
+        each batch, and keeps the decoder in memory. `within` limits batch and tiles; by default the
+        machine's memory limits them.
         """
         sigmas = self.sampler.sigmas if sigmas is None else sigmas
         weight = self.sampler.guidance if guidance is None else guidance

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +15,9 @@ from numpy.typing import NDArray
 from flashgen.artifact.files import check_file
 from flashgen.errors import ArtifactError, foreign
 from flashgen.progress import warn
+
+NAMED = 3  # prompts that are cut, of those of one request
+_COUNTS: ContextVar[Counter[str] | None] = ContextVar("counts", default=None)  # prompts cut inside `counted_cuts`, by tokenizer
 
 
 class Tokens(NamedTuple):
@@ -56,4 +62,23 @@ class PromptTokenizer:
 
 def warn_cut(prompt: str, tokenizer: str, count: int, limit: int) -> None:
     """Warn that `tokenizer` uses `limit` of a prompt's `count` tokens."""
+    counts = _COUNTS.get()
+    if counts is not None:
+        counts[tokenizer] += 1
+        if counts[tokenizer] > NAMED:
+            return
     warn(f"{tokenizer} cuts the prompt after {limit} of {count} tokens, the rest has no effect on it: '{prompt[:60]}...'")
+
+
+@contextmanager
+def counted_cuts() -> Iterator[None]:
+    """Inside, warn about the first `NAMED` prompts that each tokenizer cuts; on leaving, say how many there were."""
+    counts = Counter[str]()
+    token = _COUNTS.set(counts)
+    try:
+        yield
+    finally:
+        _COUNTS.reset(token)
+        for tokenizer, count in counts.items():
+            if count > NAMED:
+                warn(f"{tokenizer} cut {count} prompts in all")

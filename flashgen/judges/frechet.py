@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from flashgen.artifact.files import sha256
+from flashgen.artifact.files import sha256, write_whole
 from flashgen.artifact.manifest import hash_json
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.judges.base import Drawn, Judge, Judgement
 from flashgen.judges.features import Features, Floats64, Picture
+from flashgen.png import read_picture
 from flashgen.progress import track, warn
 
 PICTURES = {".png", ".jpg", ".jpeg"}
@@ -129,8 +131,9 @@ class FrechetJudge(Judge):
             if isinstance(reference, Gaussian)
             else {"embeddings": reference}
         )
-        with path.open("wb") as file:
-            np.savez(file, metric=np.array(self.metric), weights=np.array(self.features.weights.digest), **values)
+        buffer = io.BytesIO()
+        np.savez(buffer, metric=np.array(self.metric), weights=np.array(self.features.weights.digest), **values)
+        write_whole(path, buffer.getbuffer())
 
     @property
     def _least(self) -> int:
@@ -145,14 +148,12 @@ class FrechetJudge(Judge):
         return features if self.metric == "cmmd" else Gaussian.of_features(features)
 
     def _pictures(self, label: str) -> Iterator[Picture]:
-        from PIL import Image
-
         for path in track(self._files, label, total=len(self._files)):
             try:
-                with Image.open(path) as image:
-                    yield np.asarray(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                picture = read_picture(path, ("PNG", "JPEG"))
+            except (OSError, ValueError) as error:
                 raise ArtifactError(f"reference picture {path} cannot be read ({error}); replace or remove it") from error
+            yield picture
 
     def _read_saved(self) -> Gaussian | Floats64:
         """Statistics of the .npz file, checked."""

@@ -28,8 +28,6 @@ from flashgen.metrics.worker import IMAGES, PHASES, Job
 from flashgen.progress import Progress, say
 from flashgen.recipe.schema import BenchRecipe
 
-PRECISION = 0.025  # half width of the interval of a median, as a share of it, at which a row needs no more rounds
-EXTRA_S = 15.0  # for rounds beyond `bench.repeats`, in which rows reach PRECISION or do not
 ROOM = 3.0  # free bytes per byte of an artifact for one more process: fp32 of fp16 files, and activations
 RESAMPLES = 1000
 STOP_S = 10.0
@@ -82,6 +80,7 @@ class Row:
             return
         assert self._process.stdin and self._process.stdout
         try:
+            print("null", file=self._process.stdin, flush=True)
             self._process.stdin.close()
             self._process.wait(STOP_S)
         except (OSError, subprocess.TimeoutExpired):
@@ -104,10 +103,10 @@ class Row:
         encode, step, decode = (np.asarray(part, np.float64) for part in zip(*parts, strict=True))
         return encode, step, decode
 
-    def is_settled(self) -> bool:
-        """Whether more rounds would tell nothing more about the median."""
+    def is_settled(self, precision: float) -> bool:
+        """Return True if half the interval of the median is at most `precision`, as a share of the median."""
         low, high = median_interval(self.totals_s())
-        return bool(high - low <= 2 * PRECISION * float(np.median(self.totals_s())))
+        return bool(high - low <= 2 * precision * float(np.median(self.totals_s())))
 
     def _ask(self, prompts: list[str], seeds: list[int], batch: int, save: bool = False) -> Answer | None:
         process = self._process
@@ -165,13 +164,13 @@ def _has_room(row: Row, group: list[Row]) -> bool:
 
 
 def _rounds(group: list[Row], prompts: list[str], how: BenchRecipe, noise: NoiseMeter, progress: Progress) -> None:
-    """`how.repeats` rounds, and more within EXTRA_S while a median is not settled."""
+    """`how.repeats` rounds, and more within `how.extra_s` while a median is not known to `how.precision`."""
     per_round, number, deadline = how.warmup + 1, 0, float("inf")
     with noise.watching([r._process.pid for r in group if r._process]):
         while alive := [row for row in group if row.error is None]:
             if number == how.repeats:
-                deadline = time.perf_counter() + EXTRA_S
-            if number >= how.repeats and (time.perf_counter() >= deadline or all(row.is_settled() for row in alive)):
+                deadline = time.perf_counter() + how.extra_s
+            if number >= how.repeats and (time.perf_counter() >= deadline or all(row.is_settled(how.precision) for row in alive)):
                 return
             chosen = [prompts[(number * per_round + i) % len(prompts)] for i in range(per_round)]
             for row in alive:

@@ -87,17 +87,17 @@ class NoiseMeter:
         self._others_s += max(0.0, after[0] - before[0])
         self._steal_s += after[1] - before[1]
 
-    def report(self, unsettled: Sequence[str] = ()) -> dict[str, Any]:
+    def report(self, unsettled: Sequence[str] = (), precision: float = 0.0) -> dict[str, Any]:
         """`noisy`, the reasons for it in words (`why`), and the numbers: kernel in ms, all others as shares.
 
-        `unsettled` names the rows whose median latency is not known as exactly as two runs should agree.
+        `unsettled` names the rows whose median latency is known less precisely than `precision`, a share of it.
         """
         kernel = np.asarray(self._kernel_s or [0.0])
         low, middle, high = np.percentile(kernel, (10, 50, 90))
         spread = float((high - low) / middle) if middle else 0.0
         processor_s = max(self._elapsed_s, 1e-9) * (os.cpu_count() or 1)
         others, steal = self._others_s / processor_s, self._steal_s / processor_s
-        why = [f"the median latency of {', '.join(dict.fromkeys(unsettled))} is not known to 2.5 %"] if unsettled else []
+        why = [f"the median latency of {', '.join(dict.fromkeys(unsettled))} is not known to {100 * precision:g} %"] if unsettled else []
         if spread > SPREAD:
             why.append(f"the time of one fixed calculation varies by {spread:.0%}")
         if others > OTHERS:

@@ -2,13 +2,15 @@
 
 python -m flashgen.metrics.worker FOLDER
 
-FOLDER/job.json is a `Job`. Every line on stdin holds the arguments of `Session.draw` as JSON; every line on stdout is an answer.
+FOLDER/job.json is a `Job`. Every line on stdin holds the arguments of `Session.draw` as JSON, the last one null; every line on stdout
+is an answer.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import FlashgenError
 from flashgen.pixels import read_size
 from flashgen.runtime.memory import PhasePeaks
+from flashgen.runtime.processes import end_with_parent
 from flashgen.runtime.timing import Laps
 
 IMAGES = "images.npy"
@@ -117,7 +120,15 @@ def _load_torch(
 
 
 def main(folder: Path) -> None:
-    """Draw what stdin asks for until it ends; with `save` in a request the pictures go to FOLDER/images.npy."""
+    """Draw what stdin asks for until a line says null; with `save` in a request the pictures go to FOLDER/images.npy.
+
+    When the process that measures dies, this one ends too and removes the folder of the measurement, FOLDER's parent.
+    """
+
+    def clean() -> None:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+    end_with_parent(clean)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between the answers
 
@@ -127,12 +138,14 @@ def main(folder: Path) -> None:
     try:
         session = Session(Job(**json.loads((folder / "job.json").read_text())))
         for line in sys.stdin:
-            request = json.loads(line)
+            if (request := json.loads(line)) is None:
+                return
             save = request.pop("save")
             images = session.draw(**request)
             if save:
                 np.save(folder / IMAGES, images)
             answer(session.record())
+        clean()
     except FlashgenError as error:
         answer({"error": type(error).__name__, "message": str(error)})
 

@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 
 from flashgen.artifact.files import SOURCE, check_file, read_json
+from flashgen.artifact.manifest import NAME
+from flashgen.artifact.store import open_artifact
 from flashgen.errors import ArtifactError, foreign
 from flashgen.families.base import Family
 from flashgen.models.networks import check_networks, has_nf4, is_large, on_disk, part_classes, with_nf4
@@ -79,12 +81,14 @@ def load_pipeline(
     Large text encoders compute in bf16, the type that T5-XXL was trained in; they stay on disk (`models.networks.on_disk`) unless they fit
     into the free memory of an accelerator; with weights "training", which leaves this memory to a training, they stay there in any case.
     With "text", "transformer" or "vae" all other networks are shapes without weights, with "none" all are; with "disk" every network
-    stays on disk, in fp32.
-    Safetensors only; nothing is fetched and no code of the artifact runs. Raises ArtifactError before anything large is read.
+    stays on disk, in fp32. Safetensors only; nothing is fetched and no code of the artifact runs. A published version is verified first
+    (`Artifact.verify`). Raises ArtifactError before a network is loaded.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # one bar per component, gone at once
     path = Path(path)
+    if (path / NAME).exists():
+        open_artifact(path).verify()
     family, networks = check_networks(path)
     parts: dict[str, Any] = dict.fromkeys(family.components)
     classes = part_classes(path, family)

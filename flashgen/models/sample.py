@@ -17,7 +17,7 @@ from flashgen.flow.ode import euler, guide
 from flashgen.models.pipeline import Pipeline
 from flashgen.models.prompts import encode_prompts, warn_of_cuts
 from flashgen.noise import latents
-from flashgen.pixels import Size, from_uint8, slices, to_uint8
+from flashgen.pixels import Size, from_uint8, require_finite, slices, to_uint8
 from flashgen.progress import Progress
 from flashgen.runtime.timing import Laps
 
@@ -77,6 +77,7 @@ def sample_latents(
         for rows in parts:
             with laps.lap("encode"):
                 cond = encode_prompts(pipe, prompts[rows], sampler)
+            require_finite(all(bool(value.isfinite().all()) for value in cond.tensors.values()), f"a text encoder of {pipe.folder}")
             step = _velocity(pipe, cond, uncond, weight, laps, progress)
             watch = None if preview is None else _watch(pipe, preview)
             found.append(euler(x[rows], step, sigmas, sampler.scales_on(sigmas), watch))
@@ -106,5 +107,6 @@ def _watch(pipe: Pipeline, preview: Preview) -> Callable[[int, Tensor], None]:
 
 @torch.no_grad()
 def decode(pipe: Pipeline, z: Tensor) -> NDArray[np.uint8]:
-    """Pictures [B, H, W, 3] of latents [B, C, h, w]."""
+    """Pictures [B, H, W, 3] of latents [B, C, h, w]. Raises NumericsError, naming the network, for numbers that are not finite."""
+    require_finite(bool(z.isfinite().all()), f"transformer of {pipe.folder}")
     return to_uint8(pipe.family.from_latents(pipe.vae, z).cpu().numpy())

@@ -25,7 +25,7 @@ def to_half(tensor: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(half).all()):
         worst = float(tensor.detach().float().abs().nan_to_num(nan=torch.inf).max())
         raise NumericsError(
-            f"{name} holds {worst:.4g}, and fp16 ends at 65504; nothing was written. Train again with a lower learning rate"
+            f"{name} holds {worst:.4g}, and fp16 ends at 65504; nothing was written. Scale it, or train again with a lower learning rate"
         )
     return half
 

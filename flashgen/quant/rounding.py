@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +13,10 @@ from torch.nn.functional import pad
 from flashgen.errors import NumericsError
 from flashgen.quant.pack import QuantizedLinear, as_half, pack
 
+T = TypeVar("T")
 Method = Literal["none", "mse", "hqq"]
 # Shares of a group's range tried by the MSE search (our choice). Above 1: a symmetric group whose other end would be cut.
-SHRINK = torch.linspace(1.15, 0.55, 25).tolist()
+SHARES = [1.0, *torch.linspace(1.15, 0.55, 25).tolist()]
 CHUNK = 1 << 18  # weights searched together: whole rows that stay in a processor's cache through all shares
 MIN_GROUP = 16  # the shortest group that MatMulNBits takes
 HQQ_ROUNDS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01  # as in the published solver
@@ -31,14 +34,31 @@ def quantize_groups(weight: Tensor, bits: int, group: int, symmetric: bool, meth
     if method == "hqq" and symmetric:
         raise ValueError("hqq moves zero points, and symmetric groups have none; set symmetric to false")
     rows = max(1, CHUNK // max(1, weight.shape[1]))
-    parts = [_rounded(grouped(part, bits, group), bits, symmetric, method) for part in torch.split(weight, rows)]
+    parts = _in_workers(lambda part: _rounded(grouped(part, bits, group), bits, symmetric, method), torch.split(weight, rows))
     codes, scales, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
     return assemble(codes, scales, zeros, bits, symmetric, weight.shape[1])
 
 
+def _in_workers(function: Callable[[Tensor], T], parts: Sequence[Tensor]) -> list[T]:
+    """`function` of each part, in order; parts in the CPU's memory are shared out over as many workers as torch has threads.
+
+    A worker computes on one thread. Threads inside an operation would wait for each other at its end, thousands of times per second, and
+    a processor that another program keeps busy would slow all of them down.
+    """
+    threads = torch.get_num_threads()
+    if min(threads, len(parts)) < 2 or parts[0].device.type != "cpu":
+        return [function(part) for part in parts]
+    torch.set_num_threads(1)  # a thread that starts later begins with this number
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(function, parts))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _rounded(groups: Tensor, bits: int, symmetric: bool, method: Method) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 codes [N, G, g], scales and zeros [N, G] of groups [N, G, g]."""
-    scales, zeros = best_range(groups, bits, symmetric) if method == "mse" else full_range(groups, bits, symmetric, 1.0)
+    scales, zeros = best_range(groups, bits, symmetric) if method == "mse" else full_range(groups, bits, symmetric)
     if method == "hqq":
         zeros = _half_quadratic(groups, scales, zeros, bits)
     return round_to(groups, scales, zeros, bits).to(torch.uint8), scales, zeros
@@ -69,34 +89,35 @@ def round_to(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor
     return torch.round(groups / scales[..., None] + zeros[..., None]).clamp(0, 2**bits - 1)
 
 
-def full_range(groups: Tensor, bits: int, symmetric: bool, share: float) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [...] for `share` of the range of each group [..., g]."""
+def full_range(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [...] for the whole range of each group [..., g]."""
+    return _range(groups.amin(-1), groups.amax(-1), bits, symmetric)
+
+
+def _range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros of groups whose least and greatest weights are `low` and `high`."""
     if symmetric:  # the signed extreme maps to code 0, so that all 2^bits levels are used; scales may be negative
-        low, high = groups.amin(-1), groups.amax(-1)
-        scales = as_half(share * torch.where(high > -low, high, low) / -(2 ** (bits - 1)))
+        scales = as_half(torch.where(high > -low, high, low) / -(2 ** (bits - 1)))
         zeros = torch.full_like(scales, 2 ** (bits - 1))
     else:
-        low, high = share * groups.amin(-1).clamp(max=0), share * groups.amax(-1).clamp(min=0)
+        low, high = low.clamp(max=0), high.clamp(min=0)
         scales = as_half((high - low) / (2**bits - 1))
         zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(0, 2**bits - 1)
     return torch.where(scales == 0, 1, scales), zeros
 
 
 def best_range(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scales and zeros of the share in `SHRINK`, or the whole range, with the least squared error, group by group."""
-    best = full_range(groups, bits, symmetric, 1.0)
-    best_error = _error(groups, *best, bits)
-    for share in SHRINK:
-        trial = full_range(groups, bits, symmetric, share)
-        error = _error(groups, *trial, bits)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1])
-    return best
-
-
-def _error(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    return ((round_to(groups, scales, zeros, bits) - zeros[..., None]) * scales[..., None] - groups).square().sum(-1)
+    """Scales and zeros of the first share in `SHARES` with the least squared error, group by group."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    shares = torch.tensor(SHARES, device=groups.device).view(-1, *[1] * low.dim())
+    scales, zeros = _range(shares * low, shares * high, bits, symmetric)
+    errors, work = torch.empty_like(scales), torch.empty_like(groups)
+    for scale, zero, error in zip(scales[..., None], zeros[..., None], errors, strict=True):  # every pass in place: nothing is allocated
+        torch.div(groups, scale, out=work).add_(zero).round_().clamp_(0, 2**bits - 1)
+        torch.sum(work.sub_(zero).mul_(scale).sub_(groups).square_(), -1, out=error)
+    order = torch.arange(len(SHARES), device=groups.device).view_as(shares)
+    best = torch.where(errors == errors.amin(0), order, len(SHARES) - 1).amin(0, keepdim=True)
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 def _half_quadratic(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +26,15 @@ def _from_low_to_high(levels: list[float]) -> list[float]:
     return levels
 
 
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression as Python reads it: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
 SigmaInterval = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_from_low_to_high)]
 
 
@@ -155,7 +165,7 @@ class LoraTraining(Model):
 
     rank: int = Field(64, ge=1)
     alpha: int = Field(0, ge=0, description="the update is alpha / rank B A; 0: alpha = rank")
-    targets: str | None = Field(None, description="regular expression of the modules that get an adapter; null: the family's")
+    targets: Pattern | None = Field(None, description="regular expression of the modules that get an adapter; null: the family's")
     base: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen weights; adapters stay in float32")
 
 

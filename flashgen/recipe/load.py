@@ -8,11 +8,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import Recipe
+from flashgen.recipe.text import parse
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (PACKAGE / "_recipes", PACKAGE.parent / "recipes")  # installed from a wheel, run from a checkout
@@ -53,14 +53,22 @@ def _find(name_or_file: str | Path, beside: Path) -> Path:
     text = str(name_or_file)
     if "/" in text or "\\" in text or text.endswith((".yaml", ".yml")):
         path = beside / text
-        if path.is_file():
+        if _is_file(path):
             return path
         raise UsageError(f"no recipe file {path}; name an existing file or one of: {', '.join(names())}")
     for folder in FOLDERS:
-        if (folder / f"{text}.yaml").is_file():
+        if _is_file(folder / f"{text}.yaml"):
             return folder / f"{text}.yaml"
     close = difflib.get_close_matches(text, names(), 1)
     raise UsageError(f"no recipe named {text!r}{f', did you mean {close[0]}?' if close else ';'} There are: {', '.join(names())}")
+
+
+def _is_file(path: Path) -> bool:
+    """Return True for a plain file: a pipe or device would be read without end."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no system has a name of this length, or with this character
+        return False
 
 
 def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
@@ -77,45 +85,35 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[st
 
 
 def _read(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise UsageError(f"{path}: more than {MAX_BYTES} bytes, this is no recipe")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{path}: more than {MAX_BYTES} bytes, this is no recipe")
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-        raise UsageError(f"{path}: not readable as YAML: {error.problem}{line}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        data = parse(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not readable as YAML: {error}; write it in UTF-8") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a recipe is a mapping of sections, this is {type(data).__name__}")
     return data
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain data only; a key written twice is an error, since one of the two would have no effect."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {str(key.value)!r} is written twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
 def _override(text: str) -> tuple[str, dict[str, Any]]:
     """`a.b=c` as a layer {a: {b: c}}."""
     key, sign, value = text.partition("=")
+    source = f"--set {text if len(text) <= 200 else text[:200] + '...'}"
     parts = key.strip().split(".")
     if not sign or not all(parts):
-        raise UsageError(f"--set {text}: write it as --set section.field=value")
+        raise UsageError(f"{source}: write it as --set section.field=value")
     try:
-        data: Any = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {text}: the value is not readable as YAML") from error
+        data = parse(value)
+    except ValueError as error:
+        raise UsageError(f"{source}: the value is {error}") from error
     for part in reversed(parts):
         data = {part: data}
-    return f"--set {text}", data
+    return source, data
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class BenchRecipe(Model):
     per_task: int = Field(20, ge=0, description="prompts per task of the world's judge; 0: nothing is scored, and a result is not drawn")
     warmup: int = Field(1, ge=0, description="pictures drawn before the measured ones")
     repeats: int = Field(5, ge=1, description="pictures measured, one at a time")
+    precision: float = Field(0.025, gt=0, description="half width of a median's 95 % interval, as a share of it, that is precise enough")
+    extra_s: float = Field(15.0, ge=0, description="seconds of more pictures than `repeats`, while a median is less precise than that")
     batch: int = Field(30, ge=1, description="pictures drawn together for a quality score")
     pictures: int = Field(64, ge=1, description="validation prompts of `prompts_file` that are drawn at most where a judge scores pictures")
     reference: Path | None = Field(None, description="of the judge frechet: a folder of real pictures, or a .npz file of their statistics")

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from flashgen.errors import ArtifactError
+from flashgen.png import read_picture
 from flashgen.report.read import Bench
 
 BUDGET_BYTES = 10_500_000  # of all pictures, before base64 makes 4 bytes of 3; with the libraries the page stays below 15 MB
@@ -69,21 +70,19 @@ def embed(out: Path, bench: Bench, shown: list[int]) -> Pictures:
     return Pictures({key: _url("jpeg", data) for key, data in jpegs.items()}, links, sides, text)
 
 
-def _open(path: Path) -> Image.Image:
+def _picture(path: Path) -> Image.Image:
     try:
-        image = Image.open(path, formats=["PNG"])
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return Image.fromarray(read_picture(path, ("PNG",)))
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is not a whole PNG ({error}); run flashgen bench again") from error
-    return image
 
 
 def _side(path: Path) -> tuple[int, int]:
-    return _open(path).size
+    return _picture(path).size
 
 
 def _jpeg(path: Path, side: int, quality: int) -> bytes:
-    image = _open(path).convert("RGB")
+    image = _picture(path)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashgen.errors import FlashgenError, UsageError
+from flashgen.runtime.environment import number
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
+WATCH_S = 0.5
 _device_type = "cpu"
 
 
 def world_size() -> int:
     """Number of processes of this launch; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return number("WORLD_SIZE") or 1
 
 
 def rank() -> int:
     """Number of this process; process 0 writes, prints and publishes. RANK alone, as some cluster managers set it, means nothing."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+    found = number("RANK") or 0
+    return found if found < world_size() else 0
 
 
 def local_rank() -> int:
     """Number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+    return number("LOCAL_RANK") or 0 if world_size() > 1 else 0
 
 
 def check_batch(batch: int, processes: int | None = None) -> None:
@@ -69,6 +74,22 @@ def compute_on(device_type: str) -> None:
     """Say, before the processes join, what they compute on."""
     global _device_type
     _device_type = device_type
+
+
+def end_with_parent(clean: Callable[[], object] = lambda: None) -> None:
+    """Let this process end within a second of its parent's end, however that comes about, after a call of `clean`.
+
+    Windows does not tell of it.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        clean()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @cache

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from flashgen.judges.base import Judge
     from flashgen.worlds.base import World
 
-
 Takes = Mapping[str, tuple[Kind, ...]]  # kinds of artifacts by role
 
 
@@ -218,8 +217,7 @@ def prepare(
 
 def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
     """Run a prepared stage into `out`; returns the published version, or the latest one if it is up to date (unless `force`)."""
-    world = stage.world
-    world_name = world.name if world else None
+    world_name = stage.world.name if stage.world else None
     origin = Origin(stage.kind, stage.name, stage.family.name, world_name, stage.settings(), stage.seed, stage.parents())
     with tracked(stage, origin.settings), ExitStack() as lock:
         done = from_first(lambda: _start(stage, out, origin, force, lock))
@@ -228,15 +226,15 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
         stage.micro_batch = from_first(lambda: stage.micro_batch)  # all processes pass alike
         if rank():
             return _follow(stage, out, origin)
-        draft = drafts.begin(out, origin)
-        wait_for_all()
-        artifact = _finish(stage, draft, stage.make(draft))
+        with drafts.begun(out, origin) as draft:
+            wait_for_all()
+            artifact = _finish(stage, draft, stage.make(draft))
         from_first(lambda: artifact.path)
         return artifact
 
 
 def _start(stage: Stage, out: Path, origin: Origin, force: bool, lock: ExitStack) -> Path | None:
-    """Lock `out` and check the plan; the path of the latest version if it is up to date. An `out` that is refused is left as it was."""
+    """Lock `out`, check the plan, verify the inputs; the latest version's path if it is up to date. A refused `out` is left as it was."""
     drafts.check_out(out)
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
     unlocked = not (out / ".lock").exists()
@@ -247,6 +245,8 @@ def _start(stage: Stage, out: Path, origin: Origin, force: bool, lock: ExitStack
             return artifact.path
         if (plan := stage.plan()) is not None:
             plan.check(stage.name, out, drafts.work_folder(out, origin))
+        for artifact in stage.inputs.values():
+            artifact.verify()
     except BaseException:
         lock.close()
         if unlocked:

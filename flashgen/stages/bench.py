@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashgen import errors
+from flashgen.artifact.files import write_whole
 from flashgen.artifact.store import Artifact
 from flashgen.errors import NumericsError, UsageError
 from flashgen.judges.base import Judge
@@ -74,13 +75,13 @@ def bench(
     references = reference_rows(rows, comparison.reference)
     if out is not None:
         check_writable(out, comparison.baseline)
-    with tempfile.TemporaryDirectory(prefix="flashgen-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="flashgen-bench-", ignore_cleanup_errors=True) as folder:
         done, drawn = _measure(rows, report, recipe, Path(folder))
-        if out is not None:
-            _write_drawings(out, report, done, drawn)
-            _write(out, report)  # so that a judge that fails loses no measurement
-        judge_rows(report, judges, drawn)
-        compare_pictures(report, done, references, drawn, comparison)
+    if out is not None:  # the pictures stay mapped, and a kill from here on leaves nothing in the temporary folder
+        _write_drawings(out, report, done, drawn)
+        _write(out, report)  # so that a judge that fails loses no measurement
+    judge_rows(report, judges, drawn)
+    compare_pictures(report, done, references, drawn, comparison)
     if baseline is not None:
         worse, missing = compare(report["results"], baseline, comparison.tolerance)
         report["baseline"] = {"file": str(comparison.baseline), "tolerance": comparison.tolerance, "worse": worse, "missing": missing}
@@ -92,7 +93,7 @@ def bench(
 
 
 def _measure(rows: Sequence[PlannedRow], report: dict[str, Any], recipe: Recipe, folder: Path) -> tuple[list[PlannedRow], list[Pictures]]:
-    """Fill in `results`, `failed` and the machine's noise; (rows that were measured, their pictures, which are files in `folder`)."""
+    """Fill in `results`, `failed` and the machine's noise; (measured rows, their pictures, mapped from files in `folder`)."""
     noise, prompts = NoiseMeter(), report["prompts"]
     measured = [Row(row.job, row.source.size_bytes(), folder / str(i)) for i, row in enumerate(rows)]
     pictures = measure(measured, [p["prompt"] for p in prompts], [p["seed"] for p in prompts], recipe.bench, noise)
@@ -102,7 +103,8 @@ def _measure(rows: Sequence[PlannedRow], report: dict[str, Any], recipe: Recipe,
         raise error
     report["results"] = [result_of(row, m) for row, m in done]
     report["failed"] = [_failure(row, m) for row, m in pairs if m.error]
-    report["machine"]["noise"] = noise.report([row.name for row, m in done if not m.is_settled()])
+    precision = recipe.bench.precision
+    report["machine"]["noise"] = noise.report([row.name for row, m in done if not m.is_settled(precision)], precision)
     return [row for row, _ in done], [pictures[m.pictures_key] for _, m in done]
 
 
@@ -236,7 +238,7 @@ def _write_drawings(out: Path, report: Mapping[str, Any], rows: Sequence[Planned
 
 
 def _write(out: Path, report: Mapping[str, Any]) -> None:
-    (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "bench.json", (json.dumps(report, indent=1) + "\n").encode())
 
 
 def _write_report(out: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.draft import Draft
+from flashgen.artifact.files import sha256
 from flashgen.artifact.store import open_artifact, versions
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.progress import say
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from flashgen.quant.pack import QuantizedLinear
     from flashgen.training.calibration import Calibration
 
+ALLOCATION, SENSITIVITY = "quantized/allocation.json", "sensitivity.pt"  # in a version; in the resume state
 CALIBRATION_STREAM, CALIBRATION_SEED = 16, 4  # of the noise; added to the seed for the prompts
 
 
@@ -89,17 +91,18 @@ def _factor(calibration: Calibration, family: Family, config: QuantizeRecipe, wo
     Ranks are whole groups. The basis is fitted on half of the prompts and judged on the other half. It is computed once: the codes of a
     resumed run belong to the same basis.
     """
-    import torch
 
     from flashgen.models.factored import factor, modulations, replace_layer, shared_basis
-    from flashgen.training.checkpoint import save_state
+    from flashgen.training.checkpoint import load_state, save_state
 
     student, path, where = calibration.student, work / "basis.pt", exact(calibration.noise.device)
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
+    if (saved := load_state(path)) is not None:
         if saved["metrics"]["basis_rank"]:
             factor(student, saved["basis"], saved["ups"], saved["biases"])
         return dict(saved["metrics"])
+    if processes.rank() == 0:
+        for other in (*work.glob("unit-*.pt"), *work.glob(SENSITIVITY)):
+            other.unlink()  # results with a basis that is lost
     layers, (fit, held_out) = modulations(student, family), calibration.halves
     assert layers and config.group != "channel"
     original = {name: (layer.weight.to(where).double(), layer.bias.to(where).double()) for name, layer in layers.items()}
@@ -140,6 +143,7 @@ def _allocate(
     from flashgen.metrics.plots import plot_allocation
     from flashgen.quant.allocate import allocate
     from flashgen.training.calibration import layer_groups
+    from flashgen.training.checkpoint import save_state
 
     layers, (budget, basis_bytes, num_weights) = calibration.layers, sizes
     groups, choices = layer_groups(layers, family), [int(bits) for bits in config.choices]
@@ -153,14 +157,14 @@ def _allocate(
             f"a budget of {config.budget} is {budget:.0f} bytes for {num_weights} weights; with quantize.choices={choices} and "
             f"quantize.group={config.group} the smallest is {smallest:.0f} bytes, {8 * smallest / num_weights:.3f} mean bits"
         )
-    path = draft.work / "sensitivity.json"
+    path = draft.work / SENSITIVITY
     if processes.rank() == 0 and not path.exists() and (known := _known_errors(draft)):
-        path.write_text(json.dumps(known))
+        save_state(dict(known), path)
     nearest = replace(rounding, method="rtn")  # without data: GPTQ gains about as much in every group (our choice)
     error = calibration.sensitivity(groups, choices, lambda layer, bits: quantize_layer(layer.weight, bits, nearest), path)
     chosen = allocate(error, cost, budget - basis_bytes)
     table = {group: {"layers": groups[group], "bits": chosen[group], "damage": error[group], "bytes": cost[group]} for group in groups}
-    (draft.path / "quantized" / "allocation.json").write_text(json.dumps(table, indent=1) + "\n")
+    (draft.path / ALLOCATION).write_text(json.dumps(table, indent=1) + "\n")
     plot_allocation(table, draft.path / "quantized" / "allocation.png")
     spent = basis_bytes + sum(cost[group][bits] for group, bits in chosen.items())
     count = {bits: list(chosen.values()).count(bits) for bits in choices}
@@ -173,13 +177,15 @@ def _known_errors(draft: Draft) -> Mapping[str, Mapping[str, float]]:
     keys, origin = ("group", "symmetric", "low_rank_tolerance", "prompts", "prompts_file", "prompts_read"), draft.origin
     digests = [parent.digest for parent in origin.parents]
     for version in reversed(versions(draft.out)):
-        table = version / "quantized" / "allocation.json"
+        table = version / ALLOCATION
         try:
             manifest = open_artifact(version).manifest
-        except ArtifactError:
-            continue  # an old version that is broken is no reason to stop
+            if sha256(table) not in {file.sha256 for file in manifest.files if file.path == ALLOCATION}:
+                continue
+        except (ArtifactError, OSError):
+            continue  # an old version that is broken, or has no table, is no reason to stop
         same_inputs = manifest.seed == origin.seed and [parent.digest for parent in manifest.parents] == digests
-        if table.exists() and same_inputs and all(manifest.recipe.get(key) == origin.settings.get(key) for key in keys):
+        if same_inputs and all(manifest.recipe.get(key) == origin.settings.get(key) for key in keys):
             say(f"errors of groups of layers: as measured for {version}")
             return {group: row["damage"] for group, row in json.loads(table.read_text()).items()}
     return {}

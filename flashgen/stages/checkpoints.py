@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from flashgen.artifact.draft import CHECKPOINTS
+from flashgen.artifact.files import read_state, write_state
 from flashgen.artifact.manifest import Sampler, hash_json
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.errors import ArtifactError, UsageError
@@ -19,7 +20,7 @@ from flashgen.runtime.processes import rank
 if TYPE_CHECKING:
     from flashgen.models.pipeline import Pipeline
 
-STUDENT = Path(CHECKPOINTS, "student.json")
+STUDENT = Path(CHECKPOINTS, "student.state")
 
 
 class StudentFacts(BaseModel):
@@ -40,9 +41,10 @@ class StudentCheckpoint(Artifact):
 
     def load_into(self, pipe: Pipeline) -> None:
         """Give the transformer of `pipe` the averaged weights of this checkpoint. Raises ArtifactError if it is damaged."""
-        from flashgen.training.checkpoint import read_tensors
+        from flashgen.training.checkpoint import read_numbers, read_tensors
         from flashgen.training.roles import roles_on
 
+        read_numbers(self.folder)
         network = pipe.transformer
         if self.lora:
             _, network = roles_on(network, self.lora, "student", seed=0, targets=pipe.family.lora_targets)
@@ -55,7 +57,7 @@ def describe_student(work: Path, source: Artifact, sampler: Sampler, lora: LoraT
     if rank() == 0:
         facts = StudentFacts(source=source.path.absolute(), digest=source.manifest.digest, sampler=sampler, lora=lora)
         (work / CHECKPOINTS).mkdir(exist_ok=True)
-        (work / STUDENT).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_state(work / STUDENT, facts.model_dump_json().encode())
 
 
 def describes_student(work: Path) -> bool:
@@ -80,8 +82,8 @@ def open_checkpoint(out: Path, name: str) -> StudentCheckpoint:
         raise UsageError(f"--checkpoint {name}: {out} keeps no such checkpoint of a student; there are: {kept}; {mend}")
     folder = max(wanted, key=lambda path: path.stat().st_mtime_ns)
     try:
-        facts = StudentFacts.model_validate_json((folder.parents[2] / STUDENT).read_text())
-    except (OSError, ValueError) as error:
+        facts = StudentFacts.model_validate_json(read_state(folder.parents[2] / STUDENT) or b"")
+    except (OSError, ValueError, ArtifactError) as error:
         raise ArtifactError(f"{folder.parents[2] / STUDENT} is damaged ({str(error).splitlines()[0]}); run distill again") from error
     source = open_artifact(facts.source)
     if source.manifest.digest != facts.digest:

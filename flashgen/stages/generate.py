@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashgen.artifact.files import locked, remove_temporaries, write_whole
 from flashgen.artifact.store import Artifact
+from flashgen.device.tokens import counted_cuts
 from flashgen.errors import MachineError, UsageError
 from flashgen.pixels import slices
-from flashgen.png import sheet, texts, write_png
+from flashgen.png import is_whole, sheet, texts, write_png
 from flashgen.progress import say, track
 from flashgen.stages.checkpoints import StudentCheckpoint
 from flashgen.stages.inputs import sampler_of
@@ -58,21 +61,24 @@ def generate(
         if given := [name for name, is_wanted in wanted.items() if is_wanted]:
             raise UsageError(f"--{given[0]} is for pictures beside a file; give --out FILE.png, or leave it out")
         settings = {"artifact": source.manifest.digest, "sigmas": sigmas, "size": str(request.size), **chunks}
-        files = _begin_folder(out, request, settings)
-        missing = [index for index, path in enumerate(files) if not path.exists()]
-        parts = slices(len(missing), batch)
-        draw = _drawer(source, request, engine, memory, device, options, len(missing)) if parts else None
-        for part in track(parts, "pictures", total=len(parts)):
-            assert draw is not None
-            prompts, seeds = [request.prompts[i] for i in missing[part]], [request.seeds[i] for i in missing[part]]
-            for index, image in zip(missing[part], draw(prompts, seeds), strict=True):
-                write(files[index], image, request.prompts[index], request.seeds[index])
+        with ExitStack() as stack:
+            stack.enter_context(counted_cuts())
+            files = _begin_folder(out, request, settings, stack)
+            missing = [index for index, path in enumerate(files) if not is_whole(path)]
+            parts = slices(len(missing), batch)
+            draw = _drawer(source, request, engine, memory, device, options, len(missing), batch) if parts else None
+            for part in track(parts, "pictures", total=len(parts)):
+                assert draw is not None
+                prompts, seeds = [request.prompts[i] for i in missing[part]], [request.seeds[i] for i in missing[part]]
+                for index, image in zip(missing[part], draw(prompts, seeds), strict=True):
+                    write(files[index], image, request.prompts[index], request.seeds[index])
         return files
     beside = {name: out.with_stem(f"{out.stem}-{name}") for name, is_wanted in wanted.items() if is_wanted}
     files = _outputs(out, len(request.prompts), [*beside.values()])
     if preview:
         options["preview"] = _preview(beside["preview"])
-    images = _drawer(source, request, engine, memory, device, options, len(files))(request.prompts, request.seeds)
+    with counted_cuts():
+        images = _drawer(source, request, engine, memory, device, options, len(files), len(files))(request.prompts, request.seeds)
     for path, image, prompt, seed in zip(files, images, request.prompts, request.seeds, strict=True):
         write(path, image, prompt, seed)
     if grid_columns is not None:
@@ -80,21 +86,22 @@ def generate(
     return files
 
 
-def _begin_folder(out: Path, request: Request, settings: dict[str, Any]) -> list[Path]:
-    """The files of a folder of pictures, after pictures.jsonl, which says what they are. Raises UsageError if the folder holds others."""
+def _begin_folder(out: Path, request: Request, settings: dict[str, Any], lock: ExitStack) -> list[Path]:
+    """The files of a folder of pictures, after pictures.jsonl, which says what they are; `lock` holds the folder's lock.
+
+    Raises UsageError if the folder holds other pictures, and MachineError if another process draws into it.
+    """
     files = [out / f"{index:06d}.png" for index in range(len(request.prompts))]
     rows = [{"file": f.name, "prompt": p, "seed": s} for f, p, s in zip(files, request.prompts, request.seeds, strict=True)]
     text, listing = "".join(json.dumps(row) + "\n" for row in [settings, *rows]), out / "pictures.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(".*.tmp"):
-            left.unlink()
+        lock.enter_context(locked(out))
+        remove_temporaries(out)
         if not listing.exists():
             if any(out.glob("*.png")):
                 raise UsageError(f"--out {out} holds pictures and no pictures.jsonl that says which; name another folder")
-            temporary = listing.with_suffix(".tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, listing)
+            write_whole(listing, text.encode())
         elif listing.read_bytes() != text.encode():
             raise UsageError(f"--out {out} holds pictures of another artifact, or of other prompts, seeds or settings; name another folder")
     except OSError as error:
@@ -102,12 +109,21 @@ def _begin_folder(out: Path, request: Request, settings: dict[str, Any]) -> list
     return files
 
 
-def _drawer(source: Artifact, request: Request, engine: str, memory: str | None, device: str, options: dict[str, Any], count: int) -> Draw:
-    """A function that draws (prompts, seeds) as pictures [B, H, W, 3]; `count` pictures in all. Networks are loaded once."""
+def _drawer(
+    source: Artifact,
+    request: Request,
+    engine: str,
+    memory: str | None,
+    device: str,
+    options: dict[str, Any],
+    count: int,
+    together: int,
+) -> Draw:
+    """A function that draws (prompts, seeds) as pictures [B, H, W, 3]; `count` pictures in all, at most `together` per call."""
     if source.manifest.kind == "device":
         if device not in ("auto", "cpu"):
             raise UsageError(f"--device {device} is for artifacts in diffusers layout; exported ones run on an engine, see --engine")
-        return _on_device(source, engine, memory, options, count)
+        return _on_device(source, engine, memory, options, count, min(count, together))
     for name, given in {"--engine": engine != "auto", "--memory": memory is not None}.items():
         if given:
             raise UsageError(f"{name} is for exported artifacts; {source.path} is drawn by torch, leave {name} out, or export it first")
@@ -122,7 +138,7 @@ def _drawer(source: Artifact, request: Request, engine: str, memory: str | None,
     return lambda prompts, seeds: sample(pipe, sampler, prompts, seeds, size_px=request.size, **options)
 
 
-def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[str, Any], count: int) -> Draw:
+def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[str, Any], count: int, together: int) -> Draw:
     from flashgen.device.choice import choose, installed
     from flashgen.device.memory import plan
     from flashgen.device.sampler import DevicePipeline
@@ -133,7 +149,7 @@ def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[
     costs = {"guided": options["guidance"] != 1, "preview": "preview" in options, "init": options["init"] is not None}
     for name in names if budget is not None else ():
         try:
-            plans[name] = plan(source, name, count, options["batch"], budget, **costs)
+            plans[name] = plan(source, name, together, options["batch"], budget, **costs)
         except MachineError:
             if not plans and name == names[-1]:
                 raise

@@ -23,7 +23,9 @@ def open_input(ref: str | Path, kinds: tuple[str, ...] | None = None, verify: bo
     """Open an artifact. The name of a world, as in `shapes`, is its embedded teacher wherever a teacher will do; `./shapes` is a folder."""
     if ref in worlds.NAMES and (kinds is None or "teacher" in kinds):
         ref = worlds.get(str(ref)).teacher()
-    return open_artifact(ref, kinds, verify)
+    artifact = open_artifact(ref, kinds, verify)
+    artifact.verify(".json")  # configs are read before any stage starts
+    return artifact
 
 
 def world_of(artifact: Artifact) -> World | None:

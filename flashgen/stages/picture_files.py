@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import repeat
@@ -22,11 +20,11 @@ from numpy.typing import NDArray
 
 from flashgen.errors import UsageError
 from flashgen.pixels import Size
+from flashgen.png import fit, opened, read_picture
 from flashgen.recipe.distillation import AdversarialTraining
 from flashgen.stages.rows import Row, jsonl_rows, open_parquet, parquet_rows, require_columns, text_lines
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
@@ -42,35 +40,19 @@ class Picture(NamedTuple):
 
 
 def decode(data: bytes, size: Size) -> NDArray[np.uint8]:
-    """Picture [H, W, 3] of an image file's bytes: turned upright, the largest centred part of the size's proportions, resized (LANCZOS).
+    """Picture [H, W, 3] of an image file's bytes, as `png.read_picture` and `png.fit` give it. Raises OSError or ValueError."""
 
-    Raises an exception of Pillow's for what it cannot decode, and for more pixels than `Image.MAX_IMAGE_PIXELS`.
-    """
-    from PIL import Image, ImageOps
-
-    with _opened(data) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    return np.asarray(ImageOps.fit(upright, (size.width, size.height), Image.Resampling.LANCZOS))
+    return fit(read_picture(io.BytesIO(data)), size)
 
 
 def proportions(data: bytes) -> float:
     """Width over height of the picture in an image file's bytes, turned upright; only its header is read. Raises as `decode` does."""
     from PIL import ExifTags
 
-    with _opened(data) as image:
+    with opened(io.BytesIO(data)) as image:
         width, height = image.size
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
     return height / width if is_turned else width / height
-
-
-@contextmanager
-def _opened(data: bytes) -> Iterator[Image]:
-    from PIL import Image as files
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", files.DecompressionBombWarning)
-        with files.open(io.BytesIO(data), formats=sorted(set(FORMATS.values()))) as image:
-            yield image
 
 
 @dataclass(frozen=True)

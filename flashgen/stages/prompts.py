@@ -86,7 +86,7 @@ def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe) -> 
         if not isinstance(prompt, str | None):
             raise UsageError(f"{name}{place}: column {how.column!r} holds {type(prompt).__name__}, not text; name another, prompts.column=")
         if prompt is not None and not is_unicode(prompt):
-            raise UsageError(f"{name}{place}: column {how.column!r} holds {prompt[:60]!a}, which is no valid Unicode; write the file again")
+            raise UsageError(f"{name}{place}: half of a surrogate pair, which is no character; write the file again in UTF-8")
         if prompt is not None and prompt.strip():
             pairs.append((prompt.strip(), _weight(weight, f"{name}{place}: column {how.weight!r}")))
     if not pairs:

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashgen import families
-from flashgen.artifact.manifest import Sampler
+from flashgen.artifact.manifest import MAX_STEPS, Sampler
 from flashgen.artifact.store import Artifact
 from flashgen.errors import UsageError
 from flashgen.families.configs import configs_in
 from flashgen.flow.grid import shifted_grid
 from flashgen.pixels import Size, read_size
-from flashgen.png import read_texts
+from flashgen.png import fit, read_picture, read_texts
 from flashgen.progress import warn
 from flashgen.stages.inputs import sampler_of
 from flashgen.stages.rows import is_unicode
@@ -50,8 +50,8 @@ class Request:
         if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**64]:
             raise UsageError(f"--seed {wrong[0]} is out of range; use 0 to 2^64-1")
         teacher = source.manifest.kind == "teacher" or not sampler.trained_steps
-        if self.steps is not None and (self.steps < 1 or not (teacher or self.steps in sampler.trained_steps)):
-            can = "1 or more" if teacher else ", ".join(map(str, sampler.trained_steps))
+        if self.steps is not None and not (1 <= self.steps <= MAX_STEPS and (teacher or self.steps in sampler.trained_steps)):
+            can = f"1 to {MAX_STEPS}" if teacher else ", ".join(map(str, sampler.trained_steps))
             raise UsageError(
                 f"--steps {self.steps}: {source.path} draws in {can} steps; leave --steps out, or distill with "
                 f"--set distill.steps={self.steps}"
@@ -89,9 +89,10 @@ class Request:
         return remaining
 
     def init(self, source: Artifact, sampler: Sampler) -> NDArray[np.uint8] | None:
-        """`init_image` at the size of the pictures, [H, W, 3]. Raises UsageError when it or the VAE's encoder is missing."""
-        from PIL import Image
+        """The largest centred part of `init_image` with the proportions of the pictures, at their size, [H, W, 3].
 
+        Raises UsageError when it cannot be read or the VAE's encoder is missing.
+        """
         if self.init_image is None:
             return None
         if source.manifest.kind == "device" and not any(file.path == "vae_encoder/model.onnx" for file in source.manifest.files):
@@ -99,10 +100,13 @@ class Request:
             raise UsageError(f"--init-image: {source.path} was exported without the VAE's encoder; {mend}")
         size = self.size or sampler.size_px
         try:
-            with Image.open(self.init_image) as image:
-                return np.asarray(image.convert("RGB").resize((size.width, size.height), Image.Resampling.LANCZOS))
+            picture = read_picture(self.init_image)
         except (OSError, ValueError) as error:
             raise UsageError(f"--init-image {self.init_image} is no picture that can be read ({error})") from error
+        start = fit(picture, size)
+        if abs(picture.shape[1] * size.height - picture.shape[0] * size.width) > max(picture.shape[:2]) * max(size) / 100:
+            warn(f"--init-image {self.init_image} is {picture.shape[1]}x{picture.shape[0]}: cropped to the proportions of {size}")
+        return start
 
 
 def read_seeds(text: str) -> list[int]:

@@ -17,13 +17,25 @@ from flashgen.errors import UsageError
 
 Row = Mapping[str, Any]
 HALF = re.compile("[\ud800-\udfff]")
+LONGEST_LINE = 1 << 20  # characters
+LARGEST_JSON = 1 << 30  # the same: such a file is in memory as a whole
 
 
-def text_lines(path: Path, option: str) -> Iterator[str]:
-    """Lines of a text file in UTF-8, with their ends. Raises UsageError for what cannot be read."""
+def check_plain(path: Path, option: str) -> None:
+    """Raises UsageError for a pipe, a device or a folder, which would be read without end or not at all."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option}{path} is no plain file; write what it gives to a file and name that")
+
+
+def text_lines(path: Path, option: str, longest: int = LONGEST_LINE) -> Iterator[str]:
+    """Lines of a text file in UTF-8, with their ends. Raises UsageError for what cannot be read and for a line of `longest` characters."""
     try:
+        check_plain(path, option)
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from file
+            while line := file.readline(longest):
+                if len(line) == longest:
+                    raise UsageError(f"{option}{path} has a line of {longest} characters or more; write one prompt per line")
+                yield line
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option}{path} cannot be read as text ({error}); name a file in UTF-8") from error
 
@@ -53,7 +65,7 @@ def json_rows(path: Path, option: str) -> Iterator[tuple[str, Row]]:
     Raises UsageError for anything else.
     """
     try:
-        data = json.loads("".join(text_lines(path, option)))
+        data = json.loads("".join(text_lines(path, option, LARGEST_JSON)))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{option}{path} is not JSON ({error}); write the file again") from error
     items = data.get("annotations") if isinstance(data, dict) else data
@@ -94,6 +106,7 @@ def _escaped(line: str) -> str:
 @contextmanager
 def open_parquet(path: Path, option: str) -> Iterator[Any]:
     """`path` as pyarrow's ParquetFile. Raises UsageError for what cannot be read inside, and ImportError without pyarrow."""
+    check_plain(path, option)
     import pyarrow
     import pyarrow.parquet
 

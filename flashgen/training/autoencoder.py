@@ -15,7 +15,7 @@ from flashgen.progress import track
 from flashgen.randomness import generator
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.recipe.teacher import AutoencoderTraining
-from flashgen.training.checkpoint import save_state
+from flashgen.training.checkpoint import load_state, save_state
 from flashgen.training.loop import Metric, descend, fit
 from flashgen.training.schedule import cosine, set_rates
 
@@ -79,7 +79,8 @@ def encode_pictures(pipe: Pipeline, data: TeacherData, count: int, seed: int, wo
     Sets the VAE's scaling and shift factors from the data, so that latents have mean 0 and variance 1.
     """
     path = work / "latents.pt"
-    if not path.exists():
+    saved = load_state(path)
+    if saved is None:
         rng = np.random.default_rng([seed, DATA_STREAM])
         parts, captions = [], list[str]()
         batches = math.ceil(count / BATCH)
@@ -89,7 +90,7 @@ def encode_pictures(pipe: Pipeline, data: TeacherData, count: int, seed: int, wo
             captions += texts
         z = torch.cat(parts)[:count].contiguous()
         factors = {"shift": z.float().mean().item(), "scale": 1 / z.float().std().item()}
-        save_state({"z": z, "captions": captions[:count], **factors}, path)
-    saved = torch.load(path, weights_only=True)
+        saved = {"z": z, "captions": captions[:count], **factors}
+        save_state(saved, path)
     pipe.vae.register_to_config(shift_factor=saved["shift"], scaling_factor=saved["scale"])
     return (saved["z"].float() - saved["shift"]) * saved["scale"], saved["captions"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,16 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flashgen.artifact.files import locked, remove_temporaries
 from flashgen.families.conditioning import Conditioning
 from flashgen.flow.convert import move
 from flashgen.flow.grid import check_nested
 from flashgen.flow.guidance import Guidance
 from flashgen.flow.ode import second_order
 from flashgen.pixels import slices
-from flashgen.progress import say, track
+from flashgen.progress import say, track, warn
 from flashgen.randomness import generator
 from flashgen.runtime.processes import from_first, rank, sharded, wait_for_all, world_size
-from flashgen.training.mapped import map_tensor, mark_written, release
+from flashgen.training.mapped import is_whole, map_tensor, mark_written, read_mark, release
 from flashgen.training.prompts import PromptPool
 from flashgen.training.rollout import guided_velocity, roll_out
 
@@ -173,20 +175,27 @@ def write_states(
     """(mapped fp16 states [count, length, *shape] per file, their mappings); `files` gives the name and the length of each.
 
     `compute(slice of at most `rows` rows)` returns a list of states [B, *shape] per file. Parts that `folder` has are not computed again;
-    the processes share out the others.
+    the processes share out the others. Raises MachineError if another run is writing to `folder`.
     """
-    first_rows = range(0, count, rows)
-    missing = from_first(lambda: _missing_parts(folder, list(files), first_rows))
-    if len(missing) < len(first_rows):
-        say(f"{label}: {len(first_rows) - len(missing)} of {len(first_rows)} parts are reused from {folder}")
-    mapped = [map_tensor(folder / name, torch.float16, (count, length, *shape)) for name, length in files.items()]
-    tensors, mappings = [tensor for tensor, _ in mapped], tuple(memory for _, memory in mapped)
-    of_this_rank = _own_parts(missing, count, rows)
-    for first in track(of_this_rank, label, total=len(of_this_rank)):
-        for into, states in zip(tensors, compute(slice(first, min(first + rows, count))), strict=True):
-            into[first : first + rows] = torch.stack(states, 1).half().cpu()
-        mark_written(folder / f"{first:06d}.done", "", *mappings)
-    wait_for_all()
+
+    def mapped() -> tuple[list[Tensor], tuple[mmap.mmap, ...]]:
+        pairs = [map_tensor(folder / name, torch.float16, (count, length, *shape)) for name, length in files.items()]
+        return [tensor for tensor, _ in pairs], tuple(memory for _, memory in pairs)
+
+    with ExitStack() as lock:
+        from_first(lambda: _open(folder, lock))
+        parts = slices(count, rows)
+        missing = from_first(lambda: _missing_parts(folder, parts, *mapped()))
+        if len(missing) < len(parts):
+            say(f"{label}: {len(parts) - len(missing)} of {len(parts)} parts are reused from {folder}")
+        tensors, mappings = mapped()
+        of_this_rank = _own_parts(missing, count, rows)
+        for first in track(of_this_rank, label, total=len(of_this_rank)):
+            part = slice(first, min(first + rows, count))
+            for into, states in zip(tensors, compute(part), strict=True):
+                into[part] = torch.stack(states, 1).half().cpu()
+            mark_written(folder / f"{first:06d}.done", [], part, tensors, mappings)
+        wait_for_all()
     return tensors, mappings
 
 
@@ -203,10 +212,16 @@ def _own_parts(missing: list[int], length: int, rows: int) -> list[int]:
     return of_this_rank + missing[len(full) :]
 
 
-def _missing_parts(folder: Path, files: list[str], first_rows: Sequence[int]) -> list[int]:
-    """First rows of the parts that `folder` does not have; all of them where a file is gone."""
+def _open(folder: Path, lock: ExitStack) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if not all((folder / name).exists() for name in files):
-        for mark in folder.glob("*.done"):
-            mark.unlink()
-    return [first for first in first_rows if not (folder / f"{first:06d}.done").exists()]
+    lock.enter_context(locked(folder))
+    remove_temporaries(folder)
+
+
+def _missing_parts(folder: Path, parts: list[slice], tensors: list[Tensor], mappings: tuple[mmap.mmap, ...]) -> list[int]:
+    """First rows of the parts that `folder` does not have, or not as they were written."""
+    marks = {part.start: read_mark(folder / f"{part.start:06d}.done") for part in parts}
+    whole = {part.start for part in parts if (mark := marks[part.start]) and is_whole(mark[0], part, tensors, mappings)}
+    if damaged := sum((folder / f"{first:06d}.done").exists() for first in marks.keys() - whole):
+        warn(f"{folder}: {damaged} of {len(parts)} parts are damaged and computed again")
+    return [part.start for part in parts if part.start not in whole]

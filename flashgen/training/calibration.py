@@ -5,7 +5,6 @@ Errors are |z - z*|^2 / |z*|^2 of the final latents, z* being those of the stude
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from flashgen.progress import track
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.runtime.accelerator import exact
 from flashgen.runtime.processes import rank
-from flashgen.training.checkpoint import save_state
+from flashgen.training.checkpoint import load_state, save_state
 from flashgen.training.rollout import roll_out
 
 BATCH = 32  # pictures drawn together
@@ -135,7 +134,7 @@ class Calibration:
 
         Every number is saved in `path` at once, and read from there by a resumed run.
         """
-        errors: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        errors: dict[str, dict[str, float]] = load_state(path) or {}
         layers = self.layers
         missing = [(group, bits) for group in groups for bits in choices if str(bits) not in errors.get(group, {})]
         for group, bits in track(missing, "sensitivity", total=len(missing)):
@@ -145,8 +144,7 @@ class Calibration:
                     layer.weight.data.copy_(dequantize(quantize(layer, bits)))
                 errors.setdefault(group, {})[str(bits)] = self.latent_error()
             if rank() == 0:
-                path.with_suffix(".tmp").write_text(json.dumps(errors))
-                path.with_suffix(".tmp").replace(path)
+                save_state(errors, path)
         return {group: {bits: errors[group][str(bits)] for bits in choices} for group in groups}
 
     def quantize_in_order(self, quantize: Quantize, work: Path | None) -> dict[str, QuantizedLinear]:
@@ -160,8 +158,8 @@ class Calibration:
         codes: dict[str, QuantizedLinear] = {}
         for number, names in enumerate(track(blocks, "quantize", total=len(blocks))):
             path = None if work is None else work / f"unit-{number:03d}.pt"
-            if path is not None and path.exists():
-                saved: dict[str, dict[str, Any]] = torch.load(path, weights_only=True)
+            saved: dict[str, dict[str, Any]] | None = None if path is None else load_state(path)
+            if saved is not None:
                 block = {name: QuantizedLinear(**fields) for name, fields in saved.items()}
             else:
                 moments = {} if path is None else self.moments(names)

@@ -1,12 +1,14 @@
 """Resume state of a training: what is saved, how often, and how it gets to the disk.
 
 A checkpoint is a folder `step-000800`. torch.distributed.checkpoint writes its tensors as safetensors: each process writes its shards of
-sharded tensors and its part of all others, and any number of processes reads them, sharded or not. Numbers are in checkpoint.json.
-Nothing is pickled: torch.distributed.checkpoint's default format would be, in `.metadata` and in everything that is no tensor.
+sharded tensors and its part of all others, and any number of processes reads them, sharded or not. Numbers, and the digests of the other
+files, are in `STATE`. Nothing is pickled: torch.distributed.checkpoint's default format would be, in `.metadata` and in everything that
+is no tensor.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -27,13 +29,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from flashgen.artifact.files import fsync
+from flashgen.artifact.files import fsync, read_state, sha256, write_state, write_whole
 from flashgen.errors import ArtifactError, MachineError
+from flashgen.progress import warn
 from flashgen.recipe.schema import CheckpointRecipe
-from flashgen.runtime.processes import join, rank, wait_for_all, world_size
+from flashgen.runtime.processes import from_first, join, rank, wait_for_all, world_size
 from flashgen.training.ranks import broadcast_flag
 
-STATE = "checkpoint.json"
+STATE = "checkpoint.state"
 FILE_BYTES = 1 << 30  # of a file's tensors, about: serialising a file needs as much memory again
 
 
@@ -62,9 +65,11 @@ class Checkpoint:
 
         All processes must call it. Raises ArtifactError for a damaged checkpoint.
         """
+        if rank() == 0:
+            shutil.rmtree(self.folder / ".tmp", ignore_errors=True)  # a kill inside a save has left it
         step, window, folders = 0, list[dict[str, float]](), checkpoints(self.folder)
         if folders:
-            saved = read_state(folders[-1])
+            saved: dict[str, Any] = from_first(lambda: read_numbers(folders[-1]))
             entries, tensors = read_entries(folders[-1]), dict[str, Tensor]()
             for key, item in self.state.items():
                 if key in saved["numbers"]:
@@ -125,13 +130,18 @@ class Checkpoint:
             temporary.mkdir(parents=True, exist_ok=True)  # another process may have been faster
         _quiet()
         writer = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)  # syncs its files
-        state_dict_saver.save(tensors, storage_writer=writer, process_group=_group(), no_dist=world_size() == 1)
-        if rank() == 0:  # all processes have written
-            (temporary / STATE).write_text(json.dumps(state))
-            fsync(temporary / STATE)
-            fsync(temporary)
-            os.rename(temporary, self.folder / f"step-{step:06d}")
-            fsync(self.folder)
+        try:
+            state_dict_saver.save(tensors, storage_writer=writer, process_group=_group(), no_dist=world_size() == 1)
+            if rank() == 0:  # all processes have written
+                digests = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+                write_state(temporary / STATE, json.dumps({**state, "files": digests}).encode())
+                os.rename(temporary, self.folder / f"step-{step:06d}")
+                fsync(self.folder)
+        except BaseException:
+            if rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)  # it would keep a full disk full
+            raise
+        if rank() == 0:
             for old in checkpoints(self.folder)[: -self.recipe.keep]:
                 os.rename(old, temporary)
                 shutil.rmtree(temporary)
@@ -142,13 +152,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Step, numbers and metrics of a checkpoint. Raises ArtifactError if it is damaged."""
+def read_numbers(checkpoint: Path) -> dict[str, Any]:
+    """Step, numbers and metrics of a checkpoint, all of whose files are read. Raises ArtifactError if one of them is damaged."""
     try:
-        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-        return {key: state[key] for key in ("step", "window", "numbers")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if (saved := read_state(checkpoint / STATE)) is None:
+            raise ArtifactError(f"{STATE} is missing")
+        state: dict[str, Any] = json.loads(saved)
+        damaged = [name for name, digest in state["files"].items() if sha256(checkpoint / name) != digest]
+    except (OSError, ArtifactError) as error:
         raise _damaged(checkpoint, error) from error
+    if damaged:
+        raise _damaged(checkpoint, ArtifactError(f"the sha256 of {damaged[0]} differs"))
+    return state
 
 
 def read_entries(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -225,29 +240,32 @@ def _reason(error: BaseException) -> str:
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """Write a torch file so that a kill or a power failure at any moment leaves the old or the new one."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    _replace(temporary, path)
+    """Write tensors and plain data, for `load_state`; a kill or a power failure at any moment leaves the old file or the new one."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_state(path, buffer.getbuffer())
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """What `save_state` wrote; None if there is no file or, with a warning, if the file is damaged: what it held is computed again."""
+    try:
+        data = read_state(path)
+    except ArtifactError as error:
+        warn(f"{error}. What it held is computed again")
+        return None
+    return None if data is None else dict(torch.load(io.BytesIO(data), weights_only=True))
 
 
 def truncate_stats(path: Path, phase: str, step: int) -> None:
     """Remove rows of `phase` behind `step`, which a resumed run writes again, and a line that a kill cut short."""
     if path.exists():
-        rows = [row for row in path.read_text().splitlines() if _is_kept(row, phase, step)]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(row + "\n" for row in rows))
-        _replace(temporary, path)
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    fsync(temporary)
-    os.replace(temporary, path)
+        rows = [row for row in path.read_text(errors="replace").splitlines() if _is_kept(row, phase, step)]
+        write_whole(path, "".join(row + "\n" for row in rows).encode())
 
 
 def _is_kept(row: str, phase: str, step: int) -> bool:
     try:
         data = json.loads(row)
-    except json.JSONDecodeError:
+        return bool(data["phase"] != phase or data["step"] <= step)
+    except (ValueError, TypeError, KeyError):
         return False
-    return bool(data["phase"] != phase or data["step"] <= step)

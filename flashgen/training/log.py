@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import psutil
 import torch
-from PIL import Image
 
 from flashgen.artifact.draft import TENSORBOARD
+from flashgen.artifact.files import write_whole
 from flashgen.errors import MachineError
+from flashgen.png import read_picture
 from flashgen.recipe.schema import LogRecipe
 from flashgen.runtime.machines import bf16_peak
 from flashgen.runtime.processes import rank, world_size
@@ -74,6 +75,8 @@ class Log:
         row = {"phase": self.name, "step": step, "time": round(time.time(), 1), **metrics, "machine": machine}
         with (self.work / "stats.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that comes after this row must not outlive it
         values = {**metrics, **machine}
         shown = [*(key for key in FIRST if key in values), *(key for key in metrics if key not in FIRST and not key.startswith(RATE))]
         self.rows.append({"step": step} | {key: values[key] for key in shown})
@@ -84,7 +87,7 @@ class Log:
         """Give the trackers the sample grid that a validation has drawn after `step` steps, if there is one."""
         picture = self.work / "samples" / f"{self.name}-{step:06d}.png"
         if self.trackers and picture.exists():
-            pixels = np.asarray(Image.open(picture).convert("RGB"))[None]
+            pixels = read_picture(picture)[None]
             for tracker in self.trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"{self.name}/samples": pixels}, step=step, **layout)
@@ -142,5 +145,5 @@ def start_trackers(logging: Logging, work: Path, name: str, start: int) -> list[
 def _run_id(file: Path) -> str:
     """The identity of a run in the service: the one in `file`, or a new one, written there."""
     if not file.exists():
-        file.write_text(uuid4().hex)
+        write_whole(file, uuid4().hex.encode())
     return file.read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashgen.artifact.files import locked
+from flashgen.artifact.files import locked, read_state, remove_temporaries, write_state
 from flashgen.artifact.manifest import Sampler, hash_json
-from flashgen.errors import UsageError
+from flashgen.errors import ArtifactError, UsageError
 from flashgen.families.base import Family
 from flashgen.families.conditioning import Conditioning
 from flashgen.models.pipeline import Pipeline
 from flashgen.models.prompts import BATCH, encode_prompts
 from flashgen.progress import say, track, warn
 from flashgen.runtime.processes import from_first, rank, wait_for_all, world_size
-from flashgen.training.mapped import map_tensor, mark_written, release
+from flashgen.training.mapped import is_whole, map_tensor, mark_written, read_mark, release
 from flashgen.training.ranks import Draws
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def prompt_pool(prompts: list[str], pipe: Pipeline, sampler: Sampler, store: Pat
         cond = encode_prompts(pipe, texts, sampler).to(CPU)
         return PromptPool(cond[slice(len(prompts))], cond[slice(len(prompts), None)]).on(device)
     with ExitStack() as lock:
-        from_first(lambda: lock.enter_context(locked(_made(store))))
+        from_first(lambda: _open(store, lock))
         table, rows, mappings = _stored(texts, pipe, sampler, store)
     index = torch.tensor([rows[_digest(text)] for text in texts])
     pool = PromptPool(table, table[index[-1:]], index=index[:-1], mappings=mappings, key=hash_json([store.name, prompts]))
@@ -199,17 +198,14 @@ def _stored(texts: list[str], pipe: Pipeline, sampler: Sampler, store: Path) -> 
     One file per tensor; a mark per batch, whose name is the batch's first row, lists the digests of its prompts. A batch that another
     process has not finished leaves rows that nothing names.
     """
-    layout = from_first(lambda: _layout(pipe, sampler, store / "layout.json"))
-    rows: dict[str, int] = from_first(lambda: _rows_in(store, layout))
+    layout = from_first(lambda: _layout(pipe, sampler, store / "layout.state"))
+    rows, first_free = from_first(lambda: _rows_in(store, layout, {_digest(text) for text in texts}))
     missing = [text for text in dict.fromkeys(texts) if _digest(text) not in rows]
     if reused := len(set(texts)) - len(missing):
         say(f"prompts: {reused} of {len(set(texts))} embeddings are reused from {store}")
-    first_free = max(rows.values(), default=-1) + 1
     added = {_digest(text): row for row, text in enumerate(missing, first_free)}
-    tensors, mappings = {}, []
-    for key, (dtype, shape) in layout["tensors"].items():
-        tensors[key], memory = map_tensor(store / f"{key}.bin", getattr(torch, dtype), (first_free + len(missing), *shape))
-        mappings.append(memory)
+    from_first(lambda: _mapped(store, layout, first_free + len(missing)) and None)  # one process makes the files longer
+    tensors, mappings = _mapped(store, layout, first_free + len(missing))
     shares = {
         encoder: {key: tuple(slice(*part) for part in index) for key, index in parts.items()} for encoder, parts in layout["shares"].items()
     }
@@ -218,28 +214,49 @@ def _stored(texts: list[str], pipe: Pipeline, sampler: Sampler, store: Path) -> 
     for start in track(of_this_rank, "embed prompts", total=len(of_this_rank)):
         batch, first = missing[start : start + BATCH], first_free + start
         for key, value in encode_prompts(pipe, batch, sampler).tensors.items():
-            table.tensors[key][first : first + len(batch)] = value.cpu()
-        mark_written(store / f"{first:08d}.json", json.dumps([_digest(text) for text in batch]), *mappings)
+            tensors[key][first : first + len(batch)] = value.cpu()
+        digests = [_digest(text) for text in batch]
+        mark_written(store / f"{first:08d}.done", digests, slice(first, first + len(batch)), tensors.values(), mappings)
     wait_for_all()
-    return table, rows | added, tuple(mappings)
+    return table, rows | added, mappings
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _open(store: Path, lock: ExitStack) -> None:
+    store.mkdir(parents=True, exist_ok=True)
+    lock.enter_context(locked(store))
+    remove_temporaries(store)
+
+
+def _mapped(store: Path, layout: Mapping[str, Any], count: int) -> tuple[dict[str, Tensor], tuple[mmap.mmap, ...]]:
+    """(tensors of `count` prompts by name, their mappings)."""
+    pairs = {
+        key: map_tensor(store / f"{key}.bin", getattr(torch, dtype), (count, *shape)) for key, (dtype, shape) in layout["tensors"].items()
+    }
+    return {key: tensor for key, (tensor, _) in pairs.items()}, tuple(memory for _, memory in pairs.values())
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rows_in(store: Path, layout: Mapping[str, Any]) -> dict[str, int]:
-    """Row of each prompt that `store` has, by its digest; none where a file is gone."""
-    if not all((store / f"{key}.bin").exists() for key in layout["tensors"]):
-        for mark in store.glob("[0-9]*.json"):
+def _rows_in(store: Path, layout: Mapping[str, Any], wanted: set[str]) -> tuple[dict[str, int], int]:
+    """(row of each prompt of `wanted` that `store` has, by its digest; first row behind all marks). Marks of damaged rows are removed."""
+    marks = {mark: read_mark(mark) or ("", []) for mark in sorted(store.glob("[0-9]*.done"))}
+    parts = {mark: slice(int(mark.stem), int(mark.stem) + len(digests)) for mark, (_, digests) in marks.items()}
+    count = max((part.stop for part in parts.values()), default=0)
+    tensors, mappings = _mapped(store, layout, count) if count else ({}, ())
+    rows, damaged = dict[str, int](), list[Path]()
+    for mark, (digest, digests) in marks.items():
+        if digest and wanted.isdisjoint(digests):
+            continue  # rows that are not read
+        if is_whole(digest, parts[mark], tensors.values(), mappings):
+            rows |= {digest: row for row, digest in enumerate(digests, parts[mark].start)}
+        else:
+            damaged.append(mark)
             mark.unlink()
-    marks = sorted(store.glob("[0-9]*.json"))
-    return {digest: row for mark in marks for row, digest in enumerate(json.loads(mark.read_text()), int(mark.stem))}
+    if damaged:
+        warn(f"{store}: {len(damaged)} of {len(marks)} parts are damaged and computed again")
+    return rows, max((part.stop for mark, part in parts.items() if mark not in damaged), default=0)
 
 
 def _layout(pipe: Pipeline, sampler: Sampler, file: Path) -> dict[str, Any]:
@@ -247,20 +264,22 @@ def _layout(pipe: Pipeline, sampler: Sampler, file: Path) -> dict[str, Any]:
 
     Floating-point tensors are bf16 where an encoder computes in it, else fp32; others (masks) keep their dtype.
     """
-    if not file.exists():
-        floats = "bfloat16" if pipe.encodes_in_bf16() else "float32"
-        cond = encode_prompts(pipe, [""], sampler)
-        layout = {
-            "tensors": {
-                key: [floats if value.is_floating_point() else str(value.dtype).removeprefix("torch."), list(value.shape[1:])]
-                for key, value in cond.tensors.items()
-            },
-            "shares": {
-                encoder: {key: [[part.start, part.stop, part.step] for part in index] for key, index in parts.items()}
-                for encoder, parts in cond.shares.items()
-            },
-        }
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(layout))
-        os.replace(temporary, file)
-    return dict(json.loads(file.read_text()))
+    try:
+        if (saved := read_state(file)) is not None:
+            return dict(json.loads(saved))
+    except ArtifactError as error:
+        warn(f"{error}; it is made again")
+    floats = "bfloat16" if pipe.encodes_in_bf16() else "float32"
+    cond = encode_prompts(pipe, [""], sampler)
+    layout = {
+        "tensors": {
+            key: [floats if value.is_floating_point() else str(value.dtype).removeprefix("torch."), list(value.shape[1:])]
+            for key, value in cond.tensors.items()
+        },
+        "shares": {
+            encoder: {key: [[part.start, part.stop, part.step] for part in index] for key, index in parts.items()}
+            for encoder, parts in cond.shares.items()
+        },
+    }
+    write_state(file, json.dumps(layout).encode())
+    return layout

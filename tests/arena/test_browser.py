@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from flashgen.arena.analysis import analyse
 from flashgen.arena.static import collect, export
 from flashgen.arena.study import Study
 from flashgen.arena.votes import counted
@@ -17,6 +19,7 @@ from tests.arena.test_server import Server, free_port
 
 pytestmark = pytest.mark.browser
 READY = "#pair:not(.waiting)"
+WAITING = "Object.keys(localStorage).filter((k) => k.endsWith('-waiting')).flatMap((k) => JSON.parse(localStorage[k])).length"
 Make = Callable[..., Study]
 
 
@@ -74,6 +77,35 @@ def test_keys_vote_undo_and_a_reload_goes_on(served: tuple[Study, Server], tab: 
     tab.locator("#outcome", has_text="All 10 votes are recorded").wait_for()
     assert len(counted(study)) == 10
     assert tab.errors == [] and all(url.startswith((server.url, "data:")) for url in tab.asked)
+
+
+def test_200_votes_of_5_raters_survive_kill_9_of_the_server(make_study: Make, browser: Any) -> None:
+    study, port = make_study("low high", prompts=40, per_rater=40, gold=0, repeats=0), free_port()
+    server = Server(study.folder, port)
+    tabs = [browser.new_context().new_page() for _ in range(5)]
+    for number, tab in enumerate(tabs):
+        tab.set_default_timeout(60_000)
+        start(tab, server.url, f"rater {number}")
+    random, plans = np.random.default_rng(0), [study.plan(number) for number in range(5)]
+    for number in range(40):
+        if number == 20:
+            server.end(signal.SIGKILL)
+            acknowledged = 100 - sum(tab.evaluate(WAITING) for tab in tabs)
+            assert 0 < acknowledged <= len(counted(study)) <= 100
+            server = Server(study.folder, port)
+        for tab, plan in zip(tabs, plans, strict=True):
+            is_right = (plan[number].right == 1) == (random.random() < 0.8)  # artifact 1, "high", wins four of five
+            tab.locator(READY).wait_for()
+            tab.keyboard.press("ArrowRight" if is_right else "ArrowLeft")
+        for tab in tabs if number < 39 else ():
+            tab.locator("#count", has_text=f"{number + 2} of 40").wait_for()
+    for tab in tabs:
+        tab.locator("#outcome", has_text="All 40 votes are recorded").wait_for()
+        tab.context.close()
+    server.end(signal.SIGINT)
+    assert len(counted(study)) == 200
+    people = analyse(study.folder, replicates=100)["people"]
+    assert [row["artifact"] for row in people["elo"]] == ["high", "low"] and people["differences"][0]["interval"][1] < 0
 
 
 def test_a_lost_connection_keeps_votes_and_sends_them_again(served: tuple[Study, Server], tab: Any) -> None:

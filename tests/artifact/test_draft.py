@@ -82,7 +82,7 @@ class Crash(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("step", ["walk", "sha256", "Manifest", "fsync", "point_latest"])
+@pytest.mark.parametrize("step", ["walk", "digest", "Manifest", "fsync", "point_latest"])
 def test_publish_leaves_the_previous_version_whole_when_it_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     previous = publish(tmp_path, "old")
 
@@ -145,8 +145,24 @@ def test_kill_between_rename_and_latest_leaves_latest_and_resume_state(tmp_path:
     assert again.publish().manifest.version == "v0003"  # v0002 is complete but was never announced
 
 
+def test_a_kill_while_the_resume_state_is_removed_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = draft_of(tmp_path)
+    (draft.work / "checkpoint").write_text("step 7")
+    (draft.path / "model_index.json").write_text("{}")
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        draft.publish()
+    monkeypatch.undo()
+    assert open_artifact(tmp_path, verify=True).path.name == "v0001" and not draft.work.exists()
+    assert [path.name for path in draft_of(tmp_path).path.iterdir()] == []  # what is left is no part of the next version
+
+
 def test_publish_needs_no_parent_any_more(tmp_path: Path) -> None:
-    """A parent's manifest only saves reading linked files again; a parent that was removed or broken meanwhile costs nothing else."""
     parents = [publish(tmp_path / name, name).as_parent(name) for name in ("gone", "broken", "file")]
     drafts_ = [draft_of(tmp_path / "s", parents=parents) for _ in range(2)]
     for draft in drafts_[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.artifact import files
-from flashgen.artifact.files import check_disk, copy, disk_bytes, link, locked, read_json
-from flashgen.errors import ArtifactError, MachineError
+from flashgen.artifact import files, finite
+from flashgen.artifact.files import check_disk, copy, digest, disk_bytes, link, locked, read_json
+from flashgen.errors import ArtifactError, MachineError, NumericsError
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,59 @@ def test_disk_bytes_are_those_allocated(tmp_path: Path) -> None:
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(1 << 30)
     assert 100_000 <= disk_bytes(tmp_path) < 1 << 20
+
+
+def test_a_large_file_is_read_again_only_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, sha256 = list[Path](), files.sha256
+
+    def counted(file: Path) -> str:
+        read.append(file)
+        return sha256(file)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "sha256", counted)
+    file, cache = tmp_path / "w", tmp_path / "cache" / "flashgen" / "digests.json"
+    file.write_bytes(bytes(files.LARGE_BYTES))
+    first = [digest(file) for _ in range(2)]
+    assert first == [sha256(file)] * 2 and read == [file]
+    link(file, tmp_path / "linked")  # the link changes the inode's time, and not the contents
+    assert digest(tmp_path / "linked") == first[0] and read == [file]
+    for damaged in (b"{", b"[1]", b'{"a": 1}', b"\xff", b"[" * 100_000):
+        cache.write_bytes(damaged)
+        read.clear()
+        assert digest(file) == first[0] and read == [file]
+    when = file.stat().st_mtime_ns
+    file.write_bytes(bytes(files.LARGE_BYTES - 1) + b"x")
+    os.utime(file, ns=(when, when))  # as a copy that keeps times would
+    assert digest(file) == sha256(file) != first[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [("F16", 0x7C00), ("F16", 0xFE00), ("BF16", 0x7F80), ("BF16", 0xFFC0), ("F32", 0x7F80_0000), ("F64", 0x7FF0 << 48)],
+)
+def test_weights_that_are_not_finite_name_their_tensor(kind: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "CHUNK_BYTES", 16)
+    width = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}[kind]
+
+    def write(last: int) -> Path:
+        good = (0x3C00 if width == 2 else 1).to_bytes(width, "little")
+        ends = {"a.good": [0, 9 * width], "b.bad": [9 * width, 20 * width]}
+        header = json.dumps({name: {"dtype": kind, "shape": [9], "data_offsets": span} for name, span in ends.items()}).encode()
+        file = tmp_path / "w.safetensors"
+        file.write_bytes(len(header).to_bytes(8, "little") + header + good * 19 + last.to_bytes(width, "little"))
+        return file
+
+    assert digest(write(bits - (1 << (10 if kind == "F16" else 7 if kind == "BF16" else 23 if kind == "F32" else 52))))
+    with pytest.raises(NumericsError, match=r"w\.safetensors: tensor b\.bad holds numbers that are not finite"):
+        digest(write(bits))
+    assert digest(write(bits), expected="that of another file")  # which is said first
+
+
+@pytest.mark.parametrize("content", [b"", b"weights", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{"])
+def test_what_is_no_safetensors_file_is_left_to_its_reader(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(content)
+    assert digest(tmp_path / "w.safetensors") == files.sha256(tmp_path / "w.safetensors")
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from flashgen import worlds
-from flashgen.artifact.manifest import File, Manifest, Sampler, parse
+from flashgen.artifact.manifest import File, Manifest, Sampler, content_digest, parse
 from flashgen.errors import ArtifactError
 from flashgen.pixels import Size
 
@@ -32,10 +32,21 @@ def test_parse_returns_the_manifest_that_was_written() -> None:
 
 def test_digest_ignores_order_time_and_lineage_but_not_content() -> None:
     base = make()
-    assert make(files=[f.model_dump() for f in reversed(base.files)], created="later", seed=7, extra={"a": 1}).digest == base.digest
+    assert make(files=[f.model_dump() for f in reversed(base.files)], created="later", seed=7, extra={"key": "1"}).digest == base.digest
     assert make(kind="quantized").digest != base.digest
     assert make(sampler=SAMPLER | {"sigmas": [1.0, 0.4, 0.0]}).digest != base.digest
     assert make(files=[]).digest != base.digest
+    assert make(family="packed").digest != base.digest
+    assert make(extra={"graph": {"vae": {"scaling_factor": 1.5}}}).digest != base.digest
+
+
+def test_a_changed_extra_is_refused_but_an_old_digest_that_does_not_cover_it_holds() -> None:
+    data = json.loads(make(extra={"accuracy_level": 4}).model_dump_json())
+    data["extra"]["accuracy_level"] = 0
+    with pytest.raises(ArtifactError, match="digest does not fit"):
+        parse(json.dumps(data).encode(), "m")
+    data["digest"] = content_digest(data, is_old=True)
+    assert parse(json.dumps(data).encode(), "m").extra == {"accuracy_level": 0}
 
 
 @pytest.mark.parametrize(

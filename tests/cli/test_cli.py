@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 
 from flashgen.artifact.manifest import Parent, content_digest
 from flashgen.artifact.store import Artifact
+from flashgen.cli.app import main
 from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.card import ancestors
@@ -317,3 +319,17 @@ def test_show_ends_when_a_lineage_names_itself(tmp_path: Path) -> None:
     result = flashgen("show", tmp_path)
     assert result.exit_code == 0
     assert result.stdout.count(artifact.manifest.digest[:12]) == 3  # its digest, itself, and once as its own parent
+
+
+def test_a_request_to_end_cleans_up_like_an_interrupt(
+    student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Copy, "make", lambda self, draft: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["flashgen", "quantize", str(student.path), "-o", str(tmp_path / "q")])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143 and "interrupted; nothing half-written was published" in capsys.readouterr().err

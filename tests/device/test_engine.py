@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from flashgen.artifact.files import sha256
 from flashgen.artifact.store import Artifact
 from flashgen.device import engine
 from flashgen.device.sampler import DevicePipeline
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.recipe.compression import ExportRecipe
 from flashgen.recipe.schema import Recipe
 
@@ -105,28 +105,6 @@ def test_a_graph_of_another_artifact_is_not_run(handmade_device: Artifact, tmp_p
         pipeline.sample(PROMPT, [3])
 
 
-def test_a_file_is_read_again_only_when_it_changed(handmade_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
-
-    def counted(file: Path) -> str:
-        read.append(file)
-        return sha256(file)
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine, "sha256", counted)
-    own = copied(handmade_device, tmp_path / "own")
-    for _ in range(2):
-        engine.Engine(own).network("transformer")
-        assert read and len(read) == len(set(read))
-    path, when = own.path / "transformer" / "model.onnx", (own.path / "transformer" / "model.onnx").stat().st_mtime_ns
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(when, when))  # as a copy that keeps times would
-    with pytest.raises(ArtifactError, match="was altered"):
-        engine.Engine(own).network("transformer")
-
-
 def test_a_graph_that_the_manifest_does_not_name_is_not_run(handmade_device: Artifact, tmp_path: Path) -> None:
     foreign = copied(handmade_device, tmp_path / "foreign")
     shutil.copytree(foreign.path / "transformer", foreign.path / "upscaler")
@@ -150,3 +128,34 @@ def test_weights_outside_of_the_artifact_are_not_read(name: str, where: str, tmp
     (tmp_path / "transformer" / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match=f"{name} cannot load .*model.onnx"):
         engine.NETWORKS[name](tmp_path / "transformer" / "model.onnx", 1, False, "")
+
+
+@pytest.mark.parametrize("component", ["style_encoder", "transformer", "vae_decoder"])
+def test_a_network_that_gives_nan_is_named(component: str, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, load = engine.OnnxRuntimeNetwork.run, engine.Engine._load
+
+    def poisoned(self: engine.Engine, name: str) -> Any:
+        network: Any = load(self, name)
+        if name == component:
+            network.run = lambda *arguments: [np.full_like(value, np.nan) for value in run(network, *arguments)]
+        return network
+
+    monkeypatch.setattr(engine.Engine, "_load", poisoned)
+    with pytest.raises(NumericsError, match=f"^{component} of .* gives numbers that are not finite"):
+        DevicePipeline(handmade_device).sample(["two red circles"], [3])
+
+
+def test_a_tokenizer_with_swapped_ids_is_not_used(handmade_device: Artifact, tmp_path: Path) -> None:
+    swapped = copied(handmade_device, tmp_path / "swapped")
+    file = next(swapped.path.glob("*/tokenizer.json"))
+    text = file.read_text()
+    vocabulary = json.loads(text)["model"]["vocab"]
+    pairs = ((a, b) for a in vocabulary for b in vocabulary if a < b and len(str(vocabulary[a])) == len(str(vocabulary[b])))
+    a, b = (f"{json.dumps(word)}:{vocabulary[word]}" for word in next(pairs))
+    plain = text.replace('": ', '":')
+    assert a in plain and b in plain
+    new = f"{a.rpartition(':')[0]}:{b.rpartition(':')[2]}", f"{b.rpartition(':')[0]}:{a.rpartition(':')[2]}"
+    file.write_text(plain.replace(a, new[0], 1).replace(b, new[1], 1).ljust(len(text)))
+    assert file.stat().st_size == (handmade_device.path / file.relative_to(swapped.path)).stat().st_size
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json was altered"):
+        DevicePipeline(swapped)

@@ -122,6 +122,7 @@ def test_budget_is_kept_in_fact(large_device: Artifact, six: dict[str, Any]) -> 
 def wide(handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     """The description of a large picture of 2:1, in a process of a fixed size, so that needs do not change between calls."""
     monkeypatch.setattr(memory, "resident_bytes", lambda: 100e6)
+    monkeypatch.setattr(memory, "total_bytes", lambda: 64e9)
     graph = copy.deepcopy(handmade.DESCRIPTION)
     graph["latent_shape"] = [CHANNELS, 128, 256]
     graph["vae"]["channels"] = 128
@@ -179,6 +180,14 @@ def test_without_a_budget_the_batch_stays_and_only_a_large_decoder_is_cut(wide: 
     wide.manifest.extra["graph"]["vae"]["channels"] = 1024
     found = planned(wide, None)
     assert (found.batch, found.rows) == (8, 1) and found.tile is not None
+
+
+def test_without_a_budget_the_memory_of_the_machine_bounds_the_batch(wide: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container of 5 GB on a machine of 64 GB would be killed by the batch that the machine could take."""
+    monkeypatch.setattr(memory, "total_bytes", lambda: 5e9)
+    assert planned(wide, None).batch == planned(wide, 5e9).batch < 8
+    monkeypatch.setattr(memory, "total_bytes", lambda: 50e6)
+    assert (planned(wide, None).batch, planned(wide, None).tile) == (1, 16)  # an estimate alone refuses nobody a picture
 
 
 def test_too_small_a_budget_names_one_that_is_enough(wide: Artifact) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashgen.device.tokens import PromptTokenizer
+from flashgen.device.tokens import NAMED, PromptTokenizer, counted_cuts
 from flashgen.errors import ArtifactError
 from flashgen.families.sd3.tokenizers import clip_tokenizer, t5_tokenizer
 
@@ -47,3 +47,15 @@ def test_broken_tokenizer_is_an_artifact_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         PromptTokenizer(tmp_path / "tokenizer.json", 16, 0)
+
+
+def test_many_prompts_that_are_cut_are_counted_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip_tokenizer(16).save_pretrained(tmp_path / "tokenizer")
+    ours = PromptTokenizer(tmp_path / "tokenizer" / "tokenizer.json", 16, 0)
+    with counted_cuts():
+        for _ in range(4):
+            ours.encode([PROMPTS[-1]] * 5 + PROMPTS[:2])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == NAMED + 1 and lines[-1] == "warning: tokenizer cut 20 prompts in all"
+    ours.encode([PROMPTS[-1]] * 5)
+    assert len(capsys.readouterr().err.splitlines()) == 5

@@ -285,6 +285,31 @@ def test_fault_is_a_sentence_on_the_page(fault: str, web: Artifact, serve: Calla
     assert tab.text_content("#draw") == "Draw"
 
 
+GPU = "Object.defineProperty(navigator, 'gpu', { value: { requestAdapter: () => ASKED } });"
+SMALL = """const Whole = WebAssembly.Memory;
+WebAssembly.Memory = class extends Whole { constructor(settings) {
+  if (settings.maximum > 16384) throw new RangeError('could not allocate memory');
+  super(settings);
+} };"""
+HOSTILE = {
+    "an adapter that never comes": GPU.replace("ASKED", "new Promise(() => {})"),
+    "an adapter that throws": GPU.replace("ASKED", "{ throw new Error('no GPU'); }"),
+    "little shared memory": SMALL,
+}
+
+
+@pytest.mark.parametrize("browser_with", HOSTILE)
+def test_a_browser_that_refuses_draws_with_what_it_gives(
+    browser_with: str, web: Artifact, serve: Callable[[Artifact], Site], tab: Any
+) -> None:
+    site = serve(web)
+    site.before_script(HOSTILE[browser_with])
+    tab.goto(site.url)
+    image = draw(tab, PROMPT, 3)
+    assert "WebAssembly" in tab.text_content("#facts")
+    assert psnr_db(np.asarray(image.convert("RGB")), DevicePipeline(web).sample([PROMPT], [3])[0]) >= BAR_DB
+
+
 def test_page_without_its_script_says_what_to_do(web: Artifact, serve: Callable[[Artifact], Site], tab: Any) -> None:
     site = serve(web)
     site.changes["page.js"] = None

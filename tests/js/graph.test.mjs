@@ -88,6 +88,10 @@ test("pixels equal Python, halves and numbers beyond the range included", () => 
   assert.deepEqual([...rgba], expected.pixels.flat().flatMap((pixel) => [...pixel, 255]));
 });
 
+test("a picture that is not finite is refused", () => {
+  for (const number of [NaN, Infinity, -Infinity]) assert.throws(() => toRgba(floats([0, number, 0])), /vae_decoder gives numbers that are not finite/);
+});
+
 test("the decoder's scale and the size follow from the description", () => {
   const { scaling_factor: scaling, shift_factor: shift } = graph.vae;
   assert.deepEqual(toDecoder(graph, floats([1.5])), floats([Math.fround(1.5 / scaling) + Math.fround(shift)]));

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from flashgen.errors import NumericsError
+from flashgen.quant import rounding
 from flashgen.quant.gptq import gptq
 from flashgen.quant.pack import dequantize, unpack
-from flashgen.quant.rounding import quantize_groups
+from flashgen.quant.rounding import Method, quantize_groups
 
 
 def weights(n: int, k: int) -> Tensor:
@@ -92,3 +96,27 @@ def test_gptq_refuses_moments_and_weights_that_are_not_finite() -> None:
         gptq(weights(4, 32), torch.full((32, 32), float("nan")), 4, 16, True)
     with pytest.raises(NumericsError, match="not finite"):
         gptq(torch.full((4, 32), float("inf")), torch.eye(32), 4, 16, True)
+
+
+@pytest.mark.parametrize("method", ["mse", "hqq"])
+def test_chunks_are_rounded_in_workers_of_one_thread_with_the_same_codes(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads inside an operation wait for each other, so that one busy processor would slow all of them down."""
+    weight, before, rounded, inside = weights(64, 128), torch.get_num_threads(), rounding._rounded, list[tuple[int, int]]()
+
+    def spy(*given: Any) -> Any:
+        inside.append((threading.get_ident(), torch.get_num_threads()))
+        return rounded(*given)
+
+    monkeypatch.setattr(rounding, "_rounded", spy)
+    whole = quantize_groups(weight, 4, 32, False, method)
+    monkeypatch.setattr(rounding, "CHUNK", 16 * 128)
+    try:
+        torch.set_num_threads(3)
+        inside.clear()
+        parts = quantize_groups(weight, 4, 32, False, method)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert len(inside) == 4 and {threads for _, threads in inside} == {1}
+    assert threading.get_ident() not in {worker for worker, _ in inside}
+    assert torch.equal(parts.codes, whole.codes) and torch.equal(parts.scales, whole.scales)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,54 @@ def test_an_error_of_the_yaml_itself_is_one_sentence_with_its_line(tmp_path: Pat
     message = str(caught.value)
     assert f"line {line}" in message and "a.yaml" in message
     assert "^" not in message and "<unicode string>" not in message and "\n" not in message
+
+
+BOMB = "name: a\na0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+MERGES = "name: a\na0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("name: 2024-13-45", "no timestamp"), ("name: !!timestamp x", "no timestamp"), ("name: " + "9" * 5000, "5000 digits"),
+        ("name: 0x" + "f" * 50, "more than 64 bits"), ("name: !!float x", "no float"), ("name: !!bool x", "no bool"),
+        ("name: !!binary x", "base64"), ("name: !!omap x", "expected a sequence"), ("[a]: b", "unhashable"), ("name: !x y", "!x"),
+        ('name: "a\\0b"', "no file can hold"), ('name: "\\ud800"', "no file can hold"), ("name: " + "[" * 300_000, "more than 50 sections"),
+        ("- " * 300, "more than 50 sections"),
+        ("name: &a [*a]", "a part of"), (BOMB, "more than 5000 values"), (MERGES, "more than 5000 values"),
+        ("".join(f"a{i}: 1\n" for i in range(9_000)), "more than 5000 values"),
+    ],
+    ids=lambda value: value[:24],
+)  # fmt: skip
+def test_what_no_recipe_holds_is_refused_in_one_line_and_at_once(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=f"not readable as YAML.*{why}") as caught:
+        load(write(tmp_path, "a", text))
+    assert "\n" not in str(caught.value)
+    if text.startswith("name: ") and text.count("\n") == 0:
+        with pytest.raises(UsageError, match=f"--set name=.*not readable as YAML.*{why}"):
+            load("shapes", [f"name={text.removeprefix('name: ')}"])
+
+
+def test_an_alias_repeats_what_it_names(tmp_path: Path) -> None:
+    recipe = load(
+        write(tmp_path, "a", "name: &n a\ndistill: {matching: &m {batch: 3}}\nfinetune: {matching: {<<: *m, prompts: 5}}\njudge: *n\n")
+    )
+    assert (recipe.finetune.matching.batch, recipe.finetune.matching.prompts, recipe.judge) == (3, 5, "a")
+
+
+@pytest.mark.parametrize("pattern", ["(", "[z-a]", "a{99999999999}", "(" * 5000])
+def test_a_bad_regular_expression_is_refused_when_the_recipe_is_read(pattern: str) -> None:
+    with pytest.raises(UsageError, match=r"distill\.lora\.targets: .*must be a regular expression"):
+        load("shapes", [f"distill.lora.targets='{pattern}'"])
+
+
+@pytest.mark.parametrize("name", ["/dev/zero.yaml", "/dev/null/x", "x" * 300, f"./{'x' * 300}", "fifo.yaml", "folder.yaml"])
+def test_a_recipe_is_a_plain_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.yaml")
+    os.mkdir("folder.yaml")
+    with pytest.raises(UsageError, match="no recipe"):
+        load(name)
 
 
 def test_an_error_names_the_layer_that_brought_the_value(tmp_path: Path) -> None:

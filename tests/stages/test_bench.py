@@ -7,12 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -30,13 +32,6 @@ from flashgen.stages import bench as stage
 from flashgen.stages.bench_rows import Comparison, Grid, plan_rows
 from flashgen.worlds.shapes.scene import TASKS
 from tests import runs
-
-
-@pytest.fixture(autouse=True)
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No rounds beyond `bench.repeats`, which a noisy machine would use up."""
-    monkeypatch.setattr("flashgen.metrics.latency.EXTRA_S", 0.0)
-
 
 OLD_KEYS = {"artifact", "engine", "steps", "size_mib", "latency_s", "peak_rss_mib", "quality"}
 
@@ -227,9 +222,11 @@ def test_peaks_of_phases_are_their_own_and_the_process_keeps_its_peak() -> None:
 
 
 @pytest.mark.skipif(not Path("/usr/bin/time").exists(), reason="GNU time is not installed")
-def test_peak_memory_equals_that_of_gnu_time(tiny_int4_device: Artifact, tmp_path: Path) -> None:
-    assert tiny_int4_device.manifest.sampler is not None
-    job = Job(str(tiny_int4_device.path), "onnxruntime", tuple(tiny_int4_device.manifest.sampler.sigmas))
+@pytest.mark.parametrize(("fixture", "engine"), [("tiny_int4_device", "onnxruntime"), ("tiny_student", "torch")])
+def test_peak_memory_equals_that_of_gnu_time(fixture: str, engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    artifact: Artifact = request.getfixturevalue(fixture)
+    assert artifact.manifest.sampler is not None
+    job = Job(str(artifact.path), engine, tuple(artifact.manifest.sampler.sigmas))
     row = Row(job, 0, tmp_path / "row")
     row.start("a red circle", 0)
     row.round(["a red circle"] * 2)
@@ -410,3 +407,31 @@ def test_table_fits_80_columns_when_names_are_long(capsys: pytest.CaptureFixture
 )
 def test_names_leave_out_the_folders_that_all_share(refs: list[str], names: list[str]) -> None:
     assert short_names(refs) == names
+
+
+STARTED = """
+import sys, time
+from pathlib import Path
+from flashgen.metrics.latency import Row
+from flashgen.metrics.worker import Job
+row = Row(Job(sys.argv[1], "onnxruntime", (1.0, 0.5, 0.0)), 1, Path(sys.argv[2]))
+row.start("a red circle", 0)
+print(row._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_measuring_process_ends_with_the_bench_and_removes_its_folder(busy: bool, tiny_device: Artifact, tmp_path: Path) -> None:
+    program = STARTED.replace("time.sleep(60)", 'row.draw(["a red circle"] * 4000, [0] * 4000, 8)') if busy else STARTED
+    folder = tmp_path / "flashgen-bench-1" / "0"
+    arguments = [sys.executable, "-c", program, str(tiny_device.path), str(folder)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout is not None
+        worker = int(bench.stdout.readline())
+        time.sleep(0.2)
+        bench.kill()
+    deadline = time.monotonic() + 20
+    while (psutil.pid_exists(worker) or folder.parent.exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(worker) and list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from flashgen.artifact.files import read_state, write_state
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.models.pipeline import load_pipeline
 from flashgen.stages.checkpoints import open_checkpoint
@@ -86,12 +87,12 @@ def test_a_run_in_progress_draws_and_what_is_not_there_is_said_in_one_sentence(
     assert done.exit_code == 2 and "there are: matching/1, trajectory/" in done.stderr and "checkpoint.keep=3" in done.stderr
     with pytest.raises(UsageError, match=r"has no \.work; give the folder that holds the versions"):
         open_checkpoint(tmp_path, "1")
-    facts = next(out.glob(".work/*/checkpoints/student.json"))
-    text = facts.read_text()
-    facts.write_text(text[:40])
+    facts = next(out.glob(".work/*/checkpoints/student.state"))
+    text = read_state(facts) or b""
+    facts.write_bytes(facts.read_bytes()[:-40])
     with pytest.raises(ArtifactError, match="is damaged"):
         open_checkpoint(out, "matching/1")
-    facts.write_text(json.dumps(json.loads(text) | {"digest": "0" * 64}))
+    write_state(facts, json.dumps(json.loads(text) | {"digest": "0" * 64}).encode())
     with pytest.raises(ArtifactError, match=r"is not the artifact that the training of .* began with"):
         open_checkpoint(out, "matching/1")
 

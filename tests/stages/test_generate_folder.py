@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from flashgen.artifact.files import locked
 from flashgen.artifact.store import Artifact
-from flashgen.errors import UsageError
+from flashgen.device import memory
+from flashgen.errors import MachineError, UsageError
 from tests import runs
 
 COUNT = 3000
@@ -49,7 +51,7 @@ def test_three_thousand_pictures_survive_two_kills_and_need_no_more_memory_than_
         for path in out.glob("0*.png"):
             assert written.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns  # never drawn again
     result = finished(tiny_teacher, prompts, out)
-    names = sorted(path.name for path in out.iterdir())
+    names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
     assert names == [f"{index:06d}.png" for index in range(COUNT)] + ["pictures.jsonl"]
     assert all((out / name).stat().st_mtime_ns == when for name, when in written.items()) and len(written) < COUNT
     for index in (0, 777, COUNT - 1):
@@ -70,3 +72,30 @@ def test_a_folder_of_other_pictures_is_refused(tiny_student: Artifact, tmp_path:
         runs.generate(tiny_student.path, ["a cat"], tmp_path / "out")
     with pytest.raises(UsageError, match=r"--preview is for pictures beside a file; give --out FILE\.png"):
         runs.generate(tiny_student.path, ["a cat"], tmp_path / "new", preview=True)
+
+
+def test_a_damaged_picture_is_drawn_again_and_a_second_run_is_refused(tiny_student: Artifact, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    files = runs.generate(tiny_student.path, ["a cat", "a dog", "a fox"], out)
+    before = {path: path.read_bytes() for path in files}
+    os.truncate(files[0], 0)
+    files[1].write_bytes(before[files[1]][:300] + b"noise" + before[files[1]][305:])
+    unharmed = files[2].stat().st_mtime_ns
+    with locked(out), pytest.raises(MachineError, match="another process is writing to"):
+        runs.generate(tiny_student.path, ["a cat", "a dog", "a fox"], out)
+    runs.generate(tiny_student.path, ["a cat", "a dog", "a fox"], out)
+    assert {path: path.read_bytes() for path in files} == before and files[2].stat().st_mtime_ns == unharmed
+
+
+def test_the_memory_of_a_folder_is_that_of_a_batch(tiny_device: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, plan = list[int](), memory.plan
+
+    def counted(source: Artifact, name: str, count: int, batch: int, budget: float | None = None, **asked: bool) -> memory.Plan:
+        planned.append(count)
+        return plan(source, name, count, batch, budget, **asked)
+
+    monkeypatch.setattr(memory, "plan", counted)
+    for out, count in ((tmp_path / "out", 2), (tmp_path / "out.png", 5)):
+        runs.generate(tiny_device.path, ["a cat"] * 5, out, batch=2, engine="onnxruntime", memory="4GB")
+        assert planned == [count]
+        planned.clear()

@@ -135,13 +135,6 @@ def test_a_picture_is_turned_upright_cropped_in_the_centre_and_resized() -> None
     assert decode(stream.getvalue(), Size(8, 24)).shape == (8, 24, 3)
 
 
-def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = png(0)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 90 - 1)  # Pillow itself only warns, up to twice as many
-    with pytest.raises(Image.DecompressionBombWarning):
-        decode(data, Size(SIDE, SIDE))
-
-
 def test_distill_learns_from_real_pictures_without_trajectories(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from flashgen.artifact.store import Artifact
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import PromptsRecipe, Recipe
-from flashgen.stages import report
+from flashgen.stages import report, rows
 from flashgen.stages.base import prepare
 from flashgen.stages.distill import Distill
 from flashgen.stages.prompts import OwnPrompts, own_prompts
@@ -66,12 +67,6 @@ def test_json_that_is_no_list_of_rows_is_an_error(tmp_path: Path, text: str) -> 
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(UsageError, match=r"rows\.json is (no|not) JSON"):
         own(tmp_path / "rows.json")
-
-
-def test_half_a_character_in_json_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a \\ud83d"}\n')
-    with pytest.raises(UsageError, match=r"rows\.jsonl, line 2: column 'prompt' holds 'a \\ud83d', which is no valid Unicode"):
-        own(tmp_path / "rows.jsonl")
 
 
 def test_the_same_rows_are_read_from_every_format(files: dict[str, Path]) -> None:
@@ -187,3 +182,37 @@ def test_how_prompts_are_read_makes_a_new_run_and_its_defaults_do_not(outside_te
     plain = stage_of(outside_teacher, recipe_of(files["csv"])).settings()
     assert "prompts_read" not in plain and plain == stage_of(outside_teacher, recipe_of(files["csv"], column="prompt")).settings()
     assert stage_of(outside_teacher, recipe_of(files["csv"], weight="w")).settings() == plain | {"prompts_read": {"weight": "w"}}
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_prompts_are_read_from_plain_files_only(suffix: str, kind: str, tmp_path: Path) -> None:
+    """A pipe would be waited for, and /dev/zero read until the memory is full."""
+    file = tmp_path / f"prompts.{suffix}"
+    match kind:
+        case "pipe":
+            os.mkfifo(file)
+        case "folder":
+            file.mkdir()
+        case _:
+            file.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=r"prompts_file=.* is no plain file"):
+        own(file)
+    assert "is no plain file" in refused(2, "generate", "shapes", "--prompt-file", file, "--out", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "why"),
+    [
+        ("txt", b"\xff\xfea cat", "a file in UTF-8"),
+        ("txt", bytes(rows.LONGEST_LINE), "a line of 1048576 characters or more"),
+        ("jsonl", rb'{"prompt": "\ud800"}', "line 1: half of a surrogate pair"),
+        ("json", b"[" * 100_000, "is not JSON"),
+    ],
+    ids=["not UTF-8", "endless line", "surrogate", "brackets"],
+)
+def test_hostile_prompts_are_refused_with_one_sentence(suffix: str, content: bytes, why: str, tmp_path: Path) -> None:
+    file = tmp_path / f"prompts.{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=why):
+        own(file)

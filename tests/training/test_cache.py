@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashgen.errors import UsageError
+from flashgen.artifact.files import locked
+from flashgen.errors import MachineError, UsageError
 from flashgen.families.base import velocity
 from flashgen.flow.grid import shifted_grid
 from flashgen.flow.guidance import Guidance
@@ -93,7 +95,7 @@ def test_cache_computes_missing_shards_only_and_the_same_again(
     net, batches = transformer(0), list[int]()
     net.register_forward_hook(lambda module, inputs, output: batches.append(len(output[0])))
     first = cache(net, pool, tmp_path)
-    names = sorted(p.name for p in tmp_path.iterdir())
+    names = sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock")
     assert names == ["000000.done", "000003.done", "000006.done", "states.bin"] and len(first) == 8
     (tmp_path / names[1]).unlink()
     with (tmp_path / "states.bin").open("r+b") as file:  # the part was being written
@@ -104,9 +106,44 @@ def test_cache_computes_missing_shards_only_and_the_same_again(
     assert batches == [6] * 4  # one shard of three prompts, guided, four steps
     batches.clear()
     assert torch.equal(cache(net, pool, tmp_path), first) and batches == []
-    (tmp_path / "states.bin").unlink()
-    assert torch.equal(cache(net, pool, tmp_path), first) and batches == [6] * 8 + [4] * 4  # zeros are no trajectories
+    assert not list(tmp_path.glob("*.tmp"))
     assert not torch.equal(cache(net, pool, tmp_path / "other", seed=1), first)
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "parts"),
+    [("states.bin", 100, 3), ("states.bin", 0, 3), ("states.bin", None, 3), ("000003.done", 0, 1), ("000003.done", 70, 1), ("rows", 5, 1)],
+)
+def test_damaged_parts_are_computed_again(
+    file: str,
+    size: int | None,
+    parts: int,
+    transformer: Build,
+    pool: PromptPool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(caching, "SHARD", 3)
+    net, calls = transformer(0), list[int]()
+    first = cache(net, pool, tmp_path)
+    if file == "rows":  # of the second part: same size, another number
+        with (tmp_path / "states.bin").open("r+b") as stream:
+            stream.seek(4 * 3 * 16 * 4 * 4 * 2 + 10)
+            stream.write(b"\x01\x3c")
+    elif size is None:
+        (tmp_path / file).unlink()
+    else:
+        os.truncate(tmp_path / file, size)
+    net.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
+    assert torch.equal(cache(net, pool, tmp_path), first) and len(calls) == 4 * parts
+    assert f"warning: {tmp_path}: {parts} of 3 parts are damaged and computed again" in capsys.readouterr().err
+    assert torch.equal(cache(net, pool, tmp_path), first) and len(calls) == 4 * parts
+
+
+def test_a_second_run_does_not_write_to_the_same_cache(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(MachineError, match="another process is writing to"):
+        cache(transformer(0), pool, tmp_path)
 
 
 def test_on_policy_steps_start_where_the_student_is_and_end_where_the_teacher_goes_from_there(
@@ -127,7 +164,7 @@ def test_on_policy_steps_start_where_the_student_is_and_end_where_the_teacher_go
     assert torch.allclose(replay.ends[:, 1].float(), x, atol=2e-3, rtol=1e-3) and not torch.allclose(
         replay.ends[:, 0].float(), reached, atol=1e-2
     )
-    assert {p.name for p in tmp_path.iterdir()} == {"000000.done", "starts.bin", "ends.bin"}
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "000000.done", "starts.bin", "ends.bin"}
     again = cached(teacher, pool, tmp_path, student=teacher)  # shards that exist are not computed again, whoever asks
     assert torch.equal(again.starts, replay.starts)
 
@@ -184,6 +221,7 @@ class Pool:
     def placed(self, tensor): return tensor
 
 generator, before = torch.Generator().manual_seed(0), resident_mib()
+open(sys.argv[1], "wb").truncate(65536 * 5 * 16 * 64 * 64 * 2)  # sparse, so that the disk need not have the room
 states, memory = map_tensor(Path(sys.argv[1]), torch.float16, (65536, 5, 16, 64, 64))
 replay, peak = Replay.from_states(states, Pool(), memory), 0
 replay.at(torch.tensor([65535]), torch.tensor([3]))

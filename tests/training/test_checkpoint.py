@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,41 +19,102 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_saver
 
-from flashgen.artifact.files import fsync
-from flashgen.errors import ArtifactError
+from flashgen.artifact.files import disk_bytes
+from flashgen.errors import ArtifactError, MachineError
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.training import checkpoint
-from flashgen.training.checkpoint import Checkpoint, checkpoints, save_state, truncate_stats
+from flashgen.training.checkpoint import Checkpoint, checkpoints, load_state, save_state, truncate_stats
 from flashgen.training.ema import BestWeights, Ema
+from flashgen.training.mapped import map_tensor
 from flashgen.training.optimizers import AdamWithoutMomentum, Muon
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size * 2 // 3)
+
+
+def spoil(file: Path) -> None:
+    """Other bytes in the middle; the size and the ends stay."""
+    data = bytearray(file.read_bytes())
+    middle = len(data) * 3 // 4
+    data[middle : middle + 4] = bytes(255 - byte for byte in data[middle : middle + 4])
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "cut": cut,
+    "empty": lambda file: os.truncate(file, 0),
+    "other bytes": spoil,
+    "removed": Path.unlink,
+}
 
 
 def test_save_state_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
     for value in (1, 2):
         save_state({"value": torch.tensor(value)}, tmp_path / "a.pt")
-    assert torch.load(tmp_path / "a.pt", weights_only=True)["value"] == 2
+    saved = load_state(tmp_path / "a.pt")
+    assert saved is not None and saved["value"] == 2 and load_state(tmp_path / "b.pt") is None
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES.keys() - {"removed"})
+def test_a_damaged_state_is_named_and_made_again(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_state({"value": torch.arange(1000)}, tmp_path / "a.pt")
+    DAMAGES[damage](tmp_path / "a.pt")
+    assert load_state(tmp_path / "a.pt") is None
+    assert f"warning: {tmp_path / 'a.pt'} is damaged (its sha256 differs); remove it" in capsys.readouterr().err
 
 
 def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    replace = os.replace
-
-    def synced(path: Path) -> None:
-        events.append(f"fsync {path.name}")
-        fsync(path)
+    replace, synced = os.replace, os.fsync
 
     def replaced(source: Path, target: Path) -> None:
-        events.append(f"replace {source.name} {target.name}")
+        events.append(f"replace {target.name}")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint, "fsync", synced)
+    def sync(handle: int) -> None:
+        events.append("fsync")
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replaced)
     save_state({}, tmp_path / "a.pt")
-    (tmp_path / "stats.jsonl").write_text('{"phase": "a", "step": 1}\n{"phase": "a", "step": 2}\n')
+    (tmp_path / "stats.jsonl").write_text('{"phase": "a", "step": 1}\n{"phase": "a", "step": 2}\n5\n{"step": 0}\n{"pha')
     truncate_stats(tmp_path / "stats.jsonl", "a", 1)
-    assert events == ["fsync a.tmp", "replace a.tmp a.pt", "fsync stats.tmp", "replace stats.tmp stats.jsonl"]
+    assert events == ["fsync", "replace a.pt", "fsync", "fsync", "replace stats.jsonl", "fsync"]  # the last one is the folder's
     assert [json.loads(row)["step"] for row in (tmp_path / "stats.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_full_disk_is_a_sentence_with_the_path_and_leaves_the_old_files_alone(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: writes and reservations fail at the same places."""
+    save_state({"value": 1}, tmp_path / "a.pt")
+    network = nn.Linear(300, 300)
+    saved = Checkpoint(tmp_path, {"network": network}, CheckpointRecipe())
+    saved.save(1, [])
+    saved.wait()
+    tensor, memory = map_tensor(tmp_path / "rows.bin", torch.float32, (10,))
+    tensor.fill_(7)
+    memory.flush()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*a\.pt'"):
+            save_state({"value": torch.zeros(300, 300)}, tmp_path / "a.pt")
+        with pytest.raises(MachineError, match=r"rows\.bin cannot have 1 MiB \(File too large\); free some disk"):
+            map_tensor(tmp_path / "rows.bin", torch.float32, (300_000,))
+        saved.save(2, [])
+        with pytest.raises(MachineError, match=rf"checkpoint in {tmp_path} could not be written \(.*\); the one before is whole"):
+            saved.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_that_is_mapped_has_its_room_on_the_disk(tmp_path: Path) -> None:
+    tensor, memory = map_tensor(tmp_path / "rows.bin", torch.float32, (1 << 18,))
+    assert disk_bytes(tmp_path) >= 1 << 20 and not tensor.any() and memory
 
 
 @pytest.mark.parametrize(
@@ -147,7 +210,7 @@ def test_everything_that_is_saved_is_restored_into_a_training_that_has_not_begun
             equal = torch.equal(after[name], before[name]) if isinstance(before[name], Tensor) else after[name] == before[name]
             assert equal, (key, name)
     assert fresh["best"].step == 2 and fresh["adam"].state_dict()["state"].keys() == {0}
-    assert {path.suffix for path in next(tmp_path.iterdir()).iterdir()} == {".safetensors", ".json"}  # no pickle
+    assert {path.suffix for path in next(tmp_path.iterdir()).iterdir()} == {".safetensors", ".state"}  # no pickle
 
 
 def flat(state: Any, name: str = "") -> dict[str, Any]:
@@ -169,18 +232,15 @@ def test_tensors_of_several_files_are_all_restored(tmp_path: Path, monkeypatch: 
     assert all(torch.equal(a, b) for a, b in zip(*(network.parameters() for network in networks), strict=True))
 
 
-@pytest.mark.parametrize("damage", ["cut", "no numbers", "no tensors"])
-def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["checkpoint.state", "*.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage: str, file: str, tmp_path: Path) -> None:
     state = {"network": nn.Linear(3, 4)}
     saved = Checkpoint(tmp_path, state, CheckpointRecipe())
     saved.save(7, [])
     saved.close()
     folder = checkpoints(tmp_path)[0]
-    tensors = next(folder.glob("*.safetensors"))
-    if damage == "cut":
-        tensors.write_bytes(tensors.read_bytes()[:-8])
-    else:
-        (tensors if damage == "no tensors" else folder / "checkpoint.json").unlink()
+    DAMAGES[damage](next(folder.glob(file)))
     again = Checkpoint(tmp_path, state, CheckpointRecipe())
     with pytest.raises(ArtifactError, match=r"step-000007 is damaged \(.+\); remove it to go on from the checkpoint before"):
         again.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -66,11 +67,47 @@ def test_a_pool_on_disk_is_the_pool_in_memory_and_resumes_without_an_encoder(
 
     monkeypatch.setattr(prompts, "encode_prompts", counted)
     assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)[slice(None)], on_disk[slice(None)]) and sizes == []
-    (tmp_path / "00000003.json").unlink()
+    (tmp_path / "00000003.done").unlink()
     again = prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)
     assert same(again[slice(None)], on_disk[slice(None)]) and same(again.empty, on_disk.empty) and sizes == [3]
-    (tmp_path / "embeds.bin").unlink()
-    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)[slice(None)], on_disk[slice(None)]) and sizes == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "encoded"),
+    [
+        pytest.param("embeds.bin", None, [3, 3, 1], id="removed"),
+        pytest.param("embeds.bin", 100, [3, 3, 1], id="cut: the first batch too"),
+        pytest.param("pooled.bin", 4 * 64, [3, 3, 1], id="cut"),
+        pytest.param("00000003.done", 0, [3], id="empty mark"),
+        pytest.param("00000003.done", 120, [3], id="mark cut"),
+        pytest.param("layout.state", 50, [1], id="layout"),
+    ],
+)
+def test_prompts_whose_embeddings_are_damaged_are_encoded_again(
+    file: str,
+    size: int | None,
+    encoded: list[int],
+    pipe: Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(prompts, "BATCH", 3)
+    first, sizes = prompt_pool(TEXTS, pipe, SAMPLER, tmp_path), list[int]()
+    before = first[slice(None)]
+
+    def counted(pipe: Pipeline, texts: list[str], sampler: Sampler) -> Conditioning:
+        sizes.append(len(texts))
+        return encode_prompts(pipe, texts, sampler)
+
+    monkeypatch.setattr(prompts, "encode_prompts", counted)
+    if size is None:
+        (tmp_path / file).unlink()
+    else:
+        os.truncate(tmp_path / file, size)
+    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)[slice(None)], before) and sizes == encoded
+    assert "damaged" in capsys.readouterr().err
+    assert same(prompt_pool(TEXTS, pipe, SAMPLER, tmp_path)[slice(None)], before) and sizes == encoded
 
 
 def test_a_prompt_is_embedded_once_for_all_pools(
@@ -128,7 +165,7 @@ def test_processes_share_out_the_parts(pipe: Pipeline, tmp_path: Path, monkeypat
         monkeypatch.setattr(prompts, "world_size", lambda: 2)
         monkeypatch.setattr(prompts, "rank", lambda rank=rank: rank)
         prompt_pool(TEXTS, pipe, SAMPLER, tmp_path / str(rank))
-        assert sorted(p.stem for p in (tmp_path / str(rank)).glob("[0-9]*.json")) == done
+        assert sorted(p.stem for p in (tmp_path / str(rank)).glob("[0-9]*.done")) == done
 
 
 class Masked(SD3):

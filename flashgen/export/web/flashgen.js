@@ -2,9 +2,10 @@
 // flashgen/device does in Python, in the same order and the same float32 arithmetic, by the same description in the manifest.
 
 import { Files, Problem, address, megabytes } from "./files.js";
-import { evaluate, sample, sizeOf, toDecoder, toRgba, tokenize } from "./graph.js";
+import { evaluate, requireFinite, sample, sizeOf, toDecoder, toRgba, tokenize } from "./graph.js";
 import { randn } from "./noise.js";
 
+const ADAPTER_MS = 5000; // some drivers never answer
 const RUNTIME = {
   wasm: { script: "vendor/ort.wasm.min.js", glue: "vendor/ort-wasm-simd-threaded.js", binary: "vendor/ort-wasm-simd-threaded.wasm" },
   webgpu: {
@@ -30,6 +31,7 @@ class Pipeline {
         "This browser has no WebAssembly with SIMD, which the networks need. Use Chrome or Edge 91, Firefox 114, Safari 16.4 or newer, and leave WebAssembly switched on.",
       );
     }
+    yieldMemory();
     this.manifest = await this.files.open();
     this.graph = this.manifest.extra.graph;
     if (!this.graph) throw new Problem("manifest.json has no description of the networks; export the student again with: flashgen export --target web");
@@ -142,7 +144,7 @@ class Pipeline {
       const onStep = (step) => this.report({ progress: `Step ${step + 1} of ${steps}`, value: step / steps });
       await sample(graph, sampler, x, conditioning, run, onStep);
     });
-    if (!x.every(Number.isFinite)) throw new Error(`the numbers overflow on ${this.engine}`);
+    requireFinite(x, "transformer");
     this.report({ progress: "Decoding", value: 1 });
     const latents = { data: toDecoder(graph, x), dims: [1, ...graph.latent_shape] };
     const [decoded] = await this.withNetwork("vae_decoder", (session) => this.run(session, "vae_decoder", { latent_sample: latents }, ["sample"]));
@@ -150,10 +152,30 @@ class Pipeline {
   }
 }
 
+/**
+ * Gives the runtime less address space than the 4 GiB that it asks for, half as often as needed, where the browser refuses so much shared
+ * memory. The runtime has no build without shared memory, so fewer threads would not help.
+ */
+function yieldMemory() {
+  const Memory = WebAssembly.Memory;
+  WebAssembly.Memory = function (settings) {
+    for (let maximum = settings.maximum; ; maximum /= 2) {
+      try {
+        return new Memory({ ...settings, maximum });
+      } catch (error) {
+        if (!(maximum / 2 >= Math.max(1024, settings.initial))) throw error; // 1024 pages are 64 MiB
+      }
+    }
+  };
+  WebAssembly.Memory.prototype = Memory.prototype; // for instanceof
+}
+
 /** "webgpu" on a real adapter (software ones are slower than WebAssembly), else "wasm"; `wanted` overrides. */
 async function pickEngine(wanted) {
   if (wanted === "wasm") return wanted;
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  const late = new Promise((resolve) => setTimeout(resolve, ADAPTER_MS, null));
+  const asked = (async () => await navigator.gpu?.requestAdapter())().catch(() => null); // async: it may throw instead of rejecting
+  const adapter = await Promise.race([asked, late]);
   const real = adapter && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
   if (wanted === "webgpu" && !adapter) throw new Problem("This browser gives no WebGPU adapter; leave ?engine=webgpu out of the address.");
   return real || wanted === "webgpu" ? "webgpu" : "wasm";

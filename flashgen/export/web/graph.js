@@ -108,14 +108,20 @@ export function eulerStep(x, v, difference, scale) {
   for (let i = 0; i < x.length; i++) x[i] = Math.fround(a * x[i]) + Math.fround(b * v[i]);
 }
 
+/** Throws unless all numbers that the network `of` gives are finite. */
+export function requireFinite(numbers, of) {
+  if (!numbers.every(Number.isFinite)) throw new Error(`${of} gives numbers that are not finite`);
+}
+
 /** Latents on the scale of the decoder. */
 export function toDecoder(graph, x) {
   const scaling = Math.fround(graph.vae.scaling_factor), shift = Math.fround(graph.vae.shift_factor);
   return x.map((value) => Math.fround(value / scaling) + shift);
 }
 
-/** Decoder output [3, H, W] in [-1, 1] as RGBA bytes; the clamped array cuts and rounds halves to even, as numpy does. */
+/** Decoder output [3, H, W] in [-1, 1] as RGBA bytes; the clamped array cuts and rounds halves to even, as numpy does. Throws for NaN and infinity. */
 export function toRgba(sample) {
+  requireFinite(sample, "vae_decoder");
   const pixels = sample.length / 3, rgba = new Uint8ClampedArray(4 * pixels).fill(255);
   for (let c = 0; c < 3; c++) {
     for (let i = 0; i < pixels; i++) {
