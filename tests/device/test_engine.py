@@ -112,6 +112,24 @@ def test_a_graph_that_the_manifest_does_not_name_is_not_run(handmade_device: Art
         engine.Engine(foreign).network("upscaler")
 
 
+@pytest.mark.parametrize("where", ["../secret", "{root}/secret", "/dev/zero"])
+@pytest.mark.parametrize("name", [name for name in engine.NETWORKS if find_spec(name)])
+def test_weights_outside_of_the_artifact_are_not_read(name: str, where: str, tmp_path: Path) -> None:
+    """The engines themselves refuse external data that leaves the model's folder; a version holds no links."""
+    onnx = pytest.importorskip("onnx")
+    np.zeros(4, np.float32).tofile(tmp_path / "secret")
+    (tmp_path / "transformer").mkdir()
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=where.format(root=tmp_path))
+    tensor.external_data.add(key="length", value="16")
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, [4]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "w"], ["y"])], "graph", [x], [y], [tensor])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "transformer" / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=f"{name} cannot load .*model.onnx"):
+        engine.NETWORKS[name](tmp_path / "transformer" / "model.onnx", 1, False, "")
+
+
 @pytest.mark.parametrize("component", ["style_encoder", "transformer", "vae_decoder"])
 def test_a_network_that_gives_nan_is_named(component: str, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     run, load = engine.OnnxRuntimeNetwork.run, engine.Engine._load
