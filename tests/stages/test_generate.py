@@ -223,7 +223,7 @@ def test_a_start_picture_that_is_none_is_one_sentence(content: bytes, tiny_stude
 
 def test_a_teacher_draws_in_a_thousand_steps_at_most(tiny_teacher: Artifact) -> None:
     assert Request(PROMPTS[:1], [3], steps=1000).check(tiny_teacher)
-    with pytest.raises(UsageError, match="--steps 1001: .* draws in 1 to 1000 steps"):
+    with pytest.raises(UsageError, match=r"--steps 1001: .* draws in 1 to 1000 steps"):
         Request(PROMPTS[:1], [3], steps=1001).check(tiny_teacher)
 
 
