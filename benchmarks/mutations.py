@@ -1,6 +1,6 @@
 """Damages files of tiny artifacts in every way that disks, tools and strangers have, and sees what the commands that read them do.
 
-python -m benchmarks.mutations FOLDER --page docs/mutations.json      # `make mutations`: about 1,400 mutations, a quarter of an hour
+python -m benchmarks.mutations FOLDER --page docs/mutations.json      # `make mutations`: 1,265 mutations; resumes after a target
 python -m benchmarks.mutations FOLDER --short                         # a few dozen, for CI
 
 Each mutation runs in a child that is forked from a process which has imported everything. It is
@@ -194,7 +194,7 @@ def measure(target: Target, count: int, folder: Path, log: Callable[[str], None]
     shutil.copytree(pristine, work)
     whole = run(target, work, 300)
     assert whole.code == 0, whole
-    classes, bad, longest_s = Counter[str](), list[str](), 0.0
+    classes, bad = Counter[str](), list[str]()
     for number in range(count):
         shutil.rmtree(work)
         shutil.copytree(pristine, work)
@@ -207,12 +207,11 @@ def measure(target: Target, count: int, folder: Path, log: Callable[[str], None]
         after = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
         name = classify(outcome, whole, target, before != after)
         classes[name] += 1
-        longest_s = max(longest_s, outcome.seconds)
         if name in BAD:
             bad.append(f"{number} {what}: {name}, exit {outcome.code}, {outcome.mib:.0f} MiB: {outcome.text[-300:]}")
             log(f"{target.name} {bad[-1]}")
     log(f"{target.name}: {dict(classes)}")
-    return {"target": target.name, "mutations": count, **classes, "longest_s": round(longest_s, 1), "bad": bad}
+    return {"target": target.name, "mutations": count, **classes, "bad": bad}
 
 
 def main() -> int:
@@ -225,7 +224,13 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.folder.absolute()
     chosen = [t for t in targets() if options.only in t.name and (t.is_fast or not options.short)]
-    rows = [measure(t, SHORT if options.short else t.count, folder, lambda text: print(text, flush=True)) for t in chosen]
+    rows = []
+    for target in chosen:
+        done = folder / f"{target.name}.json"
+        if not done.exists():
+            row = measure(target, SHORT if options.short else target.count, folder, lambda text: print(text, flush=True))
+            done.write_text(json.dumps(row))
+        rows.append(json.loads(done.read_text()))
     if options.page:
         machine = {"system": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
         total = Counter[str]()
