@@ -69,7 +69,8 @@ def run(target: Target, folder: Path, limit_s: float) -> Outcome:
 
             code, text = explain(error)
             text = f"error: {text}"
-        os.write(into, json.dumps([code, text[:2000], result]).encode())
+        with suppress(OSError):  # the parent may be gone
+            os.write(into, json.dumps([code, text[:2000], result]).encode())
         os._exit(0)
     os.close(into)
     is_late = not select.select([out], [], [], limit_s)[0]
