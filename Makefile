@@ -21,7 +21,7 @@ WHEELS := --target $(ARM64)/site --platform manylinux_2_28_aarch64 --platform ma
 	--python-version 3.11 --only-binary=:all:
 
 .PHONY: install demo shapes ablation compression bench-device bench-gpu bench-job fullsize browser healthy-run interchange test-interchange test-arm64 test-mobile
-.PHONY: crash-test test test-js check teacher clean distclean
+.PHONY: crash-test mutations test test-js check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -146,6 +146,10 @@ test-mobile: interchange
 
 test: install
 	$(BIN)/pytest
+
+# docs/mutations.json: files of tiny artifacts are damaged in 1,265 ways and read; half an hour.
+mutations: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutations artifacts/mutations --page docs/mutations.json
 
 # docs/crash.json: every stage killed at random moments and at every step of publishing, on full disks and so on; resumes. About two hours.
 crash-test: install
