@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
@@ -182,6 +183,17 @@ def begin(out: Path, origin: Origin) -> Draft:
         say(f"{work.parent} keeps {len(others)} unfinished runs with other settings, {size:.0f} MiB; remove what you will not resume")
     work.mkdir(exist_ok=True)
     return Draft(out, staging, work, origin)
+
+
+@contextmanager
+def begun(out: Path, origin: Origin) -> Iterator[Draft]:
+    """`begin`; after an error the draft's files are removed, since they would keep a full disk full. The resume state stays."""
+    draft = begin(out, origin)
+    try:
+        yield draft
+    except Exception:
+        shutil.rmtree(draft.path, ignore_errors=True)
+        raise
 
 
 def _packages() -> dict[str, str]:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from flashgen.judges.base import Judge
     from flashgen.worlds.base import World
 
-
 Takes = Mapping[str, tuple[Kind, ...]]  # kinds of artifacts by role
 
 
@@ -227,13 +226,9 @@ def execute(stage: Stage, out: Path, force: bool = False) -> Artifact:
         stage.micro_batch = from_first(lambda: stage.micro_batch)  # all processes pass alike
         if rank():
             return _follow(stage, out, origin)
-        draft = drafts.begin(out, origin)
-        wait_for_all()
-        try:
+        with drafts.begun(out, origin) as draft:
+            wait_for_all()
             artifact = _finish(stage, draft, stage.make(draft))
-        except Exception:
-            shutil.rmtree(draft.path, ignore_errors=True)  # it would keep a full disk full
-            raise
         from_first(lambda: artifact.path)
         return artifact
 
