@@ -24,11 +24,14 @@ from typing import Any
 
 COMMANDS = 20_000
 READS = 1_000_000
+MEMORY = 12 << 30  # bytes of addresses
 PARTS = {"commands": 1_000, "manifest": 100_000, "header": 100_000, "png": 100_000}  # inputs per process
 
 
 def command_lines(folder: Path, part: int) -> dict[str, Any]:
     """Run one part of the command lines; returns the exit codes, and the distinct bugs."""
+    import resource
+
     import hypothesis
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
@@ -42,12 +45,15 @@ def command_lines(folder: Path, part: int) -> dict[str, Any]:
             make_pipeline_artifact(folder / kind, kind=kind, sampler=tiny_sampler(guidance=guidance, trained_steps=[4] * (guidance == 1)))
     work, codes, bugs = folder / "work", Counter[str](), dict[str, str]()
     work.mkdir(exist_ok=True)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # an input that fills the memory is a bug of one command, not of the machine
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     artifacts = [open_artifact(folder / kind) for kind in ("student", "teacher")]
     lines = inputs.command_lines(work, [artifact.path for artifact in artifacts], artifacts[0].manifest.model_dump(mode="json"))
 
     @hypothesis.seed(part)
-    @settings(max_examples=PARTS["commands"], deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    @settings(
+        max_examples=PARTS["commands"], deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    )
     @given(st.data())
     def one(data: st.DataObject) -> None:
         line = data.draw(lines)
@@ -91,7 +97,15 @@ def read_many(kind: str, corpus: Path, part: int, seeds: Path) -> None:
 
     with atheris.instrument_imports(include=["flashgen.artifact.manifest", "flashgen.models.stream", "flashgen.png"]):
         one = read_one(kind, Path("/dev/shm"))
-    flags = [f"-runs={PARTS[kind]}", f"-seed={part + 1}", "-max_len=4096", "-timeout=20", "-rss_limit_mb=4096", "-verbosity=0", "-print_final_stats=1"]
+    flags = [
+        f"-runs={PARTS[kind]}",
+        f"-seed={part + 1}",
+        "-max_len=4096",
+        "-timeout=20",
+        "-rss_limit_mb=4096",
+        "-verbosity=0",
+        "-print_final_stats=1",
+    ]
     atheris.Setup(["fuzz", *flags, f"-artifact_prefix={corpus.parent}/crash-{kind}-", str(corpus), str(seeds)], one)
     atheris.Fuzz()
 

@@ -35,12 +35,15 @@ ODD = [
     "\ud800",
     "\x1b[2J",
     "ä",
-    "𝕏",
+    "\U0001d54f",
     "NaN",
     "-1",
     "0",
     "1e400",
     "9" * 30,
+    "9" * 5000,
+    "9" * 400 + "GB",
+    "9" * 5000 + "x24GB",
     "x" * 300,
     "=",
     ",",
@@ -219,14 +222,15 @@ def _stop(*given: Any, **more: Any) -> Any:
 def stopped() -> Iterator[None]:
     """Nothing is drawn, measured or asked of the hub; estimates of time take none."""
     with (
-        patch("flashgen.stages.generate._drawer", _stop), patch("flashgen.stages.bench.bench", _stop), patch("flashgen.stages.base.execute", _stop),
+        patch("flashgen.stages.generate._drawer", _stop), patch("flashgen.stages.bench.bench", _stop),
+        patch("flashgen.stages.base.execute", _stop),
         patch("flashgen.stages.planning._seconds_each", lambda number: 1e-12), patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
     ):  # fmt: skip
         yield
 
 
 def outcome(line: list[str]) -> tuple[int, str]:
-    """(exit code, stderr) of a command line. Raises AssertionError where it is a bug: exit code 1, or an exception that left the command."""
+    """(exit code, stderr) of a command line. Raises AssertionError for a bug: exit code 1, or an exception that left the command."""
     result = flashgen(*line)
     left = result.exception if not isinstance(result.exception, SystemExit) else None
     assert result.exit_code in (0, 2, 3, 4, 5) and left is None, (result.exit_code, line, result.stderr[-600:], left)
