@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 DRAWING = ("transformer", "vae_encoder", "vae_decoder")  # components that run on the chosen engine; text encoders run on onnxruntime
-LEAST_ONNXRUNTIME = [1, 23]  # as in pyproject.toml: 1.20 to 1.22 refuse layers of 8 bits, or fail while they draw
+LEAST_ONNXRUNTIME = [1, 24]  # as in pyproject.toml: 1.20 to 1.22 refuse layers of 8 bits or fail while they draw, 1.23 has no 2 bits
 COMPILED = 8  # compiled networks that the user's cache keeps, at most: a transformer and a decoder of four artifacts
 GROUP = 128  # activations that share a scale in OpenVINO's 8 bits: 32 to 256 are alike, without groups the accuracy drops
 

@@ -145,7 +145,7 @@ def test_a_tokenizer_with_swapped_ids_is_not_used(handmade_device: Artifact, tmp
         DevicePipeline(swapped)
 
 
-@pytest.mark.parametrize(("version", "draws"), [("1.22.1", False), ("1.9.0", False), ("1.23.0", True), ("2.0.0rc1", True)])
+@pytest.mark.parametrize(("version", "draws"), [("1.23.2", False), ("1.9.0", False), ("1.24.1", True), ("2.0.0rc1", True)])
 def test_too_old_an_onnxruntime_says_which_one_would_do(
     version: str, draws: bool, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +153,7 @@ def test_too_old_an_onnxruntime_says_which_one_would_do(
     if draws:
         assert DevicePipeline(handmade_device).sample(["two red circles"], [3]).shape[0] == 1
     else:
-        with pytest.raises(MachineError, match=rf"onnxruntime {version} is installed, .* need 1\.23 or newer: pip install -U onnxruntime"):
+        with pytest.raises(MachineError, match=rf"onnxruntime {version} is installed, .* need 1\.24 or newer: pip install -U onnxruntime"):
             DevicePipeline(handmade_device).sample(["two red circles"], [3])
 
 
