@@ -113,7 +113,7 @@ def read_seeds(text: str) -> list[int]:
     """`1,5-9` is 1, 5, 6, 7, 8, 9. Raises UsageError for anything else, and for more than `MAX_SEEDS`."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,20})(?:\s*-\s*(\d{1,20}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last - first >= MAX_SEEDS - len(seeds):
             raise UsageError(f"--seeds {text}: numbers and rising ranges, as in 1,5-9, {MAX_SEEDS} at most")

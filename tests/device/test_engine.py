@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from flashgen.artifact.store import Artifact
 from flashgen.device import engine
 from flashgen.device.sampler import DevicePipeline
-from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
 from flashgen.recipe.compression import ExportRecipe
 from flashgen.recipe.schema import Recipe
 
@@ -159,3 +161,20 @@ def test_a_tokenizer_with_swapped_ids_is_not_used(handmade_device: Artifact, tmp
     assert file.stat().st_size == (handmade_device.path / file.relative_to(swapped.path)).stat().st_size
     with pytest.raises(ArtifactError, match=r"tokenizer\.json was altered"):
         DevicePipeline(swapped)
+
+
+@pytest.mark.parametrize(("version", "draws"), [("1.23.2", False), ("1.9.0", False), ("1.24.1", True), ("2.0.0rc1", True)])
+def test_too_old_an_onnxruntime_says_which_one_would_do(
+    version: str, draws: bool, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    if draws:
+        assert DevicePipeline(handmade_device).sample(["two red circles"], [3]).shape[0] == 1
+    else:
+        with pytest.raises(MachineError, match=rf"onnxruntime {version} is installed, .* need 1\.24 or newer: pip install -U onnxruntime"):
+            DevicePipeline(handmade_device).sample(["two red circles"], [3])
+
+
+def test_the_packages_bound_is_the_least_onnxruntime_that_draws() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    assert f"onnxruntime>={'.'.join(map(str, engine.LEAST_ONNXRUNTIME))}" in project["dependencies"]
