@@ -191,9 +191,9 @@ def cases(root: Path) -> list[Case]:
     drawn = command("generate", root / "teacher", "--steps", "2", "--prompt-file", root / "prompts.txt", "--batch", "4")
     bench = command("bench", made["distill"], recipe=BENCH)
     return [
-        *(Case(name, run, check_versions, latest_files) for name, run in stages.items()),
-        Case("generate", drawn, check_pictures, files),
         Case("votes", cast_votes(root / "study"), check_votes, votes_of),
         Case("statistics", statistics(root / "dinov2", root / "pictures" / "a"), check_statistics, files),
+        Case("generate", drawn, check_pictures, files),
+        *(Case(name, run, check_versions, latest_files) for name, run in stages.items()),
         Case("bench", bench, check_bench, measured_pictures),
     ]

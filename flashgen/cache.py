@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -23,11 +24,13 @@ def cache_path(name: str) -> Path:
 
 def remember(file: Path, text: str) -> OSError | None:
     """Write `text` to `file` completely or not at all; returns the error if it fails, since no work depends on a cache."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(text)
         os.replace(temporary, file)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
         return error
     return None

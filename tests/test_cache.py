@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,14 @@ def test_remember_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> N
     assert [(path.name, path.read_text()) for path in (tmp_path / "a").iterdir()] == [("b.json", "two")]
     (tmp_path / "file").write_text("")
     assert isinstance(remember(tmp_path / "file" / "b.json", "x"), OSError)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    assert remember(tmp_path / "b.json", "one") is None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        assert isinstance(remember(tmp_path / "b.json", "two" * 10_000), OSError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("b.json", "one")]

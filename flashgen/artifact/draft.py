@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,13 @@ from typing import Any
 
 from flashgen import __version__
 from flashgen.artifact import manifest as manifests
-from flashgen.artifact.files import digest, disk_bytes, fsync, link, make_readable, point_latest, walk
+from flashgen.artifact.files import digest, disk_bytes, fsync, link, make_readable, point_latest, remove_temporaries, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, read_latest, versions
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError
 from flashgen.progress import say, warn
 
+FULL = re.compile(r"No space left|File too large|Disk quota exceeded")
 CHECKPOINTS = "checkpoints"  # folder of the trainings' checkpoints in the resume state
 TENSORBOARD = "tensorboard"  # that of their logs
 PACKAGES = ("accelerate", "diffusers", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "tokenizers", "torch", "transformers")
@@ -182,17 +184,24 @@ def begin(out: Path, origin: Origin) -> Draft:
         size = sum(map(disk_bytes, others)) / 2**20
         say(f"{work.parent} keeps {len(others)} unfinished runs with other settings, {size:.0f} MiB; remove what you will not resume")
     work.mkdir(exist_ok=True)
+    for folder in (work, work / CHECKPOINTS):
+        remove_temporaries(folder)
     return Draft(out, staging, work, origin)
 
 
 @contextmanager
 def begun(out: Path, origin: Origin) -> Iterator[Draft]:
-    """`begin`; after an error the draft's files are removed, since they would keep a full disk full. The resume state stays."""
+    """`begin`; after an error the draft's files are removed, since they would keep a full disk full. The resume state stays.
+
+    Raises MachineError with the path for an error of a full disk, which libraries report without one.
+    """
     draft = begin(out, origin)
     try:
         yield draft
-    except Exception:
+    except Exception as error:
         shutil.rmtree(draft.path, ignore_errors=True)
+        if FULL.search(str(error)) and not isinstance(error, FlashgenError):
+            raise MachineError(f"the disk of {out} is full ({error}); free some, then the same command resumes") from error
         raise
 
 

@@ -228,8 +228,8 @@ def read_state(file: Path) -> bytes | None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a kill inside `write_whole` has left below `folder`. Only for the process that holds the folder's lock."""
-    for left in folder.rglob(".*.tmp"):
+    """Remove what a kill inside `write_whole` has left in `folder`. Only for the process that holds the folder's lock."""
+    for left in folder.glob(".*.tmp"):
         if left.is_file():
             left.unlink()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from flashgen.artifact.store import Artifact, open_artifact, versions
 from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
@@ -86,10 +87,29 @@ def test_a_run_resumes_after_any_error_and_leaves_the_versions_alone(error: Base
     with pytest.raises(type(error)):
         copied(student, out, seed=1)
     assert versions(out) == [before.path] and open_artifact(out, verify=True) == before
+    assert (out / ".work" / "staging").exists() == isinstance(error, KeyboardInterrupt)  # after an error the disk may be full
     Copy.error = None
     after = copied(student, out, seed=1)  # the lock is free, and the unfinished version is gone
     assert after.path.name == "v0002" and [f.path for f in after.manifest.files] == ["README.md", WEIGHTS]
     assert Copy.made == [[], [], ["checkpoint"]]
+
+
+def test_a_full_disk_is_named_whatever_library_meets_it(student: Artifact, tmp_path: Path) -> None:
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")):
+        Copy.error = error
+        with pytest.raises(MachineError, match=rf"the disk of {tmp_path / 'out'} is full \(.*\); free some, then the same command resumes"):
+            copied(student, tmp_path / "out")
+
+
+def test_what_a_kill_inside_a_write_leaves_is_removed(student: Artifact, tmp_path: Path) -> None:
+    Copy.error = NumericsError("nan")
+    for _ in range(2):
+        with pytest.raises(NumericsError):
+            copied(student, tmp_path / "out")
+        work = next((tmp_path / "out" / ".work").glob("*/checkpoint")).parent
+        left = [path.name for path in work.glob(".*")]
+        (work / ".unit-000.pt.17.tmp").write_text("half")
+    assert left == []
 
 
 def test_a_resumed_run_says_so(student: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
