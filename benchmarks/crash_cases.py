@@ -180,6 +180,7 @@ def cases(root: Path) -> list[Case]:
     """All cases in the order in which their results are the inputs of others: the result of case NAME is in root/NAME/out."""
     made = {name: root / name / "out" for name in ("distill", "finetune", "restructure-encoder", "quantize", "export")}
     stages = {
+        "teacher random": command("teacher", "random", "--like", "tiny", "--world", "shapes"),
         "teacher import": command("teacher", "import", root / "plain", "--world", "shapes"),
         "teacher train": command("teacher", "train", recipe=MICRO),
         "distill": command("distill", root / "teacher", recipe=MICRO),
