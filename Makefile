@@ -23,7 +23,7 @@ WHEELS := --target $(ARM64)/site --platform manylinux_2_28_aarch64 --platform ma
 	--python-version 3.11 --only-binary=:all:
 
 .PHONY: install demo shapes ablation compression bench-device bench-gpu bench-job fullsize browser healthy-run interchange test-interchange test-arm64 test-mobile
-.PHONY: crash-test mutations test test-js check teacher clean distclean
+.PHONY: crash-test load-test mutations test test-js check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -156,6 +156,10 @@ mutations: install
 # docs/crash.json: every stage killed at random moments and at every step of publishing, on full disks and so on; resumes. About two hours.
 crash-test: install
 	$(BIN)/python -m benchmarks.crash artifacts/crash --page docs/crash.json
+
+# docs/load.json: 20,000 prompts, interrupted and resumed; 1,000 pictures in one process; 200 raters at once. Half an hour.
+load-test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.load artifacts/load
 
 # The web page's arithmetic in node; package.json only says that its .js are modules. `make browser` tests the page itself.
 test-js:
