@@ -8,6 +8,8 @@ INSTALLED := $(VENV)/.installed
 DEMO := artifacts/demo
 SHAPES := artifacts/shapes
 PEERS := .venv-peers
+LOWEST := .venv-lowest
+AUDIT := .venv-audit
 RECIPE := --recipe shapes-demo
 INT4 := --set quantize.method=gptq --set quantize.group=16 --set quantize.low_rank_tolerance=0.003
 PROMPT := two red circles on a white background
@@ -21,7 +23,7 @@ WHEELS := --target $(ARM64)/site --platform manylinux_2_28_aarch64 --platform ma
 	--python-version 3.11 --only-binary=:all:
 
 .PHONY: install demo shapes ablation compression bench-device bench-gpu bench-job fullsize browser healthy-run interchange test-interchange test-arm64 test-mobile
-.PHONY: crash-test test test-js check teacher clean distclean
+.PHONY: crash-test load-test mutations test test-js check teacher clean distclean
 
 install: $(INSTALLED)
 
@@ -147,9 +149,17 @@ test-mobile: interchange
 test: install
 	$(BIN)/pytest
 
+# docs/mutations.json: files of tiny artifacts are damaged in 1,265 ways and read; half an hour.
+mutations: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutations artifacts/mutations --page docs/mutations.json
+
 # docs/crash.json: every stage killed at random moments and at every step of publishing, on full disks and so on; resumes. About two hours.
 crash-test: install
 	$(BIN)/python -m benchmarks.crash artifacts/crash --page docs/crash.json
+
+# docs/load.json: 20,000 prompts, interrupted and resumed; 1,000 pictures in one process; 200 raters at once. Half an hour.
+load-test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.load artifacts/load
 
 # The web page's arithmetic in node; package.json only says that its .js are modules. `make browser` tests the page itself.
 test-js:
@@ -163,6 +173,41 @@ check: install test-js
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+# The tests with the lowest versions that pyproject.toml admits; torch alone is that of the lock.
+check-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2
+
+$(LOWEST)/.installed: $(INSTALLED) requirements/build.in
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install uv
+	$(LOWEST)/bin/uv pip compile pyproject.toml requirements/build.in --extra train --extra arena --extra gguf --extra dev --quiet \
+		--resolution lowest-direct --python-version 3.11 --no-annotate --no-header | grep -vE '^(torch|triton|nvidia-.*|cuda-.*)==' > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install --python $(LOWEST) --no-deps -r $(LOWEST)/lowest.txt
+	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && cd $(LOWEST)/lib/python3*/site-packages \
+		&& ln -sfn $$site/torch $$site/torchgen $$site/functorch $$site/torch-*.dist-info .
+	touch $@
+
+# docs/fuzz.json: command lines, recipes and manifests with hypothesis, readers with atheris, which is not in the lock. Hours; resumes.
+fuzz: install
+	$(BIN)/pip install "atheris>=3"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz artifacts/fuzz --page docs/fuzz.json
+
+# Known vulnerabilities of what the lock names; asks PyPI.
+audit: $(AUDIT)/.installed
+	$(AUDIT)/bin/pip-audit --requirement requirements/ci.txt --no-deps --disable-pip --progress-spinner off
+
+# CycloneDX: every package of the lock with its hashes, and torch.
+sbom: $(AUDIT)/.installed
+	mkdir -p artifacts
+	(cat requirements/ci.txt; echo torch==2.13.0) | $(AUDIT)/bin/cyclonedx-py requirements - --pyproject pyproject.toml --output-reproducible \
+		-o artifacts/sbom.json
+
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install pip-audit cyclonedx-bom
+	touch $@
+
 # The embedded teacher, trained from nothing: autoencoder, text encoders, transformer; one to two hours. Resumes when interrupted.
 teacher: install
 	$(FLASHGEN) teacher train --recipe shapes --out artifacts/teacher
@@ -172,4 +217,4 @@ clean:
 	find flashgen tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV) $(PEERS) $(LOWEST) $(AUDIT)

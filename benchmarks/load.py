@@ -1,6 +1,6 @@
 """Load: many prompts, many generations, many raters. Writes docs/load.json; memory is resident memory of the process that does the work.
 
-    python -m benchmarks.load FOLDER [--prompts 20000] [--generations 1000] [--raters 200]
+    python -m benchmarks.load FOLDER [--prompts 20000] [--generations 1000] [--raters 200]      # `make load-test`
 
 * `generate --prompt-file` with SIGINT in the middle and the same command again, for a diffusers layout and an exported artifact (tiny
   random weights): the pictures on disk after the interrupt, and bytes of memory per prompt.

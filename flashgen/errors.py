@@ -47,7 +47,8 @@ def foreign(wrap: Callable[[str], FlashgenError]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        passes = isinstance(error, FlashgenError | MemoryError) or getattr(error, "errno", None) == errno.ENOSPC
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) == errno.ENOSPC
+        passes = full or isinstance(error, FlashgenError)
         if passes or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise wrap(one_line(error)) from error

@@ -101,6 +101,7 @@ def png_of(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 BOMBS = {
+    "large": png_of(10_000, 10_000),
     "huge": png_of(20_000, 20_000),
     "huger": png_of(2**31 - 1, 2**31 - 1),
     "cut": png_of(64, 64),

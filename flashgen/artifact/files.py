@@ -9,13 +9,13 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flashgen.artifact.finite import check_finite
 from flashgen.artifact.manifest import PICKLED
-from flashgen.cache import cache_path, remember
+from flashgen.cache import cache_path
 from flashgen.errors import ArtifactError, MachineError
 
 CHUNK_BYTES = 1 << 30
@@ -119,20 +119,24 @@ def _state(file: Path) -> list[str | int]:
 
 
 def _digests() -> dict[object, list[str | int]]:
-    """What the user's cache remembers: [size, times, sha256] by device and inode; nothing if it is damaged."""
+    """What the user's cache remembers: [size, times, sha256] by device and inode; nothing if the cache is damaged."""
     try:
-        known = json.loads(cache_path("digests.json").read_text())
-        return {name: list(entry) for name, entry in known.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        known: dict[object, list[str | int]] = json.loads(read_state(cache_path("digests.state")) or b"{}")
+    except (OSError, ArtifactError):
         return {}
+    return known
 
 
 def _remember(state: list[str | int], sha256_hex: str) -> None:
     name, size, *times = state
-    if sys.platform != "win32" and int(size) >= LARGE_BYTES:  # Windows keeps no time of change
-        others = [(key, entry) for key, entry in _digests().items() if key != name]
-        known = dict([*others[1 - MOST_DIGESTS :], (name, [size, *times, sha256_hex])])
-        remember(cache_path("digests.json"), json.dumps(known))
+    if sys.platform == "win32" or int(size) < LARGE_BYTES:  # Windows keeps no time of change
+        return
+    others = [(key, entry) for key, entry in _digests().items() if key != name]
+    known = dict([*others[1 - MOST_DIGESTS :], (name, [size, *times, sha256_hex])])
+    file = cache_path("digests.state")
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_state(file, json.dumps(known).encode())
 
 
 def link(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 DRAWING = ("transformer", "vae_encoder", "vae_decoder")  # components that run on the chosen engine; text encoders run on onnxruntime
+LEAST_ONNXRUNTIME = [1, 24]  # as in pyproject.toml: 1.20 to 1.22 refuse layers of 8 bits or fail while they draw, 1.23 has no 2 bits
 COMPILED = 8  # compiled networks that the user's cache keeps, at most: a transformer and a decoder of four artifacts
 GROUP = 128  # activations that share a scale in OpenVINO's 8 bits: 32 to 256 are alike, without groups the accuracy drops
 
@@ -47,6 +49,9 @@ def open_session(model: Path, threads: int | None = None) -> InferenceSession:
     """A CPU session on `threads` threads (None: `default_threads`) that frees memory instead of pooling it."""
     import onnxruntime as ort
 
+    if [int(part) for part in re.findall(r"\d+", ort.__version__)[:2]] < LEAST_ONNXRUNTIME:
+        least = ".".join(map(str, LEAST_ONNXRUNTIME))
+        raise MachineError(f"onnxruntime {ort.__version__} is installed, and exports need {least} or newer: pip install -U onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1

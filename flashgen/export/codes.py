@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flashgen.artifact.files import read_json
 from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError
 from flashgen.models.factored import factor
@@ -58,7 +59,7 @@ def read_codes(source: Artifact, part: str = "transformer") -> dict[str, Quantiz
     if part != "transformer" and not (folder / specs_file(part)).exists():
         return {}
     with one_sentence(source.path):
-        specs = json.loads((folder / specs_file(part)).read_text())
+        specs = read_json(folder / specs_file(part))
         tensors = load_file(folder / f"{part}.safetensors")
         shapes = {name.removesuffix(".weight"): weight.shape for name, weight in stored(source.path / part).items()}
         channel = part == "transformer" and source.manifest.recipe.get("group") == "channel"

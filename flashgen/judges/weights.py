@@ -112,7 +112,7 @@ def image_processor() -> Any:
 def _read_config(path: Path, origin: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{origin}: config.json cannot be read ({error}); take the weights again") from error
     if not config or not isinstance(config, dict) or not isinstance(config.get("architectures") or [""], list):
         raise ArtifactError(f"{origin}: config.json is no configuration of transformers; take the weights again")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashgen.artifact.draft import Draft
+from flashgen.artifact.files import read_json
 from flashgen.errors import NumericsError
 from flashgen.families.base import Family
 from flashgen.models.pipeline import Pipeline
@@ -81,7 +82,7 @@ def save_changed(
 
     Components `kept` are in the draft already; all others are linked.
     """
-    index = json.loads((source / "model_index.json").read_text())
+    index = read_json(source / "model_index.json")
     for name in family.components:
         if name in dropped:
             index[name] = [None, None]

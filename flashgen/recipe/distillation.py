@@ -70,7 +70,9 @@ class TrajectoryTraining(Regression):
     """Stage 1: trajectory guidance."""
 
     iterations: int = Field(1500, ge=0)
-    teacher_steps: int = Field(32, ge=2, description="a multiple of the student's steps, or the sum of `strides`, so that the grids nest")
+    teacher_steps: int = Field(
+        32, ge=2, le=1000, description="a multiple of the student's steps, or the sum of `strides`, so that the grids nest"
+    )
     prompts: int = Field(2048, ge=1, description="trajectories in the cache, one prompt and noise each")
     guidance: float = Field(4.5, ge=1, description="of the teacher: v_u + guidance (v_c - v_u)")
     guidance_interval: SigmaInterval | None = Field(None, description="noise levels between which the teacher is guided; null: all")

@@ -10,6 +10,7 @@ import yaml
 MAX_NODES = 5_000  # scalars, lists and mappings; an alias counts as all that it repeats
 MAX_DEPTH = 50
 MAX_DIGITS = 100
+MAX_COUNT = 10**12  # steps, samples or bytes
 TOO_DEEP = f"more than {MAX_DEPTH} sections or brackets within each other"
 
 
@@ -70,8 +71,8 @@ class _Loader(yaml.SafeLoader):
             raise
         except Exception as error:  # PyYAML's constructors raise what int(), datetime() and dictionaries raise
             raise yaml.constructor.ConstructorError(None, None, f"a value that is no {kind}: {error}", node.start_mark) from error
-        if isinstance(value, int) and abs(value) >= 1 << 63:
-            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+        if isinstance(value, int) and abs(value) > MAX_COUNT:
+            raise yaml.constructor.ConstructorError(None, None, f"a number above {MAX_COUNT}", node.start_mark)
         if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
             raise yaml.constructor.ConstructorError(None, None, "a text with a character that no file can hold", node.start_mark)
         return value

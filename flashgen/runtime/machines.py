@@ -77,7 +77,7 @@ def machine_named(text: str) -> Machine:
     Hours on a machine that is given by its memory alone are those of the slowest accelerator in the table with that memory, or with the
     next smaller one.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?(.+)", text.strip().lower())
+    match = re.fullmatch(r"(?:(\d{1,6})x)?(.+)", text.strip().lower())
     assert match is not None or not text.strip()
     count, what = (int(match[1] or 1), match[2]) if match else (0, "")
     if what in ACCELERATORS:

@@ -25,7 +25,7 @@ CLEAR_REFS = "/proc/self/clear_refs"
 
 def parse_bytes(text: str) -> float:
     """Bytes of an amount like `900MB` or `1.5GiB`. Raises UsageError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([KMG]i?B)", text.strip(), re.IGNORECASE)
     if not match:
         raise UsageError(f"--memory {text}: write a number and a unit, as in --memory 2GB or 900MiB")
     return float(match[1]) * UNITS[match[2].upper()]

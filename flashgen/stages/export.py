@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flashgen.artifact.draft import Draft
+from flashgen.artifact.files import read_json
 from flashgen.artifact.manifest import Kind, Sampler
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.families.configs import configs_in
@@ -184,7 +185,7 @@ def _write_config(part: Component, folder: Path) -> None:
 
 def write_runtime_files(pipe: Pipeline, exported: Collection[str], draft: Draft) -> dict[str, int]:
     """Write scheduler, model_index.json and the tokenizers of the `exported` text encoders; returns the padding token by tokenizer."""
-    index, folder = json.loads((pipe.folder / "model_index.json").read_text()), draft.path
+    index, folder = read_json(pipe.folder / "model_index.json"), draft.path
     pad_ids = {}
     for encoder, (name, _) in pipe.family.text_encoders.items():
         if encoder not in exported:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashgen import families, worlds
-from flashgen.artifact.manifest import Sampler
-from flashgen.artifact.store import Artifact, open_artifact
+from flashgen.artifact.manifest import MAX_TOKENS, Sampler
+from flashgen.artifact.store import MEND, Artifact, open_artifact
 from flashgen.errors import ArtifactError, UsageError
+from flashgen.families.configs import configs_in
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from flashgen.families.base import Family
     from flashgen.worlds.base import World
 
 
@@ -53,8 +55,7 @@ def world_of(artifact: Artifact) -> World | None:
 def sampler_of(artifact: Artifact) -> Sampler:
     """How to draw from `artifact`. Raises ArtifactError when flashgen cannot; an export draws without its family."""
     manifest = artifact.manifest
-    if manifest.kind != "device":
-        families.get(manifest.family)  # an unknown one is an error
+    family = None if manifest.kind == "device" else families.get(manifest.family)  # an unknown one is an error
     if manifest.kind == "gguf":
         raise ArtifactError(
             f"{artifact.path} is a transformer for stable-diffusion.cpp, ComfyUI-GGUF or diffusers, which read its model.gguf; with "
@@ -62,7 +63,23 @@ def sampler_of(artifact: Artifact) -> Sampler:
         )
     if manifest.sampler is None:
         raise ArtifactError(f"{artifact.path}: the manifest has no sampler, so nothing says how to draw; make it again with --force")
+    if family is not None:
+        _check_sampler(artifact.path, family, manifest.sampler)
     return manifest.sampler
+
+
+def _check_sampler(folder: Path, family: Family, sampler: Sampler) -> None:
+    """Raises ArtifactError for token lengths and a picture size that the networks in `folder` do not have."""
+    configs = configs_in(folder, family)
+    for name, encoder in family.text_encoders.items():
+        length, config = sampler.tokens.get(encoder.tokens, -1), configs(name) if (folder / name).is_dir() else {}
+        least, most = (2 if config else 0), min(MAX_TOKENS, config.get("max_position_embeddings", MAX_TOKENS))
+        if not least <= length <= most:
+            raise ArtifactError(f"{folder}: sampler.tokens.{encoder.tokens} is not {least} to {most}, as {name} needs; {MEND}")
+    if (folder / "transformer").is_dir() and (folder / "vae").is_dir():
+        unit, largest = family.size_limits(configs)
+        if any(side % unit or side > largest for side in sampler.size_px):
+            raise ArtifactError(f"{folder}: sampler.size_px {sampler.size_px} is not in multiples of {unit} up to {largest} px; {MEND}")
 
 
 def teacher_of(student: Artifact) -> Artifact:

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from flashgen.artifact.draft import Draft
+from flashgen.artifact.files import read_json
 from flashgen.errors import UsageError
 from flashgen.progress import track
 from flashgen.stages.base import Result, Stage
@@ -55,7 +56,7 @@ def write_nf4(stage: Stage, draft: Draft, protect: Sequence[str]) -> Result:
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=list(protect)
     )
-    config = json.loads((source / "config.json").read_text()) | {"quantization_config": settings.to_dict()}
+    config = read_json(source / "config.json") | {"quantization_config": settings.to_dict()}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_changed(draft, pipeline, stage.family, {}, kept=("transformer",))
     metrics: dict[str, Any] = {"weight_error_max": error, "packed_bytes": packed_bytes}

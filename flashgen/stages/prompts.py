@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -16,7 +15,7 @@ from flashgen.artifact.hub import HUB
 from flashgen.artifact.manifest import hash_json
 from flashgen.errors import UsageError
 from flashgen.recipe.schema import PromptsRecipe, Recipe
-from flashgen.stages.rows import Row, json_rows, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
+from flashgen.stages.rows import Row, is_unicode, json_rows, jsonl_rows, parquet_rows, require_columns, table_rows, text_lines
 
 UNJUDGED_PICTURES = 8  # prompts that are drawn where no judge scores pictures
 OPTION = "prompts_file="
@@ -86,7 +85,7 @@ def _prompts(rows: Iterable[tuple[str, Row]], name: str, how: PromptsRecipe) -> 
         prompt, weight = row[how.column], 1.0 if how.weight is None else row[how.weight]
         if not isinstance(prompt, str | None):
             raise UsageError(f"{name}{place}: column {how.column!r} holds {type(prompt).__name__}, not text; name another, prompts.column=")
-        if prompt is not None and re.search("[\ud800-\udfff]", prompt):
+        if prompt is not None and not is_unicode(prompt):
             raise UsageError(f"{name}{place}: half of a surrogate pair, which is no character; write the file again in UTF-8")
         if prompt is not None and prompt.strip():
             pairs.append((prompt.strip(), _weight(weight, f"{name}{place}: column {how.weight!r}")))

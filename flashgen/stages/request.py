@@ -20,6 +20,7 @@ from flashgen.pixels import Size, read_size
 from flashgen.png import fit, read_picture, read_texts
 from flashgen.progress import warn
 from flashgen.stages.inputs import sampler_of
+from flashgen.stages.rows import is_unicode
 from flashgen.stages.sizes import check_size
 
 MAX_SEEDS = 10_000
@@ -44,8 +45,8 @@ class Request:
         sampler = sampler_of(source)
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise UsageError('the prompt is empty; write what to draw, as in: flashgen generate ARTIFACT "a red circle" -o a.png')
-        if any("\ud800" <= letter <= "\udfff" for text in (*self.prompts, self.negative) for letter in text):
-            raise UsageError("a prompt or --negative is not valid UTF-8; write it in UTF-8, or put it into a file for --prompt-file")
+        if broken := [text for text in (*self.prompts, self.negative) if not is_unicode(text)]:
+            raise UsageError(f"{broken[0][:60]!a} is not valid UTF-8; set the terminal to UTF-8, or write a file for --prompt-file")
         if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**64]:
             raise UsageError(f"--seed {wrong[0]} is out of range; use 0 to 2^64-1")
         teacher = source.manifest.kind == "teacher" or not sampler.trained_steps
@@ -112,7 +113,7 @@ def read_seeds(text: str) -> list[int]:
     """`1,5-9` is 1, 5, 6, 7, 8, 9. Raises UsageError for anything else, and for more than `MAX_SEEDS`."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,20})(?:\s*-\s*(\d{1,20}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last - first >= MAX_SEEDS - len(seeds):
             raise UsageError(f"--seeds {text}: numbers and rising ranges, as in 1,5-9, {MAX_SEEDS} at most")

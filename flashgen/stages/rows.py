@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from flashgen.errors import UsageError
 
 Row = Mapping[str, Any]
+HALF = re.compile("[\ud800-\udfff]")
 LONGEST_LINE = 1 << 20  # characters
 LARGEST_JSON = 1 << 30  # the same: such a file is in memory as a whole
 
@@ -36,6 +38,11 @@ def text_lines(path: Path, option: str, longest: int = LONGEST_LINE) -> Iterator
                 yield line
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{option}{path} cannot be read as text ({error}); name a file in UTF-8") from error
+
+
+def is_unicode(text: str) -> bool:
+    """Return True unless `text` has half characters: bytes of a command line, or escapes of JSON, that are no UTF-8."""
+    return not HALF.search(text)
 
 
 def jsonl_rows(path: Path, option: str) -> Iterator[tuple[str, Row]]:

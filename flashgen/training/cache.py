@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashgen.artifact.files import locked, remove_temporaries
+from flashgen.errors import NumericsError
 from flashgen.families.conditioning import Conditioning
 from flashgen.flow.convert import move
 from flashgen.flow.grid import check_nested
@@ -175,7 +176,8 @@ def write_states(
     """(mapped fp16 states [count, length, *shape] per file, their mappings); `files` gives the name and the length of each.
 
     `compute(slice of at most `rows` rows)` returns a list of states [B, *shape] per file. Parts that `folder` has are not computed again;
-    the processes share out the others. Raises MachineError if another run is writing to `folder`.
+    the processes share out the others. Raises MachineError if another run is writing to `folder`, and NumericsError for a state that fp16
+    cannot hold.
     """
 
     def mapped() -> tuple[list[Tensor], tuple[mmap.mmap, ...]]:
@@ -193,7 +195,10 @@ def write_states(
         for first in track(of_this_rank, label, total=len(of_this_rank)):
             part = slice(first, min(first + rows, count))
             for into, states in zip(tensors, compute(part), strict=True):
-                into[part] = torch.stack(states, 1).half().cpu()
+                half = torch.stack(states, 1).half()
+                if bool(half.isinf().any()):  # NaN marks a row without a picture
+                    raise NumericsError(f"{label}: a state is larger than fp16 holds (65504); the network that makes the states diverges")
+                into[part] = half.cpu()
             mark_written(folder / f"{first:06d}.done", [], part, tensors, mappings)
         wait_for_all()
     return tensors, mappings

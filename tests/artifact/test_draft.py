@@ -301,3 +301,12 @@ def test_the_cache_outlives_a_published_version_and_is_no_unfinished_run(
     assert "unfinished" not in capsys.readouterr().err
     monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path / "shared"))
     assert draft.cache == tmp_path / "shared"
+
+
+def test_published_files_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    first = draft_of(tmp_path / "a")
+    (first.path / "w.safetensors").touch(mode=0o600)  # as safetensors writes them
+    published = first.publish()
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in published.path.iterdir()} == {mode}

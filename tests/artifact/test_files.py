@@ -8,13 +8,41 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flashgen.artifact import files, finite
-from flashgen.artifact.files import check_disk, copy, digest, disk_bytes, link, locked
-from flashgen.errors import MachineError, NumericsError
+from flashgen.artifact.files import check_disk, copy, digest, disk_bytes, link, locked, read_json
+from flashgen.errors import ArtifactError, MachineError, NumericsError
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda file: None, "cannot be read \\(No such file or directory\\)"),
+        (lambda file: file.mkdir(), "is not a plain file"),
+        (lambda file: os.mkfifo(file), "is not a plain file"),
+        (lambda file: file.symlink_to("/dev/zero"), "is not a plain file"),
+        (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"), "is a Git LFS pointer.*git lfs pull"),
+        (lambda file: file.write_text("[]"), "cannot be read \\(it is no mapping\\)"),
+        (lambda file: file.write_text("[" * 100_000), "cannot be read"),
+        (lambda file: file.write_text('{"a": Infinity}'), "cannot be read \\(it holds Infinity\\)"),
+        (lambda file: file.open("w").truncate(6 << 30), "cannot be read \\(6442450944 bytes"),
+    ],
+)
+def test_a_small_file_that_is_none_is_one_sentence(make: Callable[[Path], object], why: str, tmp_path: Path) -> None:
+    make(tmp_path / "a.json")
+    with pytest.raises(ArtifactError, match=f"a.json {why}"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_rights_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.json").touch(mode=0)
+    with pytest.raises(ArtifactError, match=r"a.json cannot be read \(Permission denied\)"):
+        read_json(tmp_path / "a.json")
 
 
 def test_check_disk_raises_when_the_disk_is_too_small(tmp_path: Path) -> None:
@@ -40,13 +68,14 @@ def test_a_large_file_is_read_again_only_when_it_changed(tmp_path: Path, monkeyp
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(files, "sha256", counted)
-    file, cache = tmp_path / "w", tmp_path / "cache" / "flashgen" / "digests.json"
+    file, cache = tmp_path / "w", tmp_path / "cache" / "flashgen" / "digests.state"
     file.write_bytes(bytes(files.LARGE_BYTES))
     first = [digest(file) for _ in range(2)]
     assert first == [sha256(file)] * 2 and read == [file]
     link(file, tmp_path / "linked")  # the link changes the inode's time, and not the contents
     assert digest(tmp_path / "linked") == first[0] and read == [file]
-    for damaged in (b"{", b"[1]", b'{"a": 1}', b"\xff", b"[" * 100_000):
+    whole = cache.read_bytes()
+    for damaged in (b"", whole[:-9], whole.replace(first[0][:8].encode(), b"00000000"), b"[" * 100_000, b"\xff"):
         cache.write_bytes(damaged)
         read.clear()
         assert digest(file) == first[0] and read == [file]
@@ -164,6 +193,7 @@ def test_a_thread_of_the_same_process_is_refused(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from flashgen.artifact.files import locked
 with locked(Path(sys.argv[1])):

@@ -68,7 +68,10 @@ def test_file_is_accepted_when_it_is_a_weight_of_another_runtime() -> None:
     assert File(path="transformer/openvino_model.bin", size=0, sha256=SHA).path
 
 
-@pytest.mark.parametrize("sigmas", [[1.0, 0.5], [1.2, 0.0], [0.5, 0.5, 0.0], [0.4, 0.6, 0.0], [0.0], [float("nan"), 0.0]])
+@pytest.mark.parametrize(
+    "sigmas",
+    [[1.0, 0.5], [1.2, 0.0], [0.5, 0.5, 0.0], [0.4, 0.6, 0.0], [0.0], [float("nan"), 0.0], [1 - i / 1001 for i in range(1001)] + [0.0]],
+)
 def test_sampler_is_refused_when_sigmas_do_not_fall_to_zero(sigmas: list[float]) -> None:
     with pytest.raises(ValidationError):
         Sampler.model_validate(SAMPLER | {"sigmas": sigmas})

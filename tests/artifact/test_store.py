@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from flashgen.artifact import manifest
+from flashgen.artifact.draft import check_out
 from flashgen.artifact.manifest import Manifest
 from flashgen.artifact.store import open_artifact, resolve
-from flashgen.errors import ArtifactError
+from flashgen.errors import ArtifactError, UsageError
 from tests.artifact.making import publish
 
 
@@ -66,6 +67,25 @@ def test_latest_is_refused_when_it_names_no_version_beside_it(tmp_path: Path, ta
     (tmp_path / "s" / "latest").write_text(target)
     with pytest.raises(ArtifactError, match="no version"):
         resolve(tmp_path / "s")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "sparse", "folder"])
+def test_a_latest_that_is_no_line_of_text_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    latest = tmp_path / "latest"
+    publish(tmp_path)
+    latest.unlink()
+    if kind == "pipe":
+        os.mkfifo(latest)
+    elif kind == "folder":
+        latest.mkdir()
+    else:
+        latest.touch()
+        os.truncate(latest, 6 << 30)
+    with pytest.raises(ArtifactError, match=r"latest (is neither a link nor|points at)"):
+        resolve(tmp_path)
+    if kind != "sparse":  # a file would be replaced
+        with pytest.raises(UsageError, match="latest is neither a link nor a file"):
+            check_out(tmp_path)
 
 
 # opening with distrust

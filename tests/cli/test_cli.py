@@ -8,14 +8,19 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from flashgen.artifact.manifest import Parent, content_digest
 from flashgen.artifact.store import Artifact
 from flashgen.cli.app import main
 from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
+from flashgen.recipe.schema import Recipe
+from flashgen.stages.card import ancestors
+from flashgen.stages.inputs import teacher_of
 from tests.artifact.making import publish
 from tests.cli.command import flashgen, refused
 from tests.conftest import tiny_sampler
@@ -228,6 +233,21 @@ def test_one_option_spelling_for_every_stage() -> None:
             assert f"{option} " in text, (command, option)
 
 
+@pytest.mark.parametrize("where", [["a cat \udcff"], ["a cat", "--negative", "\udcff", "--guidance", "2"], ["a cat \ud800"]])
+def test_a_prompt_that_is_no_utf8_ends_with_2_before_anything_loads(where: list[str], tmp_path: Path) -> None:
+    publish(tmp_path / "s", sampler=tiny_sampler())  # which has no network that could load
+    assert "is not valid UTF-8" in refused(2, "generate", tmp_path / "s", *where, "-o", tmp_path / "a.png")
+
+
+def test_parents_that_go_round_in_a_circle_end(tmp_path: Path) -> None:
+    artifact = publish(tmp_path)
+    circle = replace(artifact, manifest=artifact.manifest.model_copy(update={"parents": [artifact.as_parent("student")]}))
+    (artifact.path / "manifest.json").write_text(circle.manifest.model_dump_json())
+    with pytest.raises(ArtifactError, match="go round in a circle"):
+        teacher_of(circle)
+    assert len(ancestors(Copy({"student": circle}, Recipe(name="test"), 0))) == 1
+
+
 # show
 
 
@@ -251,6 +271,45 @@ def test_show_prints_the_lineage_and_marks_what_is_gone(tmp_path: Path) -> None:
     assert "family   sd3; world none\n" in text and "family   sd3; world shapes\n" in flashgen("show", tmp_path / "t").stdout
     (teacher.path / "manifest.json").unlink()
     assert f"teacher {teacher.path}  {teacher.manifest.digest[:12]}  (no longer there)" in flashgen("show", tmp_path / "q").stdout
+
+
+def test_show_knows_the_source_of_an_import(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    for source in (str(tmp_path / "plain"), "hf:owner/name"):
+        publish(tmp_path / "t", kind="teacher", parents=[Parent(role="source", path=source, digest="0" * 64)], settings={"import": source})
+        text = flashgen("show", tmp_path / "t").stdout
+        assert f"source {source}  {'0' * 12}\n" in text and "no longer there" not in text
+    publish(tmp_path / "t", kind="teacher", parents=[Parent(role="source", path=str(tmp_path / "gone"), digest="0" * 64)])
+    assert "gone  000000000000  (no longer there)" in flashgen("show", tmp_path / "t").stdout
+
+
+def test_escape_codes_of_a_manifest_never_reach_the_terminal(tmp_path: Path) -> None:
+    code = "\x1b]0;title\x07\x9b2J\u202e"
+    parents = [Parent(role="teacher", path=code, digest="0" * 64)]
+    publish(tmp_path / "s", stage=f"distill{code}", settings={"a": code}, parents=parents)
+    shown = flashgen("show", tmp_path / "s")
+    assert shown.exit_code == 0 and r"distill\x1b]0;title\x07\x9b2J\u202e" in shown.stdout
+    assert not set(code[:1] + code[-4:]) & set(shown.stdout) - set("2J")
+    manifest = tmp_path / "s" / "v0001" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"kind": "student"', json.dumps({"kind": code})[1:-1]))
+    assert "\x1b" not in refused(3, "show", tmp_path / "s")
+    assert "\x1b" not in refused(3, "show", tmp_path / code)
+
+
+def test_show_walks_a_long_line_of_ancestors(tmp_path: Path) -> None:
+    """1,100 versions: more than Python calls deep."""
+    first = publish(tmp_path)
+    parents: list[dict[str, str]] = []
+    for number in range(2, 1102):
+        folder = tmp_path / f"v{number:04d}"
+        folder.mkdir()
+        (folder / "a").write_text("")
+        raw = first.manifest.model_dump(mode="json") | {"parents": parents, "files": [{"path": "a", "size": 0, "sha256": f"{number:064d}"}]}
+        raw["digest"] = content_digest(raw)
+        (folder / "manifest.json").write_text(json.dumps(raw))
+        parents = [{"role": "student", "path": str(folder), "digest": raw["digest"]}]
+    result = flashgen("show", tmp_path / "v1101")
+    assert result.exit_code == 0 and result.stdout.count("\n") == 8 + 1100 and "no longer" not in result.stdout
 
 
 def test_show_ends_when_a_lineage_names_itself(tmp_path: Path) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from flashgen.artifact.store import Artifact
 from flashgen.device import engine
 from flashgen.device.sampler import DevicePipeline
-from flashgen.errors import ArtifactError, NumericsError, UsageError
+from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
 from flashgen.recipe.compression import ExportRecipe
 from flashgen.recipe.schema import Recipe
 
@@ -112,6 +114,24 @@ def test_a_graph_that_the_manifest_does_not_name_is_not_run(handmade_device: Art
         engine.Engine(foreign).network("upscaler")
 
 
+@pytest.mark.parametrize("where", ["../secret", "{root}/secret", "/dev/zero"])
+@pytest.mark.parametrize("name", [name for name in engine.NETWORKS if find_spec(name)])
+def test_weights_outside_of_the_artifact_are_not_read(name: str, where: str, tmp_path: Path) -> None:
+    """The engines themselves refuse external data that leaves the model's folder; a version holds no links."""
+    onnx = pytest.importorskip("onnx")
+    np.zeros(4, np.float32).tofile(tmp_path / "secret")
+    (tmp_path / "transformer").mkdir()
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=where.format(root=tmp_path))
+    tensor.external_data.add(key="length", value="16")
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, [4]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "w"], ["y"])], "graph", [x], [y], [tensor])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "transformer" / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=f"{name} cannot load .*model.onnx"):
+        engine.NETWORKS[name](tmp_path / "transformer" / "model.onnx", 1, False, "")
+
+
 @pytest.mark.parametrize("component", ["style_encoder", "transformer", "vae_decoder"])
 def test_a_network_that_gives_nan_is_named(component: str, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     run, load = engine.OnnxRuntimeNetwork.run, engine.Engine._load
@@ -141,3 +161,20 @@ def test_a_tokenizer_with_swapped_ids_is_not_used(handmade_device: Artifact, tmp
     assert file.stat().st_size == (handmade_device.path / file.relative_to(swapped.path)).stat().st_size
     with pytest.raises(ArtifactError, match=r"tokenizer\.json was altered"):
         DevicePipeline(swapped)
+
+
+@pytest.mark.parametrize(("version", "draws"), [("1.23.2", False), ("1.9.0", False), ("1.24.1", True), ("2.0.0rc1", True)])
+def test_too_old_an_onnxruntime_says_which_one_would_do(
+    version: str, draws: bool, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    if draws:
+        assert DevicePipeline(handmade_device).sample(["two red circles"], [3]).shape[0] == 1
+    else:
+        with pytest.raises(MachineError, match=rf"onnxruntime {version} is installed, .* need 1\.24 or newer: pip install -U onnxruntime"):
+            DevicePipeline(handmade_device).sample(["two red circles"], [3])
+
+
+def test_the_packages_bound_is_the_least_onnxruntime_that_draws() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    assert f"onnxruntime>={'.'.join(map(str, engine.LEAST_ONNXRUNTIME))}" in project["dependencies"]

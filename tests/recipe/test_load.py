@@ -150,7 +150,7 @@ MERGES = "name: a\na0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([
     ("text", "why"),
     [
         ("name: 2024-13-45", "no timestamp"), ("name: !!timestamp x", "no timestamp"), ("name: " + "9" * 5000, "5000 digits"),
-        ("name: 0x" + "f" * 50, "more than 64 bits"), ("name: !!float x", "no float"), ("name: !!bool x", "no bool"),
+        ("name: 0x" + "f" * 50, "a number above 1000000000000"), ("name: !!float x", "no float"), ("name: !!bool x", "no bool"),
         ("name: !!binary x", "base64"), ("name: !!omap x", "expected a sequence"), ("[a]: b", "unhashable"), ("name: !x y", "!x"),
         ('name: "a\\0b"', "no file can hold"), ('name: "\\ud800"', "no file can hold"), ("name: " + "[" * 300_000, "more than 50 sections"),
         ("- " * 300, "more than 50 sections"),

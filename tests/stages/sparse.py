@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from flashgen.artifact.files import sha256
 from flashgen.artifact.store import Artifact
 from flashgen.models.stream import NAMES
 from tests import runs
 
 
 def sparse_teacher(out: Path, like: str = "sd35-medium") -> Artifact:
-    """A teacher like `flashgen teacher random --like LIKE`, of no world, in sparse files; its digests are not those of its files."""
+    """A teacher like `flashgen teacher random --like LIKE`, of no world, in sparse files; the digests of its weights are 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flashgen.families.sd3.random_weights.save_file", _save_header)
         patch.setattr("flashgen.families.sd3.random_weights._weight", lambda network, name, meta, key: meta)
         patch.setattr("flashgen.families.sd3.random_weights.check_disk", lambda folder, needed: None)
-        patch.setattr("flashgen.artifact.draft.sha256", lambda file: "0" * 64)
+        patch.setattr("flashgen.artifact.draft.digest", lambda file: "0" * 64 if file.suffix == ".safetensors" else sha256(file))
         return runs.random(like, out, world=None)
 
 

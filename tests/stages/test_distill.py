@@ -28,9 +28,11 @@ from flashgen.training import cache as caching
 from flashgen.training import loop, matching, prompts, regression
 from flashgen.training.cache import Replay
 from flashgen.training.checkpoint import Checkpoint
+from flashgen.training.mapped import read_mark
 from flashgen.training.rollout import roll_out
 from tests import runs
 from tests.stages.chain import TRANSFORMER, Chain, digests, judged, micro
+from tests.stages.test_damaged import reseal
 
 
 @pytest.fixture
@@ -113,8 +115,8 @@ def test_embeddings_beyond_the_budget_are_not_stored(chain: Chain, tmp_path: Pat
     stored = runs.distill(str(chain.teacher.path), tmp_path / "stored", micro("distill.matching.prompts=8"))
     a, b = (load_file(artifact.path / TRANSFORMER) for artifact in (made, stored))
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
-    (marks,) = ([*(tmp_path / name / ".work/cache").glob("prompts-*/*.json")] for name in ("out",))
-    embedded = {digest for mark in marks if mark.stem.isdigit() for digest in json.loads(mark.read_text())}
+    marks = map(read_mark, (tmp_path / "out/.work/cache").glob("prompts-*/[0-9]*.done"))
+    embedded = {digest for mark in marks if mark for digest in mark[1]}
     assert 1 < len(embedded) <= 9
     plans = [
         runs.plan("distill", {"teacher": str(chain.teacher.path)}, tmp_path / "x", recipe)
@@ -293,11 +295,12 @@ def test_moments_of_8_bits_want_their_package_and_unsharded_weights(name: str, c
     assert key.pop("optimizer_bits") == 8 and key == prepare(kind, refs, micro()).settings()
 
 
-def test_distill_stops_before_a_step_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:
+def test_distill_starts_nothing_when_the_teacher_is_not_finite(chain: Chain, tmp_path: Path) -> None:
     shutil.copytree(chain.teacher.path, tmp_path / "broken")
     weights = load_file(tmp_path / "broken" / TRANSFORMER)
     weights["proj_out.bias"][0] = float("inf")
     save_file(weights, tmp_path / "broken" / TRANSFORMER, metadata={"format": "pt"})
-    with pytest.raises(NumericsError, match=r"trajectory step 0.*before the optimizer step"):
+    reseal(tmp_path / "broken")
+    with pytest.raises(NumericsError, match=r"tensor proj_out\.bias holds numbers that are not finite"):
         runs.distill(str(tmp_path / "broken"), tmp_path / "out", micro())
     assert versions(tmp_path / "out") == []

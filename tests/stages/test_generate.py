@@ -202,6 +202,31 @@ def test_a_start_picture_is_kept_the_more_the_less_noise_there_is_on_it(tiny_stu
             generate(str(tiny_student.path), PROMPTS[:1], tmp_path / "b.png", init_image=tmp_path, strength=strength)
 
 
+def test_a_start_picture_is_turned_upright_and_cut_to_the_pictures_proportions(
+    tiny_student: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tall, turned = np.zeros((192, 64, 3), np.uint8), Image.Exif()
+    tall[64:96] = 200  # the upper half of the centre
+    turned[0x0112] = 6
+    Image.fromarray(np.rot90(tall)).save(tmp_path / "a.png", exif=turned)
+    found = Request(PROMPTS[:1], [3], init_image=tmp_path / "a.png").init(tiny_student, tiny_sampler())
+    assert found is not None and np.array_equal(found, tall[64:128])
+    assert "a.png is 64x192: cropped to the proportions of 64\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"no picture"])
+def test_a_start_picture_that_is_none_is_one_sentence(content: bytes, tiny_student: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UsageError, match=r"a\.png is no picture that can be read"):
+        Request(PROMPTS[:1], [3], init_image=tmp_path / "a.png").init(tiny_student, tiny_sampler())
+
+
+def test_a_teacher_draws_in_a_thousand_steps_at_most(tiny_teacher: Artifact) -> None:
+    assert Request(PROMPTS[:1], [3], steps=1000).check(tiny_teacher)
+    with pytest.raises(UsageError, match=r"--steps 1001: .* draws in 1 to 1000 steps"):
+        Request(PROMPTS[:1], [3], steps=1001).check(tiny_teacher)
+
+
 def test_a_start_picture_keeps_the_scales_of_the_steps_that_are_left(tiny_student: Artifact, tmp_path: Path) -> None:
     """`quantize.step_scales` holds for the end of the grid too: the steps from a picture on are the last ones of a picture from noise."""
     pipe, path = load_pipeline(tiny_student.path), tmp_path / "start.png"
@@ -226,7 +251,7 @@ def test_a_start_picture_keeps_the_scales_of_the_steps_that_are_left(tiny_studen
 
 def test_seeds_are_numbers_and_rising_ranges() -> None:
     assert read_seeds("1, 5-7,18446744073709551615") == [1, 5, 6, 7, 2**64 - 1]
-    for text in ("", "a", "3-1", "1,,2", "-1", "0-10000", "0-9999,1"):
+    for text in ("9" * 5000, "1-" + "9" * 5000, "", "a", "3-1", "1,,2", "-1", "0-10000", "0-9999,1"):
         with pytest.raises(UsageError, match="numbers and rising ranges"):
             read_seeds(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -23,8 +24,10 @@ from flashgen.errors import ArtifactError
 from flashgen.models.border import check_pipeline
 from flashgen.models.pipeline import load_pipeline
 from flashgen.models.sample import sample
+from flashgen.stages.inputs import sampler_of
 from tests import runs
 from tests.cli.command import refused
+from tests.conftest import tiny_sampler
 
 Change = Callable[[Path], object]
 CLIP, T5, TRANSFORMER, VAE = "text_encoder/config.json", "text_encoder_3/config.json", "transformer/config.json", "vae/config.json"
@@ -299,3 +302,19 @@ def test_the_shift_is_the_schedulers_as_diffusers_reads_it(settings: dict[str, A
 def test_text_is_as_long_as_tokenizer_and_encoders_allow(length: int | None, positions: int, mutable: Path) -> None:
     put(TOKENIZER, model_max_length=... if length is None else length)(mutable)
     assert check_pipeline(mutable)[1].tokens == {"clip": positions, "t5": 16}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens": {"clip": 16}}, "sampler.tokens.t5 is not 2 to 4096, as text_encoder_3 needs"),
+        ({"tokens": {"clip": 17, "t5": 16}}, "sampler.tokens.clip is not 2 to 16, as text_encoder needs"),
+        ({"tokens": {"clip": 0, "t5": 16}}, "sampler.tokens.clip is not 2 to 16"),
+        ({"size_px": 72}, "sampler.size_px 72 is not in multiples of 16 up to 512 px"),
+        ({"size_px": 1024}, "sampler.size_px 1024 is not in multiples"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_the_networks_is_refused(settings: dict[str, Any], message: str, tiny_student: Artifact) -> None:
+    manifest = tiny_student.manifest.model_copy(update={"sampler": tiny_sampler(**settings)})
+    with pytest.raises(ArtifactError, match=message):
+        sampler_of(dataclasses.replace(tiny_student, manifest=manifest))

@@ -20,6 +20,7 @@ from flashgen.quant.pack import QuantizedLinear, dequantize
 from tests import runs
 from tests.cli.command import flashgen
 from tests.stages.chain import TRANSFORMER, Chain, digests, linked, micro
+from tests.stages.test_damaged import reseal
 
 
 def test_every_stage_publishes_a_whole_version_of_its_kind(chain: Chain) -> None:
@@ -156,7 +157,8 @@ def test_quantize_refuses_weights_that_are_not_finite(chain: Chain, tmp_path: Pa
     shutil.copytree(chain.prune.path, tmp_path / "broken")
     weights = load_file(tmp_path / "broken" / TRANSFORMER)
     weights["transformer_blocks.0.attn.to_q.weight"][0, 0] = float("nan")
-    save_file(weights, tmp_path / "broken" / TRANSFORMER, metadata={"format": "pt"})  # the same size: only --verify would see it
+    save_file(weights, tmp_path / "broken" / TRANSFORMER, metadata={"format": "pt"})
+    reseal(tmp_path / "broken")
     with pytest.raises(NumericsError, match="finite"):
         runs.quantize(str(tmp_path / "broken"), tmp_path / "out", micro())
     assert versions(tmp_path / "out") == []

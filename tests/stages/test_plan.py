@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from flashgen.stages.quantize import Quantize, streamed
 from flashgen.stages.restructure import RestructureEncoder
 from flashgen.stages.trainings import matching_state
 from flashgen.stages.trajectories import cached_steps, guided_teacher, on_policy_steps, student_grid
+from flashgen.training.mapped import read_mark
 from flashgen.training.roles import roles_on
 from tests import runs
 from tests.stages.chain import Chain, micro
@@ -99,7 +99,7 @@ def test_trajectories_are_counted_as_they_are_stored(tiny_teacher: Artifact, tmp
     on_policy_steps(stage, pool, source, nodes, shape, tmp_path, pipe.transformer)
     own, more = (sum(path.stat().st_size for path in tmp_path.glob(f"{name}/*.bin")) for name in ("trajectories-*", "on_policy/*"))
     footprint = Footprint(tiny_teacher)
-    embedded = sum(len(json.loads(path.read_text())) for path in tmp_path.glob("prompts-*/[0-9]*.json"))
+    embedded = sum(len(mark[1]) for path in tmp_path.glob("prompts-*/[0-9]*.done") if (mark := read_mark(path)))
     prompts = 3 * footprint.conditioning_bytes()
     assert sum(path.stat().st_size for path in tmp_path.glob("prompts-*/*.bin")) == embedded * footprint.conditioning_bytes()
     here, less = plan_of("distill", tiny_teacher, wanted), plan_of("distill", tiny_teacher, unwanted)

@@ -146,6 +146,8 @@ def test_a_plan_that_does_not_fit_is_printed_and_ends_with_5_and_advice(medium: 
     assert "cannot be shared by 3 processes" in refused(2, *words, "--plan", "--on", "3x80GB")
     assert "add --plan" in refused(2, *words, "--on", "rtx4090")
     assert "--on abc: write a number" in refused(2, *words, "--plan", "--on", "abc")
+    assert "write a number" in refused(2, *words, "--plan", "--on", "9" * 5000 + "xh100")
+    assert "write a number" in refused(2, *words, "--plan", "--on", "9" * 500 + "GB")
     assert not (tmp_path / "out").exists()
 
 

@@ -80,7 +80,7 @@ def test_a_hub_id_brings_the_pipeline_alone(monkeypatch: pytest.MonkeyPatch, cha
     ids=["no index", "another pipeline", "no weights"],
 )
 def test_import_refuses_other_folders(spoil: Callable[[Path], object], message: str, chain: Chain, tmp_path: Path) -> None:
-    shutil.copytree(chain.teacher.path, tmp_path / "plain")
+    shutil.copytree(chain.teacher.path, tmp_path / "plain", ignore=shutil.ignore_patterns("manifest.json"))
     spoil(tmp_path / "plain")
     with pytest.raises(ArtifactError, match=message):
         runs.import_(str(tmp_path / "plain"), tmp_path / "out")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashgen.artifact.files import locked
-from flashgen.errors import MachineError, UsageError
+from flashgen.errors import MachineError, NumericsError, UsageError
 from flashgen.families.base import velocity
 from flashgen.flow.grid import shifted_grid
 from flashgen.flow.guidance import Guidance
@@ -139,6 +139,17 @@ def test_damaged_parts_are_computed_again(
     assert torch.equal(cache(net, pool, tmp_path), first) and len(calls) == 4 * parts
     assert f"warning: {tmp_path}: {parts} of 3 parts are damaged and computed again" in capsys.readouterr().err
     assert torch.equal(cache(net, pool, tmp_path), first) and len(calls) == 4 * parts
+
+
+@pytest.mark.parametrize("value", [65504.0, 65535.0, -1e30])
+def test_a_state_beyond_fp16_is_not_kept(value: float, tmp_path: Path) -> None:
+    states = [[torch.ones(4, 2), torch.tensor([[1.0, value]] * 4)]]
+    if value == 65504.0:
+        assert caching.write_states(tmp_path, {"a.bin": 2}, 4, (2,), 4, lambda _: states, "states")[0][0].isfinite().all()
+        return
+    with pytest.raises(NumericsError, match=r"states: a state is larger than fp16 holds \(65504\)"):
+        caching.write_states(tmp_path, {"a.bin": 2}, 4, (2,), 4, lambda _: states, "states")
+    assert not [*tmp_path.glob("*.done")]
 
 
 def test_a_second_run_does_not_write_to_the_same_cache(transformer: Build, pool: PromptPool, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class WithoutT5(Restructuring):
 
         from flashgen.models.stream import tensor, tensor_files
 
-        large = T5Config.from_pretrained(folder / self.encoder)
+        large = T5Config.from_pretrained(folder / self.encoder, local_files_only=True)
         small = copy.deepcopy(large)
         small.num_layers = config.layers or max(1, large.num_layers // 4)
         small.num_heads = config.heads or max(1, large.num_heads // 2)

@@ -8,6 +8,8 @@ from math import copysign, sqrt
 from pathlib import Path
 from typing import Any
 
+from flashgen.artifact.files import read_json
+
 TOLERANCE = 1e-6  # of a sigma; the scheduler computes in fp32
 
 
@@ -19,7 +21,7 @@ def set_scheduler(folder: Path, sigmas: Sequence[float]) -> bool:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return False
-    config = json.loads(file.read_text())
+    config = read_json(file)
     if not walks(config, sigmas):
         config |= plain_settings(sigmas, int(config.get("num_train_timesteps", 1000)))
         if not walks(config, sigmas):
