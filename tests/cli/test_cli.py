@@ -106,8 +106,8 @@ def test_a_rank_without_a_launch_prints_as_any_process(tmp_path: Path, student: 
         (ArtifactError("v is broken"), 3, "error: v is broken"),
         (NumericsError("loss is nan"), 4, "error: loss is nan"),
         (MachineError("too little disk"), 5, "error: too little disk"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "w.safetensors"), 5, "no space left on the disk"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), 5, "no space left on the disk"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "w.safetensors"), 5, "q is full ("),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 5, "q is full ("),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 5, "Permission denied: '/x'; check the path"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
