@@ -20,6 +20,7 @@ from flashgen.artifact.store import open_artifact
 from flashgen.cli.app import app
 from flashgen.errors import MachineError
 from flashgen.export.page import PACKAGES, fetch
+from tests.stages.test_damaged import reseal
 
 FOLDER = Path(__file__).parent / "packed"
 RECIPE = ("--recipe", FOLDER / "recipe.yaml", "--set", f"prompts_file={FOLDER / 'prompts.txt'}")
@@ -238,10 +239,9 @@ def test_bench_measures_all_of_them_and_judges_none(exports: dict[str, tuple[Pat
 
 
 def relabelled(version: Path, out: Path, **names: str) -> Path:
-    """A copy of `version` whose manifest gives another family or world; its digest stays valid."""
+    """A copy of `version` whose manifest gives another family or world, with a valid digest."""
     shutil.copytree(version, out)
-    data = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps(data | names))
+    reseal(out, **names)
     return out
 
 
