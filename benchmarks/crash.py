@@ -118,7 +118,7 @@ def install(fault: Fault) -> None:
         is_counting = True
         return published(self, *arguments, **options)
 
-    draft.Draft.publish = publish  # type: ignore[method-assign]
+    draft.Draft.publish = publish  # type: ignore[method-assign]  # in a child that ends
     if fault.at_call is not None or fault.record:
         for name in CALLS:
             setattr(os, name, counted(getattr(os, name)))
