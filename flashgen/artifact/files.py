@@ -103,8 +103,8 @@ def digest(file: Path, expected: str | None = None) -> str:
     Raises NumericsError for weights that are not finite; those of a file whose sha256 is not the `expected` one are not looked at.
     """
     state = _state(file)
-    if (known := _digests().get(state[0])) is not None and known[:-1] == state[1:]:
-        return str(known[-1])
+    if (known := _known(state)) is not None:
+        return known
     found = sha256(file)
     if expected in (None, found):
         check_finite(file)
@@ -116,6 +116,14 @@ def _state(file: Path) -> list[str | int]:
     """Device and inode, then size, time of modification and time of change, which copying tools cannot set."""
     state = file.stat()
     return [f"{state.st_dev}:{state.st_ino}", state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _known(state: list[str | int]) -> str | None:
+    """sha256 that the user's cache has for a large file in this `state`."""
+    if int(state[1]) < LARGE_BYTES:
+        return None
+    entry = _digests().get(state[0])
+    return str(entry[-1]) if entry is not None and entry[:-1] == state[1:] else None
 
 
 def _digests() -> dict[object, list[str | int]]:
@@ -143,14 +151,14 @@ def link(source: Path, target: Path) -> None:
     """Hard-link `source` to `target`, or copy it where links are not possible. Only for files of published versions."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    before, known = _state(source), _digests()
+    known = _known(_state(source))
     try:
         os.link(source.resolve(), target)
     except OSError:
         copy(source, target)
         return
-    if (entry := known.get(before[0])) is not None and entry[:-1] == before[1:]:
-        _remember(_state(target), str(entry[-1]))  # a link is a change, but not of the contents
+    if known is not None:
+        _remember(_state(target), known)  # a link is a change, but not of the contents
 
 
 def copy(source: Path, target: Path) -> None:
