@@ -1,4 +1,4 @@
-"""What `benchmarks.crash` interrupts: every stage with tiny networks, pictures in a folder, votes, statistics of a judge, a bench."""
+"""Commands that `benchmarks.crash` interrupts: all stages with tiny networks, pictures in a folder, votes, statistics, a bench."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def check_pictures(out: Path) -> None:
 
 def files(out: Path) -> dict[str, str]:
     """sha256 of every file that is not hidden."""
-    found = [path for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    paths = [path for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def cast_votes(study: Path) -> Callable[[Path], None]:
@@ -178,19 +178,19 @@ def prepare(root: Path) -> None:
 
 def cases(root: Path) -> list[Case]:
     """All cases in the order in which their results are the inputs of others: the result of case NAME is in root/NAME/out."""
-    made = {name: root / name / "out" for name in ("distill", "finetune", "restructure-encoder", "quantize", "export")}
+    outputs = {name: root / name / "out" for name in ("distill", "finetune", "restructure-encoder", "quantize", "export")}
     stages = {
         "teacher random": command("teacher", "random", "--like", "tiny", "--world", "shapes"),
         "teacher import": command("teacher", "import", root / "plain", "--world", "shapes"),
         "teacher train": command("teacher", "train", recipe=MICRO),
         "distill": command("distill", root / "teacher", recipe=MICRO),
-        "finetune": command("finetune", made["distill"], recipe=MICRO),
-        "restructure-encoder": command("restructure-encoder", made["finetune"], "--mode", "prune", recipe=MICRO),
-        "quantize": command("quantize", made["restructure-encoder"], recipe=MICRO),
-        "export": command("export", made["quantize"], recipe=MICRO),
+        "finetune": command("finetune", outputs["distill"], recipe=MICRO),
+        "restructure-encoder": command("restructure-encoder", outputs["finetune"], "--mode", "prune", recipe=MICRO),
+        "quantize": command("quantize", outputs["restructure-encoder"], recipe=MICRO),
+        "export": command("export", outputs["quantize"], recipe=MICRO),
     }
     drawn = command("generate", root / "teacher", "--steps", "2", "--prompt-file", root / "prompts.txt", "--batch", "4")
-    bench = command("bench", made["distill"], recipe=BENCH)
+    bench = command("bench", outputs["distill"], recipe=BENCH)
     return [
         Case("votes", cast_votes(root / "study"), check_votes, votes_of),
         Case("statistics", statistics(root / "dinov2", root / "pictures" / "a"), check_statistics, files),

@@ -73,14 +73,14 @@ def prompts(artifact: Path, folder: Path, count: int) -> dict[str, Any]:
     command = [*FLASHGEN, "generate", str(artifact), "--prompt-file", str(file), "--out", str(out), *DRAW]
     code, _ = run(command, out, count // 3)
     after = sorted(out.glob("*.png"))
-    whole = sum(_is_whole(path) for path in after)
+    num_decodable = sum(_is_decodable(path) for path in after)
     again, samples = run(command, out)
     done = [(n, rss) for n, rss in samples if n > len(after)]
     return {
         "what": f"generate, {artifact.name}, {count} prompts",
         "exit_interrupted": code,
         "files_after_interrupt": len(after),
-        "whole_files_after_interrupt": whole,
+        "whole_files_after_interrupt": num_decodable,
         "exit_resumed": again,
         "files": sum(1 for _ in out.glob("*.png")),
         "bytes_per_prompt": slope(done),
@@ -88,7 +88,7 @@ def prompts(artifact: Path, folder: Path, count: int) -> dict[str, Any]:
     }
 
 
-def _is_whole(path: Path) -> bool:
+def _is_decodable(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             image.load()

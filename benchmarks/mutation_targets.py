@@ -1,4 +1,4 @@
-"""What `benchmarks.mutations` damages: tiny artifacts and state, and how each is read."""
+"""The files that `benchmarks.mutations` damages: tiny artifacts and state, and how each is read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import diffusers  # noqa: F401  children are forked from a process that has everything
 import numpy as np
-import onnxruntime  # noqa: F401
+import onnxruntime  # noqa: F401  the same
 import torch
-import transformers  # noqa: F401
+import transformers  # noqa: F401  the same
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,7 +23,7 @@ from flashgen.arena.votes import counted, opened
 from flashgen.artifact.files import sha256
 from flashgen.artifact.manifest import content_digest
 from flashgen.cli.app import app
-from flashgen.models import pipeline, sample  # noqa: F401
+from flashgen.models import pipeline, sample  # noqa: F401  the same
 from flashgen.png import read_picture, read_texts, texts, write_png
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import CheckpointRecipe
@@ -153,7 +153,7 @@ def make_recipe(folder: Path) -> None:
 
 
 def state_of(folder: Path) -> dict[str, torch.nn.Module]:
-    """What the checkpoint in `folder` holds."""
+    """Contents of the checkpoint in `folder`."""
     torch.manual_seed(0)
     return {"student": torch.nn.Linear(8, 64), "ema": torch.nn.Linear(8, 64)}
 
@@ -212,8 +212,8 @@ def make_study(folder: Path) -> None:
 
 def votes_of(folder: Path) -> bytes:
     """The votes that count. Raises Ended if some are lost and that is said, and RuntimeError if others were never cast."""
-    said = io.StringIO()
-    with redirect_stderr(said):
+    stderr = io.StringIO()
+    with redirect_stderr(stderr):
         rows = [json.dumps(row, sort_keys=True) for row in counted(Study(folder))]
     cast = folder / "cast.json"
     if not cast.exists():
@@ -221,8 +221,8 @@ def votes_of(folder: Path) -> bytes:
     before = json.loads(cast.read_text())
     if not set(rows) <= set(before):
         raise RuntimeError("votes that nobody cast")
-    if len(rows) < len(before) and "is incomplete or damaged" in said.getvalue():
-        raise Ended(3, "error: " + said.getvalue().splitlines()[0])
+    if len(rows) < len(before) and "is incomplete or damaged" in stderr.getvalue():
+        raise Ended(3, "error: " + stderr.getvalue().splitlines()[0])
     return "\n".join(sorted(rows)).encode()
 
 

@@ -86,18 +86,18 @@ def run(target: Target, folder: Path, limit_s: float) -> Outcome:
     return Outcome(code, text, result, seconds, mib)
 
 
-def classify(outcome: Outcome, whole: Outcome, target: Target, was_made_again: bool) -> str:
-    """The class of `outcome`, where the undamaged files gave `whole`."""
+def classify(outcome: Outcome, undamaged: Outcome, target: Target, was_made_again: bool) -> str:
+    """The class of `outcome`, `undamaged` being that of the files as they were."""
     if outcome.text == "hang":
         return "HANG"
-    if outcome.mib > max(2 * whole.mib, whole.mib + LEAST_MIB):
+    if outcome.mib > max(2 * undamaged.mib, undamaged.mib + LEAST_MIB):
         return "MEMORY"
     if outcome.code in (2, 3, 4, 5):
         errors = [line for line in outcome.text.splitlines() if line.startswith("error: ")]
         return "detected" if len(errors) == 1 and "Traceback" not in outcome.text else "TRACE"
     if outcome.code:
         return "TRACE"
-    if outcome.result == whole.result:
+    if outcome.result == undamaged.result:
         return "regenerated" if was_made_again else "harmless"
     return "HARMFUL" if target.is_vouched else "followed"
 
@@ -187,14 +187,14 @@ def mutate(rng: random.Random, folder: Path, target: Target) -> str:
 
 def measure(target: Target, count: int, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """The row of one target: its classes, and every mutation that ended in a bad one."""
-    pristine, work, rng = folder / target.name / "whole", folder / target.name / "damaged", random.Random(target.name)
+    pristine, work, rng = folder / target.name / "pristine", folder / target.name / "damaged", random.Random(target.name)
     shutil.rmtree(folder / target.name, ignore_errors=True)
     pristine.parent.mkdir(parents=True)
     target.make(pristine)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     shutil.copytree(pristine, work)
-    whole = run(target, work, 300)
-    assert whole.code == 0, whole
+    undamaged = run(target, work, 300)
+    assert undamaged.code == 0, undamaged
     classes, bad = Counter[str](), list[str]()
     for number in range(count):
         shutil.rmtree(work)
@@ -204,9 +204,9 @@ def measure(target: Target, count: int, folder: Path, log: Callable[[str], None]
             with suppress(Exception):  # a manifest that is broken cannot be sealed
                 target.seal(work)
         before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-        outcome = run(target, work, max(LEAST_S, 10 * whole.seconds))
+        outcome = run(target, work, max(LEAST_S, 10 * undamaged.seconds))
         after = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-        name = classify(outcome, whole, target, before != after)
+        name = classify(outcome, undamaged, target, before != after)
         classes[name] += 1
         if name in BAD:
             bad.append(f"{number} {what}: {name}, exit {outcome.code}, {outcome.mib:.0f} MiB: {outcome.text[-300:]}")

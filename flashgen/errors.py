@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+FULL_CODES = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+FULL_TEXT = re.compile(r"No space left|File too large|Disk quota exceeded")  # libraries that write files report no number
 
 
 class FlashgenError(Exception):
@@ -47,11 +51,22 @@ def foreign(wrap: Callable[[str], FlashgenError]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) == errno.ENOSPC
-        passes = full or isinstance(error, FlashgenError)
+        passes = is_disk_full(error) or is_out_of_memory(error) or isinstance(error, FlashgenError)
         if passes or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise wrap(one_line(error)) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return True if `error` reports a full disk, an exhausted quota or the limit on the size of files."""
+    if isinstance(error, FlashgenError):
+        return False
+    return getattr(error, "errno", None) in FULL_CODES or FULL_TEXT.search(str(error)) is not None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if `error` reports that memory ran out, on the host or on a GPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ were taken back.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -178,7 +179,7 @@ class Votes:
         content = line_of(row).encode()
         try:
             if self._file.write(content) != len(content):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(end)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,10 +26,9 @@ from flashgen.artifact import manifest as manifests
 from flashgen.artifact.files import digest, disk_bytes, fsync, link, make_readable, point_latest, remove_temporaries, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, read_latest, versions
-from flashgen.errors import ArtifactError, FlashgenError, MachineError, UsageError
+from flashgen.errors import ArtifactError, MachineError, UsageError, is_disk_full
 from flashgen.progress import say, warn
 
-FULL = re.compile(r"No space left|File too large|Disk quota exceeded")
 CHECKPOINTS = "checkpoints"  # folder of the trainings' checkpoints in the resume state
 TENSORBOARD = "tensorboard"  # that of their logs
 PACKAGES = ("accelerate", "diffusers", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "tokenizers", "torch", "transformers")
@@ -200,7 +198,7 @@ def begun(out: Path, origin: Origin) -> Iterator[Draft]:
         yield draft
     except Exception as error:
         shutil.rmtree(draft.path, ignore_errors=True)
-        if FULL.search(str(error)) and not isinstance(error, FlashgenError):
+        if is_disk_full(error):
             raise MachineError(f"the disk of {out} is full ({error}); free some, then the same command resumes") from error
         raise
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from flashgen.artifact.finite import check_finite
 from flashgen.artifact.manifest import PICKLED
 from flashgen.cache import cache_path
-from flashgen.errors import ArtifactError, MachineError
+from flashgen.errors import ArtifactError, MachineError, is_disk_full
 
 CHUNK_BYTES = 1 << 30
 LARGE_BYTES = 1 << 20  # smaller files are read again every time, which takes a millisecond
@@ -174,7 +174,7 @@ def copy(source: Path, target: Path) -> None:
             if not left:
                 return
         except OSError as error:
-            if error.errno == 28:  # ENOSPC: a second way of copying needs the same room
+            if is_disk_full(error):  # a second way of copying needs the same room
                 raise
     shutil.copyfile(source, target)
 

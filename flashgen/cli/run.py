@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashgen.errors import FlashgenError, MachineError, UsageError
+from flashgen.errors import FlashgenError, MachineError, UsageError, is_disk_full, is_out_of_memory, one_line
 from flashgen.progress import printable, say
 from flashgen.runtime.memory import peak_rss_mib
 from flashgen.runtime.processes import rank, speaks_for_itself
@@ -64,14 +63,14 @@ def exit_codes(debug: bool) -> Iterator[None]:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """(exit code, sentence for the user) of an exception."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     if isinstance(error, FlashgenError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 143 if isinstance(error, Terminated) else 130, "interrupted; nothing half-written was published, the same command resumes"
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+    if is_disk_full(error):
         return 5, f"no space left on the disk ({text}); free some, then the same command resumes"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return 5, f"not enough memory ({text}); lower the batch (--set ...batch=), then the same command resumes"
     if isinstance(error, ImportError) and not (error.name or "").startswith("flashgen"):
         extra = EXTRAS.get(error.name or "", "train")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from flashgen.artifact.files import SOURCE
@@ -21,7 +23,7 @@ def encode_prompts(pipe: Pipeline, prompts: list[str], sampler: Sampler, batch: 
     family = pipe.family
     parts = []
     for rows in slices(len(prompts), batch):
-        with foreign(lambda why: ArtifactError(f"a tokenizer of {pipe.folder} fails ({why}); {SOURCE}")):
+        with tokenizing(pipe):
             inputs = family.tokenize(pipe, prompts[rows], sampler)
         moved = {encoder: {name: ids.to(pipe.device) for name, ids in given.items()} for encoder, given in inputs.items()}
         parts.append(family.encode(pipe, moved, sampler))
@@ -34,8 +36,13 @@ def warn_of_cuts(pipe: Pipeline, prompts: list[str], sampler: Sampler) -> None:
         if pipe[name] is None:
             continue
         limit = sampler.tokens[encoder.tokens]
-        with foreign(lambda why: ArtifactError(f"a tokenizer of {pipe.folder} fails ({why}); {SOURCE}")):
+        with tokenizing(pipe):
             encoded = pipe[encoder.tokenizer](prompts, verbose=False).input_ids
         for prompt, ids in zip(prompts, encoded, strict=True):
             if len(ids) > limit:
                 warn_cut(prompt, encoder.tokenizer, len(ids), limit)
+
+
+def tokenizing(pipe: Pipeline) -> AbstractContextManager[None]:
+    """Turn any error of a tokenizer of `pipe` inside into an ArtifactError."""
+    return foreign(lambda why: ArtifactError(f"a tokenizer of {pipe.folder} fails ({why}); {SOURCE}"))
