@@ -63,7 +63,7 @@ class Experts(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """What the runs of one seed and one number of steps share, as plain values for a worker process."""
+    """Inputs shared by the runs of one seed and one number of steps, as plain values for a worker process."""
 
     teacher: str
     recipe: str

@@ -1,4 +1,4 @@
-"""What compressing encoders and weights costs: two tables that compare methods, and one of the ingredients of `flashgen quantize`.
+"""Cost of compressing encoders and weights: two tables that compare methods, and one of the ingredients of `flashgen quantize`.
 
     python -m benchmarks.compression artifacts/shapes --page docs/compression.md      # `make compression`
 

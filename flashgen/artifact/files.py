@@ -127,7 +127,7 @@ def _known(state: list[str | int]) -> str | None:
 
 
 def _digests() -> dict[object, list[str | int]]:
-    """What the user's cache remembers: [size, times, sha256] by device and inode; nothing if the cache is damaged."""
+    """Entries of the user's cache: [size, times, sha256] by device and inode; nothing if the cache is damaged."""
     try:
         known: dict[object, list[str | int]] = json.loads(read_state(cache_path("digests.state")) or b"{}")
     except (OSError, ArtifactError):

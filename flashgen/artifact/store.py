@@ -82,7 +82,7 @@ def versions(out: Path) -> list[Path]:
 
 
 def read_latest(out: Path) -> Path | None:
-    """What `latest` points at, or None when it is absent. Raises ArtifactError when it names no version beside it."""
+    """Path that `latest` points at, or None when it is absent. Raises ArtifactError when it names no version beside it."""
     link = out / "latest"
     try:
         mode = link.lstat().st_mode

@@ -1,4 +1,4 @@
-"""What every command shares: exit codes, time and memory, one result on stdout."""
+"""Code shared by all commands: exit codes, time and memory, one result on stdout."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class Family(ABC):
 
     @abstractmethod
     def description(self, configs: Configs, sampler: Sampler, pad_ids: Mapping[str, int]) -> dict[str, Any]:
-        """What `device.sampler` and the web page follow to draw with the exported components (`families.graphs`)."""
+        """Description that `device.sampler` and the web page follow to draw with the exported components (`families.graphs`)."""
 
     def describe_old(self, folder: Path, manifest: Manifest) -> dict[str, Any]:
         """The same for a device artifact that was exported before descriptions were stored."""

@@ -1,4 +1,4 @@
-"""What a family says in the model card of a version."""
+"""A family's part of the model card of a version."""
 
 from __future__ import annotations
 

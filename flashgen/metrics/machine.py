@@ -39,7 +39,7 @@ SPREAD, STEAL, OTHERS = 0.10, 0.02, 0.10  # above these shares a machine is nois
 
 
 def fingerprint() -> dict[str, Any]:
-    """What the numbers depend on beside the artifact: processor, memory, system and versions of packages."""
+    """Conditions of a measurement beside the artifact: processor, memory, system and versions of packages."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
     cpu = next((value for key, value in fields if key == "model name"), platform.processor() or platform.machine())

@@ -1,4 +1,4 @@
-"""What people look at: contact sheets and the bench table."""
+"""Pages for people: contact sheets and the bench table."""
 
 from __future__ import annotations
 

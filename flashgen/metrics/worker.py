@@ -65,7 +65,7 @@ class Session:
             self.laps.memory = None
 
     def record(self) -> dict[str, Any]:
-        """What is known after a drawing; `laps` are the seconds of the laps since the last record."""
+        """Record of a drawing; `laps` are the seconds of the laps since the last record."""
         laps = dict(self.laps.seconds)
         self.laps.seconds.clear()
         phases: dict[str, float | None] = dict.fromkeys(("load", "encode", "step", "decode"))

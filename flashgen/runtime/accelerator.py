@@ -52,7 +52,7 @@ def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def drawing_dtype(device: torch.device) -> torch.dtype:
-    """What a transformer draws in: bf16 on accelerators, fp16 on those without bf16, fp32 on the CPU."""
+    """Type that a transformer draws in: bf16 on accelerators, fp16 on those without bf16, fp32 on the CPU."""
     import torch
 
     if device.type == "cuda":

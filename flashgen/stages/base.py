@@ -45,7 +45,7 @@ Takes = Mapping[str, tuple[Kind, ...]]  # kinds of artifacts by role
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage has written into its draft, for the manifest."""
+    """Entries of the manifest for the draft that a stage has filled."""
 
     sampler: Sampler | None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class Stage(ABC):
         """Everything that changes the result, beside inputs and seed: the run's key, and `recipe` in the manifest."""
 
     def plan(self) -> Plan | None:
-        """What the run needs; None where nothing can be said before it starts."""
+        """Needs of the run; None where nothing can be said before it starts."""
         return self.plan_with(self.micro_batch)
 
     def plan_with(self, micro_batch: int) -> Plan | None:
@@ -165,7 +165,7 @@ class Stage(ABC):
 
     @cached_property
     def judge(self) -> Judge | None:
-        """What scores pictures; None where nothing does. Raises FlashgenError, as `open_judge`."""
+        """Judge of pictures; None where there is none. Raises FlashgenError, as `open_judge`."""
         return judge_of(next(iter(self.inputs.values()), None), self.world, self.recipe, self.device_name)
 
     @property

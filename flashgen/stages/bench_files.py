@@ -1,4 +1,4 @@
-"""What `bench` writes beside bench.json, and what it says of an artifact's files and lineage."""
+"""Files that `bench` writes beside bench.json, and its notes on an artifact's files and lineage."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ENGINES = {"onnxruntime": "", "openvino": "openvino", "torch": "train"}  # extra
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured of every artifact. Empty: the artifact's own size and steps, onnxruntime, and as many threads as engines choose."""
+    """Settings measured of every artifact. Empty: the artifact's own size and steps, onnxruntime, the engine's number of threads."""
 
     engines: Sequence[str] = ()
     threads: Sequence[int] = ()
@@ -32,7 +32,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the rows are compared with.
+    """References of the rows.
 
     `reference` is one of the artifacts, as it was named: pictures of the same prompts and seeds are compared with its pictures.
     `baseline` is an earlier bench.json, and `tolerance` the share by which a number may be worse.

@@ -34,7 +34,7 @@ CALIBRATION_STREAM, CALIBRATION_SEED = 16, 4  # of the noise; added to the seed 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What the student's rollouts gave: codes of every layer, the adaLN layers that are factored now, scales of the steps."""
+    """Results of the student's rollouts: codes of every layer, the adaLN layers that are factored now, scales of the steps."""
 
     codes: dict[str, QuantizedLinear] = field(default_factory=dict)
     factored: dict[str, SharedLowRank] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What `--plan` prints."""
+"""The output of `--plan`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashgen.stages.planning import Plan
 
 
 def describe(stage: Stage, out: Path) -> dict[str, Any]:
-    """What a prepared run would read, write and need, as JSON data (`--plan`). Starts nothing."""
+    """Inputs, outputs and needs of a prepared run as JSON data (`--plan`). Starts nothing."""
     plan = best_plan(stage)
     nothing = dict.fromkeys(("memory", "memory_bytes", "machine_bytes", "disk_bytes", "forwards", "seconds"))
     inputs = [

@@ -1,4 +1,4 @@
-"""What `flashgen distill` needs."""
+"""Memory, disk and time that `flashgen distill` needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEMORY_ADVICE = (
 
 
 def plan(stage: Distill, micro_batch: int) -> Plan:
-    """What `stage` needs with `micro_batch` samples that pass together (0: all of a process)."""
+    """Plan of `stage` with `micro_batch` samples that pass together (0: all of a process)."""
     footprint, config = Footprint(stage.source), stage.config
     lora, matching, bits = config.lora, config.matching, stage.recipe.compute.optimizer_bits
     forwards_of = [footprint.forward(size) for size in config.all_sizes]
@@ -65,7 +65,7 @@ def plan(stage: Distill, micro_batch: int) -> Plan:
 
 
 def _held(stage: Distill, footprint: Footprint, one: Forward) -> Held:
-    """What the larger one of the trainings holds."""
+    """Networks that the larger one of the trainings holds."""
     config, lora, matching = stage.config, stage.config.lora, stage.config.matching
     frozen = 2 if (lora.base if lora else stage.recipe.compute.precision) == "bfloat16" else 4
     count = footprint.transformer.count

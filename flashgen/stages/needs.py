@@ -13,7 +13,7 @@ from flashgen.stages.planning import ON_CPU
 
 @dataclass(frozen=True)
 class Held:
-    """What a training of `stage` holds while it runs, and how its batches pass.
+    """Memory that a training of `stage` holds while it runs, and how its batches pass.
 
     `frozen` are bytes of networks that do not learn; `networks` learn `learned` weights each, with `moments` bytes of optimizer state per
     weight, all optimizers together. `matching` is the batch of distribution matching, 0 without it; `adversarial`: with heads.
@@ -36,7 +36,7 @@ class Held:
     whole: float = 0.0  # of the frozen bytes, those that every process keeps though it shards the others
 
     def fixed(self) -> Parts:
-        """What is there from beginning to end and does not depend on the training."""
+        """Memory held from beginning to end, whatever the training."""
         small = [name for name in self.footprint.encoders if not self.footprint.is_large(name)]
         parts = Parts(program=PROGRAM, vae=4.0 * self.footprint.parts["vae"].count)
         return parts | {"small text encoders": 4.0 * sum(self.footprint.parts[name].count for name in small)}

@@ -1,4 +1,4 @@
-"""What a stage will need: memory of one process by phase and component, disk, forward passes and time.
+"""Needs of a stage: memory of one process by phase and component, disk, forward passes and time.
 
 Weights are counted tensor by tensor. Activations follow from the shapes and from the family's measured `costs`; docs/fullsize.md compares
 the sums with measurements.
@@ -84,7 +84,7 @@ class Plan:
             raise MachineError(self.lacking(stage))
 
     def lacking(self, stage: str) -> str:
-        """What a plan that does not fit needs and what lowers it, in one sentence."""
+        """The need of a plan that does not fit and the settings that lower it, in one sentence."""
         phase, parts = max(self.limited.items(), key=lambda item: sum(item[1].values()))
         largest = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
         needs = f"{stage} needs {self.peak / 2**30:.1f} GiB of memory in its phase '{phase}' (GiB: {largest})"
@@ -108,7 +108,7 @@ class Plan:
         }
 
     def _on_named(self) -> dict[str, Any]:
-        """What a plan for a machine that is not this one says in addition."""
+        """Entries that a plan for another machine has in addition."""
         machine = self.machine
         peaks = " and ".join(f"{peak / 1e12:g} TFLOP/s in {number}" for number, peak in machine.peak.items())
         assumed = f"hours assume {PEAK_SHARE:.0%} of the peak of {machine.processes} x {machine.like}, {peaks} each"

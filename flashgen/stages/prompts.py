@@ -70,7 +70,7 @@ def own_prompts(recipe: Recipe) -> OwnPrompts | None:
 
 
 def prompts_key(recipe: Recipe, own: OwnPrompts) -> dict[str, Any]:
-    """What a run's key says about its prompts: the contents of their file or data set, and the settings that read them."""
+    """Prompts in the key of a run: the contents of their file or data set, and the settings that read them."""
     how = recipe.prompts.model_dump(exclude_defaults=True, exclude={"cache_gib"})
     assert recipe.prompts_file is not None
     contents = hash_json(asdict(own)) if str(recipe.prompts_file).startswith(HUB) else sha256(recipe.prompts_file)

@@ -1,4 +1,4 @@
-"""What every model-making stage adds to its version: curves, sample grids and, where there is a judge, scores."""
+"""Files that every model-making stage adds to its version: curves, sample grids and, where there is a judge, scores."""
 
 from __future__ import annotations
 

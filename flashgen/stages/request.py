@@ -1,4 +1,4 @@
-"""What `generate` is asked for: the pictures, checked against what the artifact can do before any network is loaded."""
+"""Pictures that `generate` is asked for, checked against what the artifact can do before any network is loaded."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class RestructureEncoder(Stage):
         return plan
 
     def _held(self, footprint: Footprint) -> Held:
-        """What the training holds: the student, and what takes over."""
+        """Networks that the training holds: the student and its successor."""
         count, size = footprint.transformer.count, 2 if self.recipe.compute.precision == "bfloat16" else 4
         learned = footprint.learnable if self.mode == "prune" else footprint.parts[self.how.encoder].count // 8
         return Held(

@@ -1,4 +1,4 @@
-"""What the log of a stage's trainings needs to know: the trackers, and what a step costs."""
+"""Settings of the log of a stage's trainings: the trackers, and what a step costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stages that train share: checks, and the sizes of what they keep."""
+"""Code shared by the stages that train: checks, and the sizes of what they keep."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Networks:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What `families.base.predict` casts to; None where everything is float32."""
+        """Type that `families.base.predict` casts to; None where everything is float32."""
         return None if self.compute.precision == "float32" else self.dtype
 
     def frozen(self, network: nn.Module) -> nn.Module:

@@ -41,7 +41,7 @@ FILE_BYTES = 1 << 30  # of a file's tensors, about: serialising a file needs as 
 
 
 class Stateful(Protocol):
-    """What a checkpoint can hold: modules, optimizers, averages."""
+    """State that a checkpoint can hold: modules, optimizers, averages."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, as they are in use, and numbers by name; an optimizer's state is taken from `Optimizer.state`."""
@@ -247,7 +247,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """What `save_state` wrote; None if there is no file or, with a warning, if the file is damaged: what it held is computed again."""
+    """Contents of a file of `save_state`; None if there is no file or, with a warning, if the file is damaged: it is computed again."""
     try:
         data = read_state(path)
     except ArtifactError as error:

@@ -39,7 +39,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Logging:
-    """What a stage says about the logs of its trainings: `run` names the run for trackers, `costs` is by training."""
+    """Settings of the logs of a stage's trainings: `run` names the run for trackers, `costs` is by training."""
 
     recipe: LogRecipe = field(default_factory=LogRecipe)
     run: str = "training"

@@ -44,7 +44,7 @@ MATCHING_STREAM = 12
 
 @dataclass(frozen=True)
 class Bucket:
-    """What a matching training takes for pictures of one size: the shape of latents, cached trajectories, real pictures."""
+    """Inputs of a matching training for pictures of one size: the shape of latents, cached trajectories, real pictures."""
 
     shape: Shape
     replay: Replay | None = None
@@ -53,7 +53,7 @@ class Bucket:
 
 @dataclass
 class Task:
-    """What a matching training runs on: prompts, the student's `nodes`, the shape of latents, and which nodes it trains (default all).
+    """Inputs of a matching training: prompts, the student's `nodes`, the shape of latents, and which nodes it trains (default all).
 
     `net_at(sigma)` is the network that rolls out at a node (default: the student). The trajectory term needs `replay`, the
     adversarial term `pictures` or else `replay`. At most `micro_batch` samples pass together (0: all of a process), and their gradients
@@ -140,7 +140,7 @@ class Matcher:
             self.trajectory = TrajectoryTerm(trajectory[self.choices], self.choices, self.sigmas, replays)
 
     def state(self) -> dict[str, Stateful]:
-        """What a checkpoint must hold."""
+        """State that a checkpoint must hold."""
         state: dict[str, Stateful] = {"student": self.student, "fake_score": self.fake_score, "ema": self.ema}
         state |= named("student_", self.optimizers) | named("fake_score_", self.fake_score_optimizers)
         return state | (self.adversarial.state() if self.adversarial else {})

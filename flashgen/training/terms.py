@@ -207,7 +207,7 @@ class AdversarialTerm:
         return logits
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """State that a checkpoint must hold."""
         return {"heads": self.heads, "heads_optimizer": self.optimizer}
 
 

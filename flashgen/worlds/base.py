@@ -13,7 +13,7 @@ from flashgen.judges.base import Judgement, Pictures
 
 
 class TeacherData(ABC):
-    """What a world provides to train a small teacher of its own (`teacher train`)."""
+    """Data with which a world trains a small teacher of its own (`teacher train`)."""
 
     words: Sequence[str]  # of its prompts; a single token each
     field_sizes: Sequence[int]  # number of classes of each thing that a prompt's token can tell
@@ -69,4 +69,4 @@ class World(ABC):
 
     @abstractmethod
     def teacher_data(self) -> TeacherData:
-        """What a teacher of this world is trained on."""
+        """Training data of a teacher of this world."""

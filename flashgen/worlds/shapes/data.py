@@ -1,4 +1,4 @@
-"""What the shapes world provides to train its teacher: captions with their meaning, and rendered pictures."""
+"""Training data of the shapes world's teacher: captions with their meaning, and rendered pictures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INVERSE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of
 
 
 def meaning(request: Request, length: int) -> list[list[int]]:
-    """What each of a caption's first `length` tokens says, as one class index a field of `FIELDS`; [length, fields].
+    """Meaning of each of a caption's first `length` tokens, as one class index per field of `FIELDS`; [length, fields].
 
     A word of a group tells its own group's shape, colour, count and place (the relation as seen from this group), so that
     image tokens bind by attending to one group's words. Every token tells the background.

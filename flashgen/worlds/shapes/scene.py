@@ -70,7 +70,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Request:
-    """What a prompt asks for: one or two groups, perhaps a relation first->second, perhaps a background."""
+    """Contents that a prompt asks for: one or two groups, perhaps a relation first->second, perhaps a background."""
 
     task: Task
     groups: tuple[Group, ...]
