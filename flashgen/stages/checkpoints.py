@@ -24,7 +24,7 @@ STUDENT = Path(CHECKPOINTS, "student.state")
 
 
 class StudentFacts(BaseModel):
-    """Pipeline that draws a student in training: all networks of `source`, whose transformer gets the averaged weights or the adapter `lora`."""
+    """Pipeline of a student in training: all networks of `source`, whose transformer gets the averaged weights or the adapter `lora`."""
 
     source: Path
     digest: str

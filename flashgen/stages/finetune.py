@@ -138,7 +138,7 @@ class Finetune(Stage):
         return plan
 
     def _held(self, footprint: Footprint, one: Forward) -> Held:
-        """Networks that the training of a branch holds: the student, both branches, the teacher and one dense fake score, or all adapters."""
+        """Networks of a branch's training: the student, both branches, the teacher and one dense fake score, or all adapters."""
         config, matching, count = self.config, self.config.matching, footprint.transformer.count
         learned = adapter_count(footprint.transformer, config.lora, footprint.family.lora_targets) if config.lora else footprint.learnable
         moments = 2 * moment_bytes(matching, self.recipe.compute.optimizer_bits)
