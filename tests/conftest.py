@@ -144,3 +144,32 @@ def tiny_quantized(tiny_student: Artifact, recipe: Recipe, tmp_path_factory: pyt
 @pytest.fixture(scope="session")
 def tiny_int4_device(tiny_quantized: Artifact, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return runs.export(str(tiny_quantized.path), tmp_path_factory.mktemp("artifacts") / "int4-device", recipe, 0, False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Networks of one structure are traced once: dozens of tests export the same ones, and tracing is most of an export.
+
+    The weights of a graph are put in afterwards (`export.write`).
+    """
+    from onnx_ir import Model
+
+    from flashgen.export import write
+    from flashgen.families.graphs import Component
+
+    trace, graphs = write.trace, dict[str, Model]()
+
+    def traced(part: Component) -> Model:
+        net = part.module.net
+        tensors = [
+            (name, value.shape, value.dtype) for name, value in (*net.named_parameters(), *net.named_buffers(), *part.inputs.items())
+        ]
+        processors = [getattr(module, "processor", None).__class__ for module in net.modules()]
+        key = str([part.name, part.module.call.__code__, part.outputs, part.dynamic, net.config, net, tensors, processors])
+        if key not in graphs:
+            graphs[key] = trace(part)
+        return graphs[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "trace", traced)
+        yield
