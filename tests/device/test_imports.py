@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,23 @@ write_png(Path({file!r}), picture, {{}})
 """
     )
     assert Path(file).exists()
+
+
+def test_no_library_reports_to_its_makers(handmade_device: Artifact, tmp_path: Path) -> None:
+    """onnxruntime and OpenVINO keep an identifier in the home folder and send what they run, but for CI and where they are told not to."""
+    code = f"""
+import os
+from flashgen.artifact.store import open_artifact
+from flashgen.device.sampler import DevicePipeline
+DevicePipeline(open_artifact({str(handmade_device.path)!r})).sample(["a red circle"], [1])
+import importlib.util
+if importlib.util.find_spec("openvino"):
+    import openvino
+"""
+    left_out = ("CI", "XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out} | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()} <= {(".cache", "flashgen")}
 
 
 def test_generate_and_bench_run_on_a_device_artifact_without_torch(tiny_int4_device: Artifact, tmp_path: object) -> None:
