@@ -154,10 +154,10 @@ def traced_once() -> Iterator[None]:
     """
     from onnx_ir import Model
 
-    from flashgen.export import write
+    from flashgen.export import graph, write
     from flashgen.families.graphs import Component
 
-    trace, graphs = write.trace, dict[str, Model]()
+    trace, graphs = graph.trace, dict[str, Model]()
 
     def traced(part: Component) -> Model:
         net = part.module.net
