@@ -6,6 +6,7 @@ import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 FULL_CODES = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 FULL_TEXT = re.compile(r"No space left|File too large|Disk quota exceeded")  # libraries that write files report no number
@@ -55,6 +56,17 @@ def foreign(wrap: Callable[[str], FlashgenError]) -> Iterator[None]:
         if passes or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise wrap(one_line(error)) from error
+
+
+@contextmanager
+def disk_named(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk inside, which libraries raise without a path, into a MachineError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise MachineError(f"the disk of {path} is full ({one_line(error)}); free some, then the same command resumes") from error
+        raise
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -26,7 +26,7 @@ from flashgen.artifact import manifest as manifests
 from flashgen.artifact.files import digest, disk_bytes, fsync, link, make_readable, point_latest, remove_temporaries, walk
 from flashgen.artifact.manifest import File, Kind, Manifest, Parent, Sampler
 from flashgen.artifact.store import Artifact, open_artifact, read_latest, versions
-from flashgen.errors import ArtifactError, MachineError, UsageError, is_disk_full
+from flashgen.errors import ArtifactError, UsageError, disk_named
 from flashgen.progress import say, warn
 
 CHECKPOINTS = "checkpoints"  # folder of the trainings' checkpoints in the resume state
@@ -191,16 +191,15 @@ def begin(out: Path, origin: Origin) -> Draft:
 def begun(out: Path, origin: Origin) -> Iterator[Draft]:
     """`begin`; after an error the draft's files are removed, since they would keep a full disk full. The resume state stays.
 
-    Raises MachineError with the path for an error of a full disk, which libraries report without one.
+    Raises MachineError with the path for a full disk.
     """
     draft = begin(out, origin)
-    try:
-        yield draft
-    except Exception as error:
-        shutil.rmtree(draft.path, ignore_errors=True)
-        if is_disk_full(error):
-            raise MachineError(f"the disk of {out} is full ({error}); free some, then the same command resumes") from error
-        raise
+    with disk_named(out):
+        try:
+            yield draft
+        except Exception:
+            shutil.rmtree(draft.path, ignore_errors=True)
+            raise
 
 
 def _packages() -> dict[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 from flashgen import errors
 from flashgen.artifact.files import write_whole
 from flashgen.artifact.store import Artifact
-from flashgen.errors import NumericsError, UsageError
+from flashgen.errors import NumericsError, UsageError, disk_named
 from flashgen.judges.base import Judge
 from flashgen.judges.world import WorldJudge
 from flashgen.metrics.baseline import VERSION, check_comparable, compare, read_baseline
@@ -74,20 +74,23 @@ def bench(
         check_comparable(comparison.baseline, baseline, report, {row.name for row in rows})
     references = reference_rows(rows, comparison.reference)
     if out is not None:
-        check_writable(out, comparison.baseline)
+        with disk_named(out):
+            check_writable(out, comparison.baseline)
     with tempfile.TemporaryDirectory(prefix="flashgen-bench-", ignore_cleanup_errors=True) as folder:
         done, drawn = _measure(rows, report, recipe, Path(folder))
     if out is not None:  # the pictures stay mapped, and a kill from here on leaves nothing in the temporary folder
-        _write_drawings(out, report, done, drawn)
-        _write(out, report)  # so that a judge that fails loses no measurement
+        with disk_named(out):
+            _write_drawings(out, report, done, drawn)
+            _write(out, report)  # so that a judge that fails loses no measurement
     judge_rows(report, judges, drawn)
     compare_pictures(report, done, references, drawn, comparison)
     if baseline is not None:
         worse, missing = compare(report["results"], baseline, comparison.tolerance)
         report["baseline"] = {"file": str(comparison.baseline), "tolerance": comparison.tolerance, "worse": worse, "missing": missing}
     if out is not None:
-        _write(out, report)
-        _write_report(out)
+        with disk_named(out):
+            _write(out, report)
+            _write_report(out)
     _print(report, out)
     return report
 
