@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tracing import traced_once
 from flashgen.artifact.draft import Origin, begin
 from flashgen.artifact.manifest import Sampler
 from flashgen.artifact.store import Artifact
@@ -147,29 +148,10 @@ def tiny_int4_device(tiny_quantized: Artifact, recipe: Recipe, tmp_path_factory:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Networks of one structure are traced once: dozens of tests export the same ones, and tracing is most of an export.
-
-    The weights of a graph are put in afterwards (`export.write`).
-    """
-    from onnx_ir import Model
-
+def traces_are_kept() -> Iterator[None]:
+    """Dozens of tests export the same networks, and tracing is most of an export."""
     from flashgen.export import graph, write
-    from flashgen.families.graphs import Component
-
-    trace, graphs = graph.trace, dict[str, Model]()
-
-    def traced(part: Component) -> Model:
-        net = part.module.net
-        tensors = [
-            (name, value.shape, value.dtype) for name, value in (*net.named_parameters(), *net.named_buffers(), *part.inputs.items())
-        ]
-        processors = [getattr(module, "processor", None).__class__ for module in net.modules()]
-        key = str([part.name, part.module.call.__code__, part.outputs, part.dynamic, net.config, net, tensors, processors])
-        if key not in graphs:
-            graphs[key] = trace(part)
-        return graphs[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "trace", traced)
+        patch.setattr(write, "trace", traced_once(graph.trace))
         yield
