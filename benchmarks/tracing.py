@@ -24,7 +24,9 @@ def traced_once(trace: Trace) -> Trace:
         named = (*net.named_parameters(), *net.named_buffers(), *part.inputs.items())
         tensors = [(name, value.shape, value.dtype) for name, value in named]
         processors = [getattr(module, "processor", None).__class__ for module in net.modules()]
-        key = str([part.name, part.module.call.__code__, part.outputs, part.dynamic, net.config, net, tensors, processors])
+        key = str(
+            [part.name, part.module.call.__code__, part.outputs, part.dynamic, getattr(net, "config", None), net, tensors, processors]
+        )
         if key not in graphs:
             graphs[key] = trace(part)
         return graphs[key].clone()
