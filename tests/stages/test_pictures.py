@@ -136,15 +136,12 @@ def test_a_picture_is_turned_upright_cropped_in_the_centre_and_resized() -> None
 
 
 def test_distill_learns_from_real_pictures_without_trajectories(
-    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chain: Chain,
+    real_pictures: list[list[RealPictures]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    seen, real = list[list[RealPictures]](), pictures.real_pictures
-
-    def kept(*arguments: Any) -> list[RealPictures]:
-        seen.append(real(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr("flashgen.stages.distill.real_pictures", kept)
     path = folder(tmp_path / "pictures")
     (path / "2.png").write_bytes(png(2)[:-60])
     (path / "3a.jpg").write_text("no picture")
@@ -158,7 +155,7 @@ def test_distill_learns_from_real_pictures_without_trajectories(
     with torch.no_grad():
         pixels = [from_uint8(decode(png(number), Size(SIDE, SIDE))) for number in (0, 1, 3, 4)]
         latents = torch.cat([pipe.family.to_latents(pipe.vae, torch.from_numpy(each)) for each in pixels])
-    ((found,),) = seen
+    ((found,),) = real_pictures
     assert torch.allclose(found.pictures(torch.arange(4)), latents, atol=2e-3, rtol=2e-3)
     assert found.pool.index is not None and len(found.pool) == 4 and found.pool.index[2] == found.pool.index[3] != found.pool.index[0]
     assert torch.equal(found.pool.cond[found.pool.index[1:2]].tensors["embeds"], found.pool.empty.tensors["embeds"])

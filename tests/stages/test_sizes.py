@@ -163,22 +163,19 @@ def with_pictures(path: Path, *more: str) -> Any:
 
 
 def test_each_real_picture_is_drawn_in_the_size_of_the_nearest_proportions(
-    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chain: Chain,
+    real_pictures: list[list[RealPictures]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    seen, real = list[list[RealPictures]](), pictures.real_pictures
-
-    def kept(*arguments: Any) -> list[RealPictures]:
-        seen.append(real(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr("flashgen.stages.distill.real_pictures", kept)
     path = folder(tmp_path / "pictures")
     (path / "5.png").write_text("no picture")
     made = runs.distill(str(chain.teacher.path), tmp_path / "out", with_pictures(path, "distill.matching.iterations=6"))
     assert "1 of 6 pictures do not decode and are left out: 5.png" in capsys.readouterr().err
     assert any("logit_real" in row for row in rows_of(made))
     pipe = load_pipeline(chain.teacher.path)
-    for pictures_of_size, size, numbers in zip(seen[0], (Size(64, 64), Size(64, 128)), ((1, 2, 3), (0, 4)), strict=True):
+    for pictures_of_size, size, numbers in zip(real_pictures[0], (Size(64, 64), Size(64, 128)), ((1, 2, 3), (0, 4)), strict=True):
         pixels = [from_uint8(decode((path / f"{number}.png").read_bytes(), size)) for number in numbers]
         with torch.no_grad():
             latents = torch.cat([pipe.family.to_latents(pipe.vae, torch.from_numpy(each)) for each in pixels])

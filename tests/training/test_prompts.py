@@ -16,9 +16,7 @@ from flashgen.artifact.manifest import Sampler
 from flashgen.errors import UsageError
 from flashgen.families.conditioning import Conditioning
 from flashgen.families.sd3 import SD3
-from flashgen.families.sd3.build import build_pipeline
 from flashgen.families.sd3.sampling import teacher_sampler
-from flashgen.families.sd3.specs import SPECS
 from flashgen.models.pipeline import Pipeline
 from flashgen.models.prompts import encode_prompts
 from flashgen.pixels import Size
@@ -30,14 +28,6 @@ from flashgen.worlds import get
 
 SAMPLER = teacher_sampler(16, 16, Size(64, 64))
 TEXTS = ["two red circles", "a cat", "", "a blue square", "a dog", "seven birds", "a tree"]
-
-
-@pytest.fixture
-def pipe() -> Pipeline:
-    tiny = build_pipeline(SPECS["tiny"], 0)
-    for network in tiny.networks():
-        network.eval()
-    return tiny
 
 
 def same(a: Conditioning, b: Conditioning) -> bool:
