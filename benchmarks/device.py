@@ -26,6 +26,7 @@ from benchmarks.device_page import page
 from flashgen.progress import say
 
 THREADS, ROUNDS, TOKENS, BLOCKS, CALLS = 2, 5, (77, 333), 4, 2
+CALIBRATION_SEEDS = (1, 2, 3, 4)  # of the inputs on which static activations are calibrated; errors are of seed 0
 Feeds = dict[str, NDArray[np.float32]]
 Step = Callable[[Feeds], NDArray[np.float32]]
 # name: (peer or flashgen, engine, profile, file)
@@ -40,12 +41,15 @@ ROWS: dict[str, tuple[str, str, str, str]] = {
     "OpenVINO bf16": ("peer", "openvino", "bf16", "stock/transformer/model.onnx"),
     "OpenVINO, NNCF int8": ("peer", "openvino", "bf16", "nncf8.xml"),
     "OpenVINO, NNCF int4 g128": ("peer", "openvino", "bf16", "nncf4.xml"),
+    "OpenVINO, NNCF static int8": ("peer", "openvino", "bf16", "nncf-static.xml"),
     "flashgen size, onnxruntime": ("flashgen", "onnxruntime", "size", "size/transformer/model.onnx"),
     "flashgen size int8 activations, onnxruntime": ("flashgen", "onnxruntime", "size4", "size4/transformer/model.onnx"),
     "flashgen speed, onnxruntime": ("flashgen", "onnxruntime", "speed", "speed/transformer/model.onnx"),
+    "flashgen static, onnxruntime": ("flashgen", "onnxruntime", "static", "static/transformer/model.onnx"),
     "flashgen size, openvino": ("flashgen", "openvino", "size", "size/transformer/model.onnx"),
     "flashgen size int8 activations, openvino": ("flashgen", "openvino", "size4", "size4/transformer/model.onnx"),
     "flashgen speed, openvino": ("flashgen", "openvino", "speed", "speed/transformer/model.onnx"),
+    "flashgen static, openvino": ("flashgen", "openvino", "static", "static/transformer/model.onnx"),
 }  # fmt: skip
 
 
@@ -60,9 +64,9 @@ def network() -> Any:
     return SD3Transformer2DModel(**config).eval().requires_grad_(False)
 
 
-def feeds(tokens: int) -> Feeds:
+def feeds(tokens: int, seed: int = 0) -> Feeds:
     """Inputs of one step by name, in the order of the transformer's arguments."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     shapes = {"hidden_states": (1, 16, 64, 64), "encoder_hidden_states": (1, tokens, 4096), "pooled_projections": (1, 2048)}
     return {k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()} | {"timestep": np.full(1, 750, np.float32)}
 
@@ -74,6 +78,7 @@ def prepare(work: Path) -> None:
     from flashgen.families.graphs import Call, Component
     from flashgen.models.networks import linears_of
     from flashgen.quant.layer import Rounding, layer_bits, quantize_layer
+    from flashgen.training.calibration import input_scales, static_candidates
 
     def once(name: str, make: Callable[[], object]) -> None:
         if not (work / f"{name}.done").exists():
@@ -86,12 +91,24 @@ def prepare(work: Path) -> None:
         call = Call(network(), lambda net, *args: net(*args, return_dict=False)[0])
         return Component("transformer", call, inputs, ("out_hidden_states",), {"encoder_hidden_states": {1: "tokens"}})
 
-    def export(name: str, bits: int, group: int | Literal["channel"], accuracy_level: int = 0) -> None:
-        """Asymmetric groups, with the last layer at 8 bits; or, with group "channel", one symmetric scale per row."""
+    def export(name: str, bits: int, group: int | Literal["channel"], accuracy_level: int = 0, static: bool = False) -> None:
+        """Asymmetric groups, with the last layer at 8 bits; or, with group "channel", one symmetric scale per row.
+
+        Static activations are in all layers that may have them.
+        """
         part, family, rounding = component(), families.get("sd3"), Rounding(group, symmetric=group == "channel")
+        linears, scales = linears_of(part.module.net), {}
+
+        def run() -> None:
+            for seed in CALIBRATION_SEEDS:
+                part.reference({name: torch.from_numpy(value) for name, value in feeds(TOKENS[-1], seed).items()})
+
+        if static:
+            candidates = static_candidates(linears, family, family.protect)
+            scales = input_scales({layer: linears[layer] for layer in candidates}, run, len(CALIBRATION_SEEDS))
         layers = {
-            layer: quantize_layer(linear.weight, layer_bits(layer, bits, ("proj_out",)), rounding)
-            for layer, linear in linears_of(part.module.net).items()
+            layer: quantize_layer(linear.weight, layer_bits(layer, bits, ("proj_out",)), rounding, inputs=scales.get(layer))
+            for layer, linear in linears.items()
         }
         family.prepare_export(part.module.net, tuple(part.inputs["hidden_states"].shape[1:]))
         write_graph(part, layers, work / name, accuracy_level, family.modulation)
@@ -107,9 +124,11 @@ def prepare(work: Path) -> None:
     once("size", lambda: export("size", 4, 128))
     once("size4", lambda: export("size4", 4, 128, accuracy_level=4))
     once("speed", lambda: export("speed", 8, "channel"))
+    once("static", lambda: export("static", 8, "channel", static=True))
     once("nbits", lambda: onnxruntime_nbits(work))
     once("dynamic", lambda: onnxruntime_dynamic(work))
     once("nncf", lambda: nncf_weights(work))
+    once("nncf-static", lambda: nncf_static(work))
 
 
 def plain_export(part: Any, folder: Path) -> None:
@@ -157,6 +176,18 @@ def nncf_weights(work: Path) -> None:
     for name, options in kinds.items():
         model = ov.Core().read_model(work / "stock" / "transformer" / "model.onnx")
         ov.save_model(nncf.compress_weights(model, **options), work / f"{name}.xml", compress_to_fp16=False)
+
+
+def nncf_static(work: Path) -> None:
+    """NNCF's full quantization: 8-bit weights, static 8-bit activations, smooth quantization."""
+    import nncf
+    import openvino as ov
+
+    model = ov.Core().read_model(work / "stock" / "transformer" / "model.onnx")
+    samples = nncf.Dataset([feeds(TOKENS[-1], seed) for seed in CALIBRATION_SEEDS])
+    kind, preset = nncf.ModelType.TRANSFORMER, nncf.QuantizationPreset.MIXED
+    quantized = nncf.quantize(model, samples, model_type=kind, preset=preset, subset_size=len(CALIBRATION_SEEDS))
+    ov.save_model(quantized, work / "nncf-static.xml", compress_to_fp16=False)
 
 
 def torch_step(net: Any, dtype: torch.dtype = torch.float32) -> Step:

@@ -1,14 +1,16 @@
 """The folder quantized/ of an artifact: codes of its layers as `quantize` writes them and `export` reads them.
 
 quantized/PART.safetensors     LAYER.codes, LAYER.scales, LAYER.zeros; `basis` [r, K] where adaLN layers share one
-quantized/layers.json          {LAYER: {bits, group, symmetric}} of the transformer; of a text encoder: PART.json
+quantized/layers.json          {LAYER: {bits, group, symmetric}} of the transformer; of a text encoder: PART.json. A layer with static
+                               activations also has `inputs`: [scale, zero point]
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from flashgen.models.factored import factor
 from flashgen.models.networks import linears_of
 from flashgen.models.stream import stored, tensor, tensor_files, write
 from flashgen.quant.layer import stored_tensors
-from flashgen.quant.pack import QuantizedLinear, dequantize
+from flashgen.quant.pack import InputScale, QuantizedLinear, dequantize
 
 FOLDER = "quantized"
 BASIS = "basis"
@@ -43,7 +45,9 @@ def write_codes(version: Path, part: str, codes: Mapping[str, QuantizedLinear], 
     shapes = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
     write(version / FOLDER / f"{part}.safetensors", shapes, tensors.items())
     specs = {
-        name: {"bits": q.bits, "group": "channel" if q.channel else q.group, "symmetric": q.zeros is None} for name, q in codes.items()
+        name: {"bits": q.bits, "group": "channel" if q.channel else q.group, "symmetric": q.zeros is None}
+        | ({"inputs": list(q.inputs)} if q.inputs else {})
+        for name, q in codes.items()
     }
     (version / FOLDER / specs_file(part)).write_text(json.dumps(specs, indent=1) + "\n")
     return sum(value.nbytes for value in tensors.values())
@@ -86,7 +90,17 @@ def _layer(tensors: Mapping[str, Tensor], name: str, spec: Mapping[str, Any], k:
         there.append(list(zeros.shape))
     if there != wanted or codes.dtype != torch.uint8:
         raise ValueError(f"codes, scales and zeros of {name} do not fit its {k} inputs")
-    return QuantizedLinear(codes, scales, zeros, bits, group, k, channel)
+    return QuantizedLinear(
+        codes, scales, zeros, bits, group, k, channel, _inputs(name, spec["inputs"], channel) if "inputs" in spec else None
+    )
+
+
+def _inputs(name: str, pair: Sequence[Any], channel: bool) -> InputScale:
+    """Scale and zero point of a layer's inputs. Raises ValueError for numbers that no product of integers takes."""
+    scale, zero = pair
+    if not channel or type(scale) is not float or not 0 < scale < inf or type(zero) is not int or not 0 <= zero <= 255:
+        raise ValueError(f"the inputs of {name} have scale {scale} and zero point {zero}")
+    return InputScale(scale, zero)
 
 
 def put_factors(transformer: nn.Module, codes: Mapping[str, QuantizedLinear], source: Path) -> None:

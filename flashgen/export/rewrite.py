@@ -1,12 +1,13 @@
-"""Quantized layers as single nodes of an ONNX graph, written from the artifact's own codes.
+"""Quantized layers as nodes of an ONNX graph, written from the artifact's own codes.
 
-MatMulNBits for groups; DynamicQuantizeMatMul, onnxruntime's fastest product of integers, where one scale per output was asked for.
+MatMulNBits for groups. Where one scale per output was asked for: DynamicQuantizeMatMul, or, for inputs with a fixed scale, the standard
+QuantizeLinear and DequantizeLinear around a MatMul, from which onnxruntime and OpenVINO make products of integers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 
 from flashgen.errors import ArtifactError
 from flashgen.models.save import to_half
-from flashgen.quant.pack import QuantizedLinear, as_bits
+from flashgen.quant.pack import InputScale, QuantizedLinear, as_bits
 
 DOMAIN = "com.microsoft"
+Rounded = dict[tuple[ir.Value, InputScale], ir.Value]  # a value as integer products read it, by the value and its scale
 
 
 class Linear(NamedTuple):
@@ -74,7 +76,7 @@ def _only_user(value: ir.Value) -> ir.Node | None:
 def quantize_linears(
     model: ir.Model, layers: Mapping[str, QuantizedLinear], accuracy_level: int, modulation: re.Pattern[str] | None = None
 ) -> None:
-    """Replace every layer of `layers` by one node with its codes, in place; the node takes 3-bit codes in 4 bits.
+    """Replace every layer of `layers` by nodes with its codes, in place; MatMulNBits takes 3-bit codes in 4 bits.
 
     Raises ArtifactError when a layer is not in the graph with the same shape, or when a Linear whose name matches `modulation` (adaLN)
     has no codes.
@@ -87,8 +89,16 @@ def quantize_linears(
         what = f"quantized layers that the exported graph does not have: {missing}" if missing else f"adaLN layers left in fp32: {whole}"
         raise ArtifactError(f"{what}; make the student's codes again with: flashgen quantize STUDENT --out DIR")
     model.opset_imports[DOMAIN] = 1
+    rounded: Rounded = {}
     for name, q in layers.items():
-        _replace(graph, name, in_graph[name], as_bits(q, 4) if q.bits == 3 else q, accuracy_level)
+        linear = in_graph[name]
+        if q.inputs is not None:
+            nodes = _static_nodes(graph, name, linear, q, q.inputs, rounded)
+        elif q.channel:
+            nodes = [_integer_node(graph, name, linear, q)]
+        else:
+            nodes = [_nbits_node(graph, name, linear, as_bits(q, 4) if q.bits == 3 else q, accuracy_level)]
+        _replace(graph, linear, nodes)
 
 
 def halve_scales(model: ir.Model) -> None:
@@ -167,11 +177,11 @@ def _fits(linear: Linear, q: QuantizedLinear) -> bool:
     return q.k == linear.k and tuple(q.codes.shape) == codes and tuple(q.scales.shape) == scales
 
 
-def _replace(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> None:
-    node = _integer_node(graph, name, linear, q) if q.channel else _nbits_node(graph, name, linear, q, accuracy_level)
-    result = node.outputs[0]
+def _replace(graph: ir.Graph, linear: Linear, nodes: Sequence[ir.Node]) -> None:
+    """Put `nodes`, whose last one has the layer's output, in place of `linear`."""
+    result = nodes[-1].outputs[0]
     result.shape, result.type, result.name = linear.out.shape, linear.out.type, linear.out.name  # it may be the graph's output
-    graph.insert_before(linear.nodes[0], node)
+    graph.insert_before(linear.nodes[0], nodes)
     ir.convenience.replace_all_uses_with(linear.out, result, replace_graph_outputs=True)
     weight = linear.nodes[-1].inputs[1 if len(linear.nodes) == 1 else 0]
     graph.remove(linear.nodes, safe=True)
@@ -189,12 +199,37 @@ def _nbits_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, 
 
 
 def _integer_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear) -> ir.Node:
-    """Activations get one scale and zero point per call. Weights are signed: unsigned ones take twice as long (docs/device.md)."""
-    signed = np.ascontiguousarray((q.codes[:, 0].numpy().astype(np.int16) - 128).astype(np.int8).T)
-    parts = {"codes": signed, "scales": q.scales[:, 0].numpy()}
-    inputs: list[ir.Value | None] = [linear.x, *(_constant(graph, f"{name}.{part}", value) for part, value in parts.items())]
+    """Activations get one scale and zero point per call."""
+    inputs: list[ir.Value | None] = [linear.x, *_signed(graph, name, q)]
     inputs += [None, linear.bias] if linear.bias is not None else []  # input 3 are the weights' zero points, all 0
     return ir.node("DynamicQuantizeMatMul", inputs, domain=DOMAIN, name=name)
+
+
+def _static_nodes(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, scale: InputScale, rounded: Rounded) -> list[ir.Node]:
+    """Activations have a fixed scale and zero point; layers that read the same value with the same scale share its nodes in `rounded`."""
+    if (linear.x, scale) not in rounded:
+        parameters = [
+            _constant(graph, f"{name}.input_scale", np.array(scale.scale, np.float32)),
+            _constant(graph, f"{name}.input_zero", np.array(scale.zero, np.uint8)),
+        ]
+        codes = ir.node("QuantizeLinear", [linear.x, *parameters])
+        values = ir.node("DequantizeLinear", [*codes.outputs, *parameters])
+        producer = linear.x.producer()
+        if producer is None:
+            graph.insert_before(graph[0], [codes, values])
+        else:
+            graph.insert_after(producer, [codes, values])
+        rounded[linear.x, scale] = values.outputs[0]
+    weight = ir.node("DequantizeLinear", _signed(graph, name, q), {"axis": 1})
+    product = ir.node("MatMul", [rounded[linear.x, scale], *weight.outputs], name=name)
+    bias = [] if linear.bias is None else [ir.node("Add", [*product.outputs, linear.bias])]
+    return [weight, product, *bias]
+
+
+def _signed(graph: ir.Graph, name: str, q: QuantizedLinear) -> list[ir.Value]:
+    """int8 weights [K, N] and scales [N]. Unsigned weights take twice as long (docs/device.md)."""
+    codes = np.ascontiguousarray((q.codes[:, 0].numpy().astype(np.int16) - 128).astype(np.int8).T)
+    return [_constant(graph, f"{name}.{part}", array) for part, array in {"codes": codes, "scales": q.scales[:, 0].numpy()}.items()]
 
 
 def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:

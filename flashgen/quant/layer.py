@@ -9,10 +9,11 @@ from typing import Literal
 from torch import Tensor
 
 from flashgen.quant.gptq import gptq
-from flashgen.quant.pack import QuantizedLinear
+from flashgen.quant.pack import InputScale, QuantizedLinear
 from flashgen.quant.rounding import MIN_GROUP, quantize_groups
 
 PROTECTED_BITS = 8
+STATIC_BITS = 7  # of weights whose inputs have a fixed scale: x86 without VNNI adds two products of 8 bits in 16 bits, which overflow
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,23 @@ def layer_bits(name: str, bits: int, protect: Sequence[str]) -> int:
     return PROTECTED_BITS if name.startswith(tuple(protect)) else bits
 
 
-def quantize_layer(weight: Tensor, bits: int, rounding: Rounding, moments: Tensor | None = None) -> QuantizedLinear:
+def quantize_layer(
+    weight: Tensor, bits: int, rounding: Rounding, moments: Tensor | None = None, inputs: InputScale | None = None
+) -> QuantizedLinear:
     """Codes of `weight` [N, K]. Method gptq uses the second `moments` [K, K] of the layer's inputs, and is rtn without them.
 
+    With the scale of the `inputs` (one scale per output, 8 bits) the codes are those of `STATIC_BITS`, in the middle of the 8-bit ones:
+    128 - 64 to 128 + 63. All processors multiply them exactly.
     Raises NumericsError when a weight or a moment is not finite.
     """
     group = rounding.group_of(weight.shape[1])
     if rounding.method == "gptq" and moments is not None:
         q = gptq(weight, moments, bits, group, rounding.symmetric)
     else:
-        q = quantize_groups(weight, bits, group, rounding.symmetric, "hqq" if rounding.fractional_zeros(bits) else "mse")
+        steps = bits if inputs is None else STATIC_BITS
+        q = quantize_groups(weight, steps, group, rounding.symmetric, "hqq" if rounding.fractional_zeros(bits) else "mse")
+    if inputs is not None:
+        q = replace(q, codes=q.codes + 2 ** (bits - 1) - 2 ** (STATIC_BITS - 1), bits=bits, inputs=inputs)
     return replace(q, channel=rounding.group == "channel")
 
 

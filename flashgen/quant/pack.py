@@ -8,10 +8,18 @@ MatMulNBits lacks: `as_bits` widens them for the graph.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+
+class InputScale(NamedTuple):
+    """Scale and zero point of a layer's inputs: x becomes the uint8 code round(x / scale) + zero, clamped to 0..255."""
+
+    scale: float
+    zero: int
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class QuantizedLinear:
     `codes` are uint8 [N, G, group * bits / 8]; `scales` are fp32 [N, G], numbers that fp16 holds exactly; `zeros` are packed uint8
     [N, ceil(G * bits / 8)], or fp32 [N, G] that fp16 holds (HQQ's are fractions), or None for symmetric groups. `channel` says that one
     scale per row was asked for, so that products may round their activations and multiply integers; a row that happens to be one group
-    does not allow that.
+    does not allow that. `inputs` are the scale and zero point of these activations; None: they follow from each call's range.
     """
 
     codes: Tensor
@@ -31,6 +39,7 @@ class QuantizedLinear:
     group: int
     k: int
     channel: bool = False
+    inputs: InputScale | None = None
 
     def cpu(self) -> QuantizedLinear:
         """The same codes in the CPU's memory."""

@@ -69,8 +69,8 @@ def grouped(weight: Tensor, bits: int, group: int) -> Tensor:
 
     Raises NumericsError when a weight is not finite, ValueError for sizes that the layout lacks.
     """
-    if bits not in (2, 3, 4, 8) or group < MIN_GROUP or (group & (group - 1) and group != weight.shape[1]):
-        raise ValueError(f"bits must be 2, 3, 4 or 8 and group a power of two >= 16 or a whole row, not {bits} and {group}")
+    if bits not in (2, 3, 4, 7, 8) or group < MIN_GROUP or (group & (group - 1) and group != weight.shape[1]):
+        raise ValueError(f"bits must be 2, 3, 4, 7 or 8 and group a power of two >= 16 or a whole row, not {bits} and {group}")
     weight = weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise NumericsError("a weight to be quantized is not finite; check the student with `flashgen generate` and train it again")
@@ -91,11 +91,11 @@ def round_to(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor
 
 def full_range(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scales and zeros [...] for the whole range of each group [..., g]."""
-    return _range(groups.amin(-1), groups.amax(-1), bits, symmetric)
+    return range_scales(groups.amin(-1), groups.amax(-1), bits, symmetric)
 
 
-def _range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scales and zeros of groups whose least and greatest weights are `low` and `high`."""
+def range_scales(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros of groups whose least and greatest values are `low` and `high`."""
     if symmetric:  # the signed extreme maps to code 0, so that all 2^bits levels are used; scales may be negative
         scales = as_half(torch.where(high > -low, high, low) / -(2 ** (bits - 1)))
         zeros = torch.full_like(scales, 2 ** (bits - 1))
@@ -110,7 +110,7 @@ def best_range(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tens
     """Scales and zeros of the first share in `SHARES` with the least squared error, group by group."""
     low, high = groups.amin(-1), groups.amax(-1)
     shares = torch.tensor(SHARES, device=groups.device).view(-1, *[1] * low.dim())
-    scales, zeros = _range(shares * low, shares * high, bits, symmetric)
+    scales, zeros = range_scales(shares * low, shares * high, bits, symmetric)
     errors, work = torch.empty_like(scales), torch.empty_like(groups)
     for scale, zero, error in zip(scales[..., None], zeros[..., None], errors, strict=True):  # every pass in place: nothing is allocated
         torch.div(groups, scale, out=work).add_(zero).round_().clamp_(0, 2**bits - 1)

@@ -42,6 +42,12 @@ class QuantizeRecipe(Model):
         "(8 bits, symmetric; 64 in text encoders)",
     )
     symmetric: bool = False
+    activations: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="of group channel: dynamic: one scale per call; static: scales from the student's own rollouts, in the layers "
+        "that bear it, with weights of 7 bits",
+    )
+    activation_tolerance: float = Field(0.001, gt=0, description="error of the final latents that static activations may cause")
     protect: list[str] | None = Field(None, description="layers kept at 8 bits, by name prefix; null: the family's")
     budget: str | None = Field(
         None,
@@ -53,7 +59,9 @@ class QuantizeRecipe(Model):
         0.0, ge=0, description="error of the final latents that a shared adaLN basis may cause; 0 leaves these layers as they are"
     )
     step_scales: bool = Field(False, description="two scalars a step that bring the quantized student's states back to the student's")
-    prompts: int = Field(64, ge=2, description="run through the student for gptq, a budget, a shared basis and step scales")
+    prompts: int = Field(
+        64, ge=2, description="run through the student for gptq, a budget, static activations, a shared basis and step scales"
+    )
 
     @property
     def encoder_group(self) -> int:
@@ -63,7 +71,7 @@ class QuantizeRecipe(Model):
     @property
     def calibrated(self) -> bool:
         """Return True if the student is run: for the inputs of its layers, or to measure errors of its pictures."""
-        return bool(self.method == "gptq" or self.budget or self.low_rank_tolerance or self.step_scales)
+        return bool(self.method == "gptq" or self.budget or self.activations == "static" or self.low_rank_tolerance or self.step_scales)
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -86,6 +94,8 @@ class QuantizeRecipe(Model):
             0,
         ):
             raise ValueError("group channel is for bits 8, symmetric true and method rtn, without budget and low_rank_tolerance")
+        if self.activations == "static" and self.group != "channel":
+            raise ValueError("activations static is for products of integers: set bits 8, group channel and symmetric true")
         return self
 
 

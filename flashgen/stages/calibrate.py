@@ -1,9 +1,11 @@
-"""The part of quantize that runs the student: GPTQ on its inputs, bits by measured error, a shared adaLN basis, scales of its steps."""
+"""The part of quantize that runs the student: GPTQ, bits by measured error, scales of inputs, a shared adaLN basis, scales of its steps."""
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +27,11 @@ if TYPE_CHECKING:
     from flashgen.families.base import Family
     from flashgen.models.factored import SharedLowRank
     from flashgen.models.pipeline import Pipeline
-    from flashgen.quant.pack import QuantizedLinear
+    from flashgen.quant.pack import InputScale, QuantizedLinear
     from flashgen.training.calibration import Calibration
 
 ALLOCATION, SENSITIVITY = "quantized/allocation.json", "sensitivity.pt"  # in a version; in the resume state
+ACTIVATIONS = "quantized/activations.json"  # in a version
 CALIBRATION_STREAM, CALIBRATION_SEED = 16, 4  # of the noise; added to the seed for the prompts
 
 
@@ -46,6 +49,7 @@ def calibrate(stage: Stage, draft: Draft, rounding: Rounding, protect: Sequence[
     """Run the student for everything that the recipe asks of it; a resumed run reads earlier results in `draft.work`."""
     from flashgen.models.factored import SharedLowRank
     from flashgen.models.pipeline import load_pipeline
+    from flashgen.training.calibration import with_rounded_inputs
 
     pipe, config = load_pipeline(stage.source.path, device=stage.device), stage.recipe.quantize
     calibration = _calibration(pipe, stage)
@@ -57,14 +61,17 @@ def calibrate(stage: Stage, draft: Draft, rounding: Rounding, protect: Sequence[
     if config.budget:
         budget = budget_bytes(config.budget, num_weights)
         bits = _allocate(calibration, stage.family, config, rounding, (budget, basis_bytes, num_weights), draft)
+    static = _static_inputs(calibration, stage.family, config, protect, draft) if config.activations == "static" else {}
 
     def quantize(name: str, layer: nn.Linear, moments: Tensor | None) -> QuantizedLinear:
         moments = None if moments is None else moments.to(where)
-        return quantize_layer(layer.weight.to(where), bits[name], rounding, moments).cpu()
+        return quantize_layer(layer.weight.to(where), bits[name], rounding, moments, static.get(name)).cpu()
 
     codes = calibration.quantize_in_order(quantize, draft.work if config.method == "gptq" else None)
-    metrics["latent_error"] = calibration.latent_error() ** 0.5
-    scales = _fit_step_scales(calibration, metrics) if config.step_scales else None
+    inputs = {name: q.inputs for name, q in codes.items()} if config.activations == "static" else {}
+    with with_rounded_inputs(calibration.layers, inputs):
+        metrics["latent_error"] = calibration.latent_error() ** 0.5
+        scales = _fit_step_scales(calibration, metrics) if config.step_scales else None
     for module in factored.values():
         module.cpu()
     return Calibrated(codes, factored, scales, metrics)
@@ -142,7 +149,8 @@ def _allocate(
     """
     from flashgen.metrics.plots import plot_allocation
     from flashgen.quant.allocate import allocate
-    from flashgen.training.calibration import layer_groups
+    from flashgen.quant.pack import dequantize
+    from flashgen.training.calibration import layer_groups, with_weights
     from flashgen.training.checkpoint import save_state
 
     layers, (budget, basis_bytes, num_weights) = calibration.layers, sizes
@@ -161,7 +169,11 @@ def _allocate(
     if processes.rank() == 0 and not path.exists() and (known := _known_errors(draft)):
         save_state(dict(known), path)
     nearest = replace(rounding, method="rtn")  # without data: GPTQ gains about as much in every group (our choice)
-    error = calibration.sensitivity(groups, choices, lambda layer, bits: quantize_layer(layer.weight, bits, nearest), path)
+
+    def changed(names: Sequence[str], bits: int) -> AbstractContextManager[None]:
+        return with_weights([layers[name] for name in names], lambda layer: dequantize(quantize_layer(layer.weight, bits, nearest)))
+
+    error = calibration.sensitivity(groups, choices, changed, path)
     chosen = allocate(error, cost, budget - basis_bytes)
     table = {group: {"layers": groups[group], "bits": chosen[group], "damage": error[group], "bytes": cost[group]} for group in groups}
     (draft.path / ALLOCATION).write_text(json.dumps(table, indent=1) + "\n")
@@ -170,6 +182,39 @@ def _allocate(
     count = {bits: list(chosen.values()).count(bits) for bits in choices}
     say(f"{spent:.0f} of {budget:.0f} bytes, {8 * spent / num_weights:.3f} mean bits; groups of layers by bits: {count}")
     return {name: chosen[group] for group, names in groups.items() for name in names}
+
+
+def _static_inputs(
+    calibration: Calibration, family: Family, config: QuantizeRecipe, protect: Sequence[str], draft: Draft
+) -> dict[str, InputScale]:
+    """Scales of the inputs of all layers that run with static activations.
+
+    adaLN and the layers in `protect` stay dynamic. Of the others, groups of layers are taken in the order of the error that each causes
+    alone, as many as the recipe's tolerance allows together. Scales are fitted on half of the prompts, errors are measured on the other
+    half, without rounding of weights. The table goes into the draft.
+    """
+    from flashgen.training.calibration import layer_groups, static_candidates, with_rounded_inputs
+
+    layers, (fit, held_out) = calibration.layers, calibration.halves
+    names = static_candidates(layers, family, protect)
+    scales, groups = calibration.input_scales(names, fit), layer_groups(names, family)
+
+    def changed(members: Sequence[str], _: int) -> AbstractContextManager[None]:
+        return with_rounded_inputs(layers, {name: scales[name] for name in members})
+
+    errors = calibration.sensitivity(groups, [8], changed, draft.work / SENSITIVITY, held_out)
+    damage = {group: error[8] for group, error in errors.items()}
+    order = sorted(groups, key=damage.__getitem__)
+
+    def error(count: int) -> float:
+        with changed([name for group in order[:count] for name in groups[group]], 8):
+            return calibration.latent_error(held_out)
+
+    static = order[: bisect_right(range(1, len(order) + 1), config.activation_tolerance, key=error)]
+    table = {group: {"layers": groups[group], "static": group in static, "damage": damage[group]} for group in groups}
+    (draft.path / ACTIVATIONS).write_text(json.dumps(table, indent=1) + "\n")
+    say(f"static activations in {len(static)} of {len(order)} groups of layers; {len(layers) - len(names)} layers stay dynamic besides")
+    return {name: scales[name] for group in static for name in groups[group]}
 
 
 def _known_errors(draft: Draft) -> Mapping[str, Mapping[str, float]]:

@@ -32,8 +32,8 @@ class Quantize(Stage):
     """A student or teacher with codes for its Linears in quantized/, from which `export` writes the graph.
 
     The pipeline stays loadable by diffusers, with dequantized weights. Methods rtn and hqq need no data: weights pass from file to file,
-    one in memory at a time. GPTQ, a budget, a shared adaLN basis and step scales load the student and run it on prompts. Scheme nf4
-    writes bitsandbytes' codes instead, which diffusers loads as they are.
+    one in memory at a time. GPTQ, a budget, static activations, a shared adaLN basis and step scales load the student and run it on
+    prompts. Scheme nf4 writes bitsandbytes' codes instead, which diffusers loads as they are.
     """
 
     name = "quantize"
@@ -64,10 +64,10 @@ class Quantize(Stage):
 
     def check(self) -> None:
         config = self.recipe.quantize
-        if self.sampler.guidance != 1 and (config.low_rank_tolerance or config.step_scales):
+        if self.sampler.guidance != 1 and (config.low_rank_tolerance or config.step_scales or config.activations == "static"):
             raise UsageError(
-                "quantize.low_rank_tolerance and quantize.step_scales learn from rollouts without guidance, and a teacher is drawn with "
-                "guidance; set both to 0, or quantize a student"
+                "quantize.low_rank_tolerance, quantize.step_scales and quantize.activations=static learn from rollouts without guidance, "
+                "and a teacher is drawn with guidance; leave them out, or quantize a student"
             )
         if config.low_rank_tolerance and self.family.modulation is None:
             raise UsageError(f"quantize.low_rank_tolerance: {self.family.models} have no adaLN layers that share their input; set it to 0")
@@ -99,7 +99,7 @@ class Quantize(Stage):
         if config.calibrated:
             memory["calibrate"], forwards = self._calibration(footprint)
         work = {"fp32": forwards * footprint.forward().multiply_adds, "rounded": num_weights}
-        lighter = "without a budget, low_rank_tolerance and step_scales, which streams the weights"
+        lighter = "without a budget, static activations, low_rank_tolerance and step_scales, which streams the weights"
         advice = {"calibrate": f"use --set quantize.method=rtn {lighter}, or fewer quantize.prompts"}
         plan = Plan(memory, disk, forwards, work, advice, machine=replace(self.machine, processes=1))  # they share nothing
         plan.add_validation(footprint, self.recipe.bench, self.num_validation_pictures)
@@ -121,6 +121,9 @@ class Quantize(Stage):
             memory["factors"] = 4 * 8.0 * max(shape[1] for shape in linears.values()) ** 2  # of one layer, in float64
         if config.budget:
             rollouts += len(layer_groups(linears, self.family)) * len(config.choices)
+        if config.activations == "static":  # on halves of the prompts: ranges, histograms, each group, and which groups together
+            groups = len(layer_groups(linears, self.family))
+            rollouts += 0.5 * (2 + groups + groups.bit_length())
         if config.low_rank_tolerance and modulation is not None and config.group != "channel":
             width = max((shape[1] for name, shape in linears.items() if modulation.search(name)), default=0)
             rollouts += 0.5 * (1 + width // 2 // config.group)

@@ -1,4 +1,4 @@
-"""Running a student to calibrate its quantization: the error of each group of layers, the inputs of each layer, scales of its steps.
+"""Running a student to calibrate its quantization: the error of each group of layers, inputs of layers and their scales, scales of steps.
 
 Errors are |z - z*|^2 / |z*|^2 of the final latents, z* being those of the student before quantization.
 """
@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flashgen.errors import NumericsError
 from flashgen.families.base import Family, velocity
 from flashgen.families.conditioning import Conditioning
 from flashgen.models.networks import linears_of
 from flashgen.pixels import slices
 from flashgen.progress import track
-from flashgen.quant.pack import QuantizedLinear, dequantize
+from flashgen.quant.activations import BINS, LEAST_RANGE, best_input_scale, rounded
+from flashgen.quant.pack import InputScale, QuantizedLinear, dequantize
 from flashgen.runtime.accelerator import exact
 from flashgen.runtime.processes import rank
 from flashgen.training.checkpoint import load_state, save_state
@@ -46,6 +49,12 @@ def layer_blocks(names: Iterable[str], family: Family) -> list[list[str]]:
     for name in names:
         blocks[family.layer_group(name)[0]].append(name)
     return list(blocks.values())
+
+
+def static_candidates(names: Iterable[str], family: Family, protect: Sequence[str]) -> list[str]:
+    """Layers that may have static activations: all but adaLN and those whose names start with an entry of `protect`."""
+    modulation = family.modulation
+    return [name for name in names if not name.startswith(tuple(protect)) and not (modulation and modulation.search(name))]
 
 
 class Calibration:
@@ -123,26 +132,29 @@ class Calibration:
         sigmas = torch.full((len(x),), sigma, device=x.device)
         return torch.cat([velocity(self.student, x[part], sigmas[part], self.cond[part]) for part in slices(len(x), BATCH)])
 
+    def input_scales(self, names: Sequence[str], rows: slice) -> dict[str, InputScale]:
+        """Scales of the inputs of the layers `names` over all nodes and the prompts at `rows`; raises NumericsError as `input_scales`."""
+        layers, parts = self.layers, len(slices(len(self.noise[rows]), BATCH))
+        return input_scales({name: layers[name] for name in names}, lambda: self.rollouts(rows), parts * (len(self.nodes) - 1))
+
     def sensitivity(
         self,
         groups: Mapping[str, Sequence[str]],
         choices: Sequence[int],
-        quantize: Callable[[nn.Linear, int], QuantizedLinear],
+        changed: Callable[[Sequence[str], int], AbstractContextManager[None]],
         path: Path,
+        rows: slice = slice(None),
     ) -> dict[str, dict[int, float]]:
-        """Error of quantizing each group alone at each number of bits; weights are restored.
+        """Error of changing each group alone to each number of bits, for the prompts at `rows`.
 
-        Every number is saved in `path` at once, and read from there by a resumed run.
+        The layers of a group have these bits inside `changed(names, bits)`. Every number is saved in `path` at once, and read from there
+        by a resumed run.
         """
         errors: dict[str, dict[str, float]] = load_state(path) or {}
-        layers = self.layers
         missing = [(group, bits) for group in groups for bits in choices if str(bits) not in errors.get(group, {})]
         for group, bits in track(missing, "sensitivity", total=len(missing)):
-            members = [layers[name] for name in groups[group]]
-            with restored(members):
-                for layer in members:
-                    layer.weight.data.copy_(dequantize(quantize(layer, bits)))
-                errors.setdefault(group, {})[str(bits)] = self.latent_error()
+            with changed(groups[group], bits):
+                errors.setdefault(group, {})[str(bits)] = self.latent_error(rows)
             if rank() == 0:
                 save_state(errors, path)
         return {group: {bits: errors[group][str(bits)] for bits in choices} for group in groups}
@@ -188,11 +200,58 @@ def observed(layers: Mapping[str, nn.Linear], look: Callable[[str, Tensor], None
 
 
 @contextmanager
-def restored(layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Give the layers their weights back on leaving."""
+def with_weights(layers: Sequence[nn.Linear], change: Callable[[nn.Linear], Tensor]) -> Iterator[None]:
+    """Inside, each layer has the weights `change(layer)`."""
     weights = [layer.weight.detach().clone() for layer in layers]
     try:
+        for layer in layers:
+            layer.weight.data.copy_(change(layer))
         yield
     finally:
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data.copy_(weight)
+
+
+@contextmanager
+def with_rounded_inputs(layers: Mapping[str, nn.Linear], inputs: Mapping[str, InputScale | None]) -> Iterator[None]:
+    """Inside, the layers that `inputs` names multiply their inputs `rounded` to 8 bits; None: by the range of each sample."""
+
+    def hook(scale: InputScale | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        return lambda _, x: (rounded(x[0], scale),)
+
+    handles = [layers[name].register_forward_pre_hook(hook(scale)) for name, scale in inputs.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def input_scales(layers: Mapping[str, nn.Linear], run: Callable[[], object], num_passes: int) -> dict[str, InputScale]:
+    """Scales of the inputs of `layers` in `run`, which passes through each layer at least `num_passes` times.
+
+    `run` is called twice: for the ranges, and for histograms over them. Raises NumericsError for a layer that runs less often, and for
+    inputs that are not finite or all 0.
+    """
+    ranges: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
+    with observed(layers, lambda name, x: ranges[name].append((float(x.min()), float(x.max())))):
+        run()
+    ends: dict[str, tuple[float, float]] = {}
+    for name, seen in ranges.items():
+        mend = f'give {name} dynamic scales by naming it in quantize.protect, or check the student with "flashgen generate"'
+        if len(seen) < num_passes:
+            raise NumericsError(f"calibration: {name} ran in {len(seen)} of {num_passes} passes of the student; {mend}")
+        if not all(map(isfinite, chain.from_iterable(seen))):
+            raise NumericsError(f"calibration: an input of {name} is not finite; {mend}")
+        ends[name] = min(0.0, *(low for low, _ in seen)), max(0.0, *(high for _, high in seen))
+        if ends[name][1] - ends[name][0] < LEAST_RANGE:
+            raise NumericsError(f"calibration: the inputs of {name} are all 0, so their scale would be 0; {mend}")
+    counts: dict[str, Tensor] = {}
+
+    def count(name: str, x: Tensor) -> None:
+        counts[name] = counts.get(name, 0) + torch.histc(x.float(), BINS, *ends[name])
+
+    with observed(layers, count):
+        run()
+    return {name: best_input_scale(counts[name], *ends[name]) for name in layers}

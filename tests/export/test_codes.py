@@ -22,7 +22,7 @@ from flashgen.errors import ArtifactError
 from flashgen.export.codes import put_factors, read_codes, write_codes
 from flashgen.models.rewrite import linear_shapes, rewrite_network
 from flashgen.quant.layer import Rounding, quantize_layer
-from flashgen.quant.pack import QuantizedLinear, dequantize
+from flashgen.quant.pack import InputScale, QuantizedLinear, dequantize
 from flashgen.quant.rounding import quantize_groups
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.base import run
@@ -105,7 +105,8 @@ def test_what_is_written_is_what_is_read(bits: int, rounding: Rounding, tiny_qua
     source = replace(tiny_quantized, path=tmp_path)
     (tmp_path / "transformer").symlink_to(tiny_quantized.path / "transformer")
     (tmp_path / "quantized").mkdir()
-    q = quantize_layer(torch.randn(6, 32, generator=torch.Generator().manual_seed(0)), bits, rounding)
+    inputs = InputScale(0.0125732421875, 7) if rounding.group == "channel" else None
+    q = quantize_layer(torch.randn(6, 32, generator=torch.Generator().manual_seed(0)), bits, rounding, inputs=inputs)
     write_codes(tmp_path, "transformer", {"proj_out": q})
     again = read_codes(source)["proj_out"]
     for name, value in vars(q).items():
@@ -121,6 +122,7 @@ def test_what_is_written_is_what_is_read(bits: int, rounding: Rounding, tiny_qua
         {"symmetric": True, "group": "channel", "bits": 8},
         {"group": "row"},
         {"bits": None},
+        {"inputs": [0.5, 3]},
     ],
 )
 def test_codes_that_do_not_fit_end_in_one_sentence(change: dict[str, Any], tiny_quantized: Artifact, tmp_path: Path) -> None:
@@ -129,6 +131,18 @@ def test_codes_that_do_not_fit_end_in_one_sentence(change: dict[str, Any], tiny_
     write_codes(tmp_path, "transformer", {"proj_out": quantize_groups(torch.randn(6, 32), 4, 16, False)})
     specs = json.loads((tmp_path / "quantized" / "layers.json").read_text())
     specs["proj_out"] |= change
+    (tmp_path / "quantized" / "layers.json").write_text(json.dumps(specs))
+    with pytest.raises(ArtifactError, match=r"quantized is broken .*flashgen quantize"):
+        read_codes(replace(tiny_quantized, path=tmp_path))
+
+
+@pytest.mark.parametrize("inputs", [[0.0, 3], [-0.5, 3], [0.5, 256], [0.5, 3.0], [0.5], 0.5, None])
+def test_scale_of_inputs_that_is_none_ends_in_one_sentence(inputs: object, tiny_quantized: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "transformer").symlink_to(tiny_quantized.path / "transformer")
+    (tmp_path / "quantized").mkdir()
+    write_codes(tmp_path, "transformer", {"proj_out": quantize_layer(torch.randn(6, 32), 8, Rounding("channel", True))})
+    specs = json.loads((tmp_path / "quantized" / "layers.json").read_text())
+    specs["proj_out"]["inputs"] = inputs
     (tmp_path / "quantized" / "layers.json").write_text(json.dumps(specs))
     with pytest.raises(ArtifactError, match=r"quantized is broken .*flashgen quantize"):
         read_codes(replace(tiny_quantized, path=tmp_path))

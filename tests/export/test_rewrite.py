@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
+from flashgen.device.engine import OpenVinoNetwork, open_session
 from flashgen.errors import ArtifactError, NumericsError
 from flashgen.export import write
 from flashgen.export.graph import trace
-from flashgen.export.parity import check, reference
+from flashgen.export.parity import check, psnr_db, reference
 from flashgen.export.rewrite import linears, quantize_linears
 from flashgen.export.write import write_graph
 from flashgen.families.graphs import Call, Component
+from flashgen.models.networks import linears_of
+from flashgen.quant.layer import Rounding, quantize_layer
 from flashgen.quant.pack import QuantizedLinear, dequantize
 from flashgen.quant.rounding import quantize_groups
+from flashgen.training.calibration import input_scales, with_rounded_inputs
 
 
 class Block(nn.Module):
@@ -56,6 +64,63 @@ def test_rewritten_linears_compute_what_the_dequantized_ones_do(tmp_path: Path, 
     nodes = [n.op_type for n in ir.load(tmp_path / "block" / "model.onnx").graph]
     assert nodes.count("MatMulNBits") == 3
     assert "Gemm" not in nodes and "MatMul" not in nodes
+
+
+class Shared(nn.Module):
+    """Three layers that read one value, one of them without bias, and one that reads their outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 128), nn.Linear(64, 128, bias=False), nn.Linear(64, 128)
+        self.last = nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(x)
+        out: torch.Tensor = self.last(self.q(h) * torch.tanh(self.k(h)) + torch.sigmoid(self.v(h)))
+        return out
+
+
+def static_component() -> tuple[Component, dict[str, QuantizedLinear]]:
+    """A network with static activations, which its torch module rounds, too."""
+    torch.manual_seed(0)
+    net, x = Shared(), torch.randn(3, 40, 64)
+    layers = linears_of(net)
+    inputs = input_scales(layers, lambda: net(x), 1)
+    codes = {name: quantize_layer(layer.weight, 8, Rounding("channel", True), inputs=inputs[name]) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.weight.data = dequantize(codes[name])
+    return Component("block", Call(net, lambda net, x: net(x)), {"x": x}, ("y",)), codes
+
+
+def write_static(folder: Path) -> tuple[Path, torch.Tensor, NDArray[np.float32]]:
+    """A graph with static activations, an input, and torch's output with rounded inputs."""
+    component, codes = static_component()
+    with with_rounded_inputs(linears_of(component.module.net), {name: q.inputs for name, q in codes.items()}):
+        (expected,) = component.reference()
+    return write_graph(component, codes, folder), component.inputs["x"], expected.numpy()
+
+
+def test_static_activations_are_products_of_integers_in_onnxruntime(tmp_path: Path) -> None:
+    path, x, expected = write_static(tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph)
+    assert kinds["MatMulIntegerToFloat"] == 4 and kinds["QuantizeLinear"] == 2 and not kinds["MatMul"] + kinds["DequantizeLinear"]
+    assert psnr_db(expected, session.run(None, {"x": x.numpy()})[0]) > 80
+    assert psnr_db(expected, open_session(path).run(None, {"x": x.numpy()})[0]) > 80
+
+
+def test_static_activations_are_products_of_integers_in_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    path, x, expected = write_static(tmp_path)
+    network = OpenVinoNetwork(path, 1, rounded=True)
+    operations = [op.get_rt_info() for op in network.model.get_runtime_model().get_ops()]
+    kinds = Counter((info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in operations)
+    assert kinds["FullyConnected", "u8"] == 4 and not {kind for kind in kinds if kind[0] in ("FullyConnected", "MatMul")} - {
+        ("FullyConnected", "u8")
+    }
+    assert psnr_db(expected, network.run(["y"], {"x": x.numpy()})[0]) > 80
 
 
 def test_codes_of_a_layer_that_no_output_needs_are_left_out(tmp_path: Path) -> None:

@@ -187,6 +187,46 @@ def test_one_scale_per_output_becomes_products_of_integers(tiny_student: Artifac
             having(recipe, **(channel | change))
 
 
+STATIC = {"group": "channel", "bits": 8, "symmetric": True, "activations": "static"}
+
+
+def test_static_activations_are_measured_stored_and_exported(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    made = quantize(tiny_student, tmp_path / "q", having(recipe, **STATIC, activation_tolerance=1))
+    table = json.loads((made.path / "quantized" / "activations.json").read_text())
+    static = {name for name, spec in layers_of(made).items() if "inputs" in spec}
+    assert static == {name for row in table.values() for name in row["layers"]} and len(static) == 25
+    assert all(row["static"] and 0 < row["damage"] < 1 for row in table.values())
+    dynamic = quantize(tiny_student, tmp_path / "d", having(recipe, **STATIC | {"activations": "dynamic"}))
+    assert 0 < made.manifest.metrics["latent_error"] < 0.1 and "latent_error" not in dynamic.manifest.metrics
+    device = export(made, tmp_path / "device", recipe)
+    kinds = products(device)
+    assert kinds["DynamicQuantizeMatMul"] == len(layers_of(made)) - len(static) and kinds["MatMul"] == len(static)
+    read = len({tuple(spec["inputs"]) for spec in layers_of(made).values() if "inputs" in spec})
+    assert kinds["QuantizeLinear"] == read < kinds["MatMul"]  # q, k and v read one value
+    assert kinds["DequantizeLinear"] == kinds["QuantizeLinear"] + kinds["MatMul"]
+    assert device.manifest.extra["accuracy_level"] == 4 and device.manifest.metrics["psnr_db"]["transformer"] > 30
+
+
+def test_layers_that_static_activations_damage_stay_dynamic(tiny_student: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+    tolerance = 1e-30
+    for _ in range(2):
+        made = quantize(tiny_student, tmp_path / "q", having(recipe, **STATIC, activation_tolerance=tolerance))
+        table = json.loads((made.path / "quantized" / "activations.json").read_text())
+        static = {name for name, spec in layers_of(made).items() if "inputs" in spec}
+        assert static == {name for row in table.values() if row["static"] for name in row["layers"]}
+        assert bool(static) == (tolerance > 1e-30)
+        tolerance = sum(row["damage"] for row in table.values()) / 2  # errors nearly add up
+    taken, left = ([row["damage"] for row in table.values() if row["static"] == static] for static in (True, False))
+    assert taken and left and max(taken) < min(left)
+
+
+def test_static_activations_are_for_products_of_integers_and_students(tiny_teacher: Artifact, recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match="activations static is for products of integers: set bits 8, group channel"):
+        having(recipe, activations="static")
+    with pytest.raises(UsageError, match="activations=static learn from rollouts without guidance"):
+        prepare(Quantize, {"student": tiny_teacher.path}, having(recipe, **STATIC))
+
+
 def test_group_longer_than_a_row_is_cut_with_one_warning_and_stays_fp32(
     tiny_student: Artifact, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,24 @@ from torch import Tensor, nn
 
 from flashgen import families
 from flashgen.artifact.store import Artifact
+from flashgen.errors import NumericsError
 from flashgen.families.sd3 import LAYER_CLASSES
 from flashgen.models.networks import linears_of
 from flashgen.models.pipeline import load_pipeline
 from flashgen.models.prompts import encode_prompts
-from flashgen.quant.pack import QuantizedLinear, dequantize
+from flashgen.quant.activations import BINS, best_input_scale, rounded
+from flashgen.quant.pack import InputScale, QuantizedLinear, dequantize
 from flashgen.quant.rounding import quantize_groups
-from flashgen.training.calibration import Calibration, layer_blocks, layer_groups, observed
+from flashgen.training.calibration import (
+    Calibration,
+    input_scales,
+    layer_blocks,
+    layer_groups,
+    observed,
+    static_candidates,
+    with_rounded_inputs,
+    with_weights,
+)
 
 NODES = [1.0, 0.75, 0.0]
 SD3 = families.get("sd3")
@@ -54,11 +67,12 @@ def test_error_is_zero_for_the_unchanged_student_and_sensitivity_restores_it(cal
     groups = dict(list(layer_groups(calibrated.layers, SD3).items())[:3])
     path = tmp_path / "errors.json"
 
-    def nearest(layer: nn.Linear, bits: int) -> QuantizedLinear:
-        return quantize_groups(layer.weight, bits, 16, False)
+    def nearest(names: Sequence[str], bits: int) -> AbstractContextManager[None]:
+        layers = [calibrated.layers[name] for name in names]
+        return with_weights(layers, lambda layer: dequantize(quantize_groups(layer.weight, bits, 16, False)))
 
-    def refuse(layer: nn.Linear, bits: int) -> QuantizedLinear:
-        raise AssertionError(f"{layer} is measured again")
+    def refuse(names: Sequence[str], bits: int) -> AbstractContextManager[None]:
+        raise AssertionError(f"{names} are measured again")
 
     errors = calibrated.sensitivity(groups, [2, 8], nearest, path)
     assert errors.keys() == groups.keys() and all(0 < row[8] < row[2] for row in errors.values())
@@ -110,6 +124,55 @@ def test_blocks_are_calibrated_behind_quantized_ones(tiny_student: Artifact, cal
     given.clear()
     again = own.quantize_in_order(quantize, tmp_path)
     assert not given and all(torch.equal(again[name].codes, q.codes) for name, q in codes.items())
+
+
+def test_input_scales_cover_every_node_and_prompt_of_their_half(calibrated: Calibration) -> None:
+    name = "transformer_blocks.1.ff.net.0.proj"
+    x = calibrated.inputs(name, slice(0, 2))
+    (scale,) = calibrated.input_scales([name], slice(0, 2)).values()
+    ends = -scale.scale * scale.zero, scale.scale * (255 - scale.zero)
+    assert 0.5 * x.min() > ends[0] > 1.02 * x.min() and 0.5 * x.max() < ends[1] < 1.02 * x.max()
+    first = calibrated.inputs(name, slice(0, 1))
+    assert (rounded(x[None], scale) - x).norm() <= (rounded(x[None], best_of(first)) - x).norm()
+
+
+def best_of(x: Tensor) -> InputScale:
+    return best_input_scale(torch.histc(x, BINS, float(x.min()), float(x.max())), float(x.min()), float(x.max()))
+
+
+def test_rounded_inputs_cause_an_error_that_ends_with_them(calibrated: Calibration) -> None:
+    layers, names = calibrated.layers, [name for name in calibrated.layers if "ff" in name]
+    scales = calibrated.input_scales(names, slice(0, 2))
+    with with_rounded_inputs(layers, scales):
+        fine = calibrated.latent_error()
+    with with_rounded_inputs(layers, {name: InputScale(16 * scale.scale, scale.zero) for name, scale in scales.items()}):
+        coarse = calibrated.latent_error()
+    assert 0 < fine < coarse / 4 and calibrated.latent_error() < fine / 1e6
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("unseen", "proj_out ran in 2 of 4 passes"),
+        ("nan", "an input of proj_out is not finite"),
+        ("zero", "the inputs of proj_out are all 0"),
+    ],
+)
+def test_calibration_that_gives_no_scale_names_the_layer(calibrated: Calibration, fault: str, message: str) -> None:
+    layer = calibrated.layers["proj_out"]
+    factor = {"unseen": 1.0, "nan": torch.nan, "zero": 0.0}[fault]
+    handle = layer.register_forward_pre_hook(lambda _, x: (factor * x[0],))
+    try:
+        with pytest.raises(NumericsError, match=rf"{message}.*quantize\.protect"):
+            input_scales({"proj_out": layer}, calibrated.rollouts, 4 if fault == "unseen" else 2)
+    finally:
+        handle.remove()
+
+
+def test_adaln_and_protected_layers_stay_dynamic(calibrated: Calibration) -> None:
+    names = static_candidates(calibrated.layers, SD3, SD3.protect)
+    assert {SD3.layer_group(name)[1] for name in names} == {"attention in", "attention out", "feed-forward up", "feed-forward down"}
+    assert set(static_candidates(calibrated.layers, SD3, ())) - set(names) >= {"proj_out", "context_embedder"}
 
 
 def test_step_scales_undo_a_change_of_scale(calibrated: Calibration) -> None:
