@@ -22,7 +22,7 @@ ARM64 := artifacts/arm64
 WHEELS := --target $(ARM64)/site --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 \
 	--python-version 3.11 --only-binary=:all:
 
-.PHONY: install demo shapes ablation compression bench-device bench-gpu bench-job fullsize browser healthy-run interchange test-interchange test-arm64 test-mobile
+.PHONY: install demo shapes ablation compression bench-device bench-decode bench-gpu bench-job fullsize browser healthy-run interchange test-interchange test-arm64 test-mobile
 .PHONY: crash-test load-test mutations test test-js check teacher clean distclean
 
 install: $(INSTALLED)
@@ -77,6 +77,11 @@ $(PEERS)/.installed: $(INSTALLED)
 # docs/device.md and .json: one step at SD3.5-Medium's width on every engine. Half an hour on a machine that runs nothing else.
 bench-device: $(PEERS)/.installed
 	$(PEERS)/bin/python -m benchmarks.device artifacts/device-bench --page docs/device.md
+
+# docs/decode.md and .json: the VAE against the tiny decoder at SD3.5-Medium's size. A quarter of an hour on a machine that runs nothing else.
+bench-decode: install
+	$(BIN)/pip install --no-build-isolation -e ".[openvino]"
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.decode artifacts/decode-bench --page docs/decode.md
 
 # docs/gpu.md and .json: speed, memory and agreement of a GPU; ten minutes. ARGS=--tiny tests the script on a CPU and writes elsewhere.
 bench-gpu: install

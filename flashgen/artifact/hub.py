@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashgen.errors import ArtifactError
+from flashgen.errors import ArtifactError, UsageError
 
 HUB = "hf:"  # prefix of a hub id
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+
+
+def check_origin(origin: str, setting: str = "") -> None:
+    """Raises ArtifactError if `origin` is no folder, and UsageError if it is hf: without OWNER/NAME; `setting` begins the message."""
+    name = origin.removeprefix(HUB)
+    if name != origin and not HUB_ID.fullmatch(name):
+        raise UsageError(f"{setting}{origin} is no hub id; write {HUB}OWNER/NAME")
+    if name == origin and not Path(origin).is_dir():
+        hub = f"; for a repository on the hub write {HUB}{origin}" if HUB_ID.fullmatch(origin) else ""
+        raise ArtifactError(f"{setting}there is no folder {origin}{hub}")
 
 
 def fetch(name: str, patterns: Sequence[str], **options: Any) -> Path:

@@ -49,6 +49,8 @@ def _lines(opened: Artifact, verified: bool) -> list[str]:
     if sampler:
         sigmas = " ".join(f"{sigma:.4g}" for sigma in sampler.sigmas)
         lines.append(f"sampler  sigmas {sigmas}; guidance {sampler.guidance:g}; encoder {sampler.encoder}; {sampler.size_px} px")
+    if "decoder" in manifest.extra:
+        lines.append(f"decoder  {manifest.extra['decoder']}: pictures differ a little from those of the VAE")
     lines += [f"recipe   {json.dumps(manifest.recipe)}", f"metrics  {json.dumps(manifest.metrics)}", "lineage"]
     return [printable(line) for line in [*lines, *_lineage(opened)]]
 

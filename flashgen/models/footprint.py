@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from flashgen import families
 from flashgen.artifact.manifest import Sampler
@@ -15,6 +16,7 @@ from flashgen.families.configs import configs_in
 from flashgen.pixels import Size
 
 Parts = dict[str, float]  # bytes by component
+LIVE_IMAGES = 3  # tensors of the widest full-size layer that are alive at once in a decoder
 KEPT_BY_VAE = 4  # tensors of the size of its first block that are alive at once in the VAE's encoder
 PROGRAM = 440 << 20  # python with torch, diffusers and transformers
 NOT_LINEAR = re.compile(r"(embedding|shared|embed_tokens|attention_bias)$")
@@ -80,6 +82,13 @@ class Footprint:
     def learnable(self) -> int:
         """Number of the transformer's weights without `tables`."""
         return self.transformer.count - self.tables
+
+    @property
+    def decoder(self) -> dict[str, Any]:
+        """Sizes of the VAE's decoder, the entry `vae` of a description (`families.graphs`)."""
+        tokenizers = [encoder.tokenizer for encoder in self.family.text_encoders.values()]
+        described: dict[str, Any] = self.family.description(self.configs, self.sampler, dict.fromkeys(tokenizers, 0))["vae"]
+        return described
 
     @property
     def encoders(self) -> list[str]:

@@ -15,6 +15,7 @@ from flashgen.artifact.draft import Draft
 from flashgen.artifact.files import read_json
 from flashgen.errors import NumericsError
 from flashgen.families.base import Family
+from flashgen.families.tiny_decoder import TINY_DECODER
 from flashgen.models.pipeline import Pipeline
 from flashgen.models.stream import header, weight_files, write
 
@@ -80,10 +81,10 @@ def save_changed(
 ) -> None:
     """The pipeline in `source` with the networks `changed` replaced and the components `dropped` left out.
 
-    Components `kept` are in the draft already; all others are linked.
+    Components `kept` are in the draft already; all others are linked, and so is a tiny decoder beside the pipeline.
     """
     index = read_json(source / "model_index.json")
-    for name in family.components:
+    for name in (*family.components, TINY_DECODER):
         if name in dropped:
             index[name] = [None, None]
         elif name in changed:

@@ -10,8 +10,29 @@ from flashgen.pixels import SizePx
 from flashgen.recipe.base import Model, Training
 
 
+class DecoderRecipe(Training):
+    """`restructure-encoder --mode decoder`: a tiny decoder that learns what the VAE makes of latents."""
+
+    start: str | None = Field(
+        None, min_length=1, description="tiny decoder to start from: a folder, as diffusers' AutoencoderTiny, or hf:OWNER/NAME; null: none"
+    )
+    width: int = Field(64, ge=1, le=1024, description="channels, without `start`")
+    blocks: int = Field(3, ge=0, le=16, description="at each resolution but the last, which has one; without `start`")
+    iterations: int = Field(4000, ge=0)
+    batch: int = Field(16, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    ema: float = Field(0.99, ge=0, lt=1)
+    crop: int = Field(
+        32, ge=1, description="side of the random crops of latents that are decoded, in latents; smaller ones are not cropped"
+    )
+    gradient: float = Field(0.5, ge=0, description="weight of the error of differences of neighbouring pixels")
+    coarse: float = Field(0.5, ge=0, description="weight of the error of the mean colours of squares as large as a latent")
+    held_out: int = Field(32, ge=1, description="prompts beside `restructure.prompts` whose latents measure the result")
+    psnr_floor_db: float = Field(25.0, ge=0, description="against the VAE, of all pictures of held-out latents together")
+
+
 class RestructureRecipe(Training):
-    """`restructure-encoder`: run without the family's large text encoder, or with a small one in its place."""
+    """`restructure-encoder`: run without the family's large text encoder, or with a small one in its place; or with a tiny decoder."""
 
     prompts: int = Field(2048, ge=1)
     iterations: int = Field(300, ge=0, description="training steps of prune and compact against the student that still has the encoder")
@@ -25,6 +46,7 @@ class RestructureRecipe(Training):
     d_ff: int = Field(0, ge=0, description="inner width of the compact encoder; 0: half of the large one's")
     ema: float = Field(0.99, ge=0, lt=1)
     floor: float = Field(0.6, ge=0, description="least composition, over the student's own, that is published")
+    decoder: DecoderRecipe = DecoderRecipe()
 
 
 class QuantizeRecipe(Model):
@@ -107,3 +129,4 @@ class ExportRecipe(Model):
     psnr_floor_db: float = Field(60.0, gt=0, description="of each component against torch, range of the output over RMS error")
     psnr_floor_int8_db: float = Field(30.0, gt=0, description="the same for components whose codes run at accuracy level 4")
     vae_encoder: bool = Field(False, description="export it too, for generate --init-image; 68 MB for SD3.5-Medium")
+    decoder: Literal["auto", "vae", "tiny"] = Field("auto", description="what decodes; auto: the tiny decoder of an artifact that has one")

@@ -16,6 +16,7 @@ from flashgen.artifact.manifest import Manifest, Parent, Sampler
 from flashgen.artifact.store import open_artifact
 from flashgen.errors import ArtifactError
 from flashgen.families.configs import configs_in
+from flashgen.families.tiny_decoder import TINY_DECODER
 
 if TYPE_CHECKING:
     from flashgen.artifact.draft import Draft
@@ -26,6 +27,7 @@ NAME = "README.md"
 PROMPT = "a red fox in snow"  # of the examples, where the version belongs to no world
 BASE = "BASE"  # stands for the base pipeline of a LoRA file whose hub id is not known
 LIBRARIES = {"student": "diffusers", "quantized": "diffusers", "device": "flashgen", "gguf": "gguf"}
+TINY_LINES = f'from diffusers import AutoencoderTiny\npipe.vae = AutoencoderTiny.from_pretrained("{TINY_DECODER}")'
 MAX_ENTRIES = 16  # of one metric; longer tables stay in the manifest
 
 
@@ -104,6 +106,11 @@ def _drawing(stage: Stage, draft: Draft, sampler: Sampler, usage: Usage | None, 
     if in_diffusers:
         yield f"## diffusers\n\nIn this folder:\n\n```python\n{in_diffusers.diffusers}\n```"
         yield 'On a GPU: `.to("cuda", torch.bfloat16)`.' + _warnings(stage, sampler)
+    if in_diffusers and (draft.path / TINY_DECODER).is_dir():
+        yield (
+            "The pipeline decodes with its VAE. These two lines before the call take the tiny decoder, a small share of the time and a "
+            f"slightly different picture:\n\n```python\n{TINY_LINES}\n```"
+        )
     if in_diffusers and (draft.path / "lora").is_dir():
         where = f"; put the base's folder or hub id in the place of {BASE}" if f'"{BASE}"' in in_diffusers.lora else ""
         yield (

@@ -16,6 +16,7 @@ from flashgen.artifact.files import read_json
 from flashgen.artifact.manifest import Kind, Sampler
 from flashgen.errors import ArtifactError, UsageError
 from flashgen.families.configs import configs_in
+from flashgen.families.tiny_decoder import TINY_DECODER, WEIGHTS, described
 from flashgen.progress import say, track
 from flashgen.stages.base import Result, Stage
 from flashgen.stages.gguf import check_gguf, write_gguf
@@ -24,13 +25,12 @@ from flashgen.stages.sizes import check_size
 
 if TYPE_CHECKING:
     from flashgen.families.graphs import Component
-    from flashgen.models.footprint import Parts
+    from flashgen.models.footprint import Footprint, Parts
     from flashgen.models.pipeline import Pipeline
     from flashgen.quant.pack import QuantizedLinear
 
 ENGINE = "onnxruntime"
 DECODED = 64  # latents per side of the example that the decoder is compared on, at most
-LIVE_IMAGES = 3  # tensors of the VAE's widest full-size layer that are alive at once
 ATTENTION_BYTES = 8.0  # per pair of latents in the VAE's attention: scores, and their softmax
 ENCODER_BYTES = 256 << 20  # activations of a text encoder
 
@@ -61,6 +61,12 @@ class Export(Stage):
         size = self.recipe.export.size_px
         return self.sampler if size is None else self.sampler.model_copy(update={"size_px": size})
 
+    @property
+    def is_tiny(self) -> bool:
+        """Whether `vae_decoder` is the tiny decoder: a GGUF has none."""
+        chosen = self.recipe.export.decoder != "vae" and self.target != "gguf"
+        return chosen and (self.source.path / TINY_DECODER).is_dir()
+
     def check(self) -> None:
         if self.offline and self.target != "web":
             raise UsageError(f"--offline has no effect on --target {self.target}, which downloads nothing; leave it out")
@@ -68,14 +74,20 @@ class Export(Stage):
             raise ArtifactError(
                 f"{self.source.path} has NF4 codes, for diffusers; quantize without --scheme nf4 to export, or export the student"
             )
+        if self.recipe.export.decoder == "tiny" and not (self.source.path / TINY_DECODER).is_dir():
+            raise UsageError(
+                f"export.decoder=tiny: {self.source.path} has no tiny decoder; train one first: "
+                "flashgen restructure-encoder STUDENT --mode decoder"
+            )
         if self.target == "gguf":
             check_gguf(self)
         elif (size := self.recipe.export.size_px) is not None:
             check_size(self.family, configs_in(self.source.path, self.family), self.sampler, size, "export.size_px=")
 
     def settings(self) -> dict[str, Any]:
-        config, target = self.recipe.export, {"target": self.target}
-        return config.model_dump(mode="json", include={"psnr_floor_db"} if self.target == "gguf" else None) | target
+        config, target = self.recipe.export, {"target": self.target} | ({"decoder": "tiny"} if self.is_tiny else {})
+        names = {"psnr_floor_db"} if self.target == "gguf" else {*type(config).model_fields} - {"decoder"}
+        return config.model_dump(mode="json", include=names) | target
 
     def plan(self) -> Plan:
         """Layers pass torch from disk; then onnxruntime holds a component's weights: mapped, packed again, or unpacked to fp32.
@@ -93,10 +105,12 @@ class Export(Stage):
             return Plan({"write": held}, 2.0 * weights.count)
         one, disk = footprint.forward(self.device_sampler.size_px), 0.0
         memory: dict[str, Parts] = {}
-        activations = {"transformer": 4.0 * self.family.costs.running * one.hidden, "vae": self._vae_activations()}
+        activations = {"transformer": 4.0 * self.family.costs.running * one.hidden, "vae": self._vae_activations(footprint)}
         for part, tensors in footprint.parts.items():
             linear = sum(map(prod, tensors.linears.values())) if codes[part] else 0
             rest = (footprint.learnable if part == "transformer" else tensors.count) - linear  # a table is cut to one size
+            if part == "vae" and self.is_tiny and not config.vae_encoder:
+                rest = (self.source.path / TINY_DECODER / WEIGHTS).stat().st_size // 2  # fp16
             disk += (codes[part] + 2 * rest) * (0.6 if part == "vae" and not config.vae_encoder else 1)  # the decoder alone
             held = {"program": float(PROGRAM), "codes": codes[part], "graph": 2 * codes[part], "weights": 4.0 * rest}
             memory[part] = held | {"activations": activations.get(part, float(ENCODER_BYTES))}
@@ -108,15 +122,26 @@ class Export(Stage):
         codes = self.source.path / "quantized" / f"{part}.safetensors"
         return float(codes.stat().st_size) if codes.exists() else 0.0
 
-    def _vae_activations(self) -> float:
+    def _vae_activations(self, footprint: Footprint) -> float:
         """Bytes: the decoder is compared on a part of a large picture, the encoder on a whole one."""
-        tokenizers = [encoder.tokenizer for encoder in self.family.text_encoders.values()]
-        vae = self.family.description(configs_in(self.source.path, self.family), self.device_sampler, dict.fromkeys(tokenizers, 0))["vae"]
+        from flashgen.models.footprint import LIVE_IMAGES
+
+        vae = footprint.decoder if self.recipe.export.vae_encoder else self._described(footprint.decoder)
         most = DECODED * int(vae["factor"])
         size = self.device_sampler.size_px
         pixels = prod(size) if self.recipe.export.vae_encoder else min(size.height, most) * min(size.width, most)
         scores = ATTENTION_BYTES * (pixels / int(vae["factor"]) ** 2) ** 2 if vae["attention"] else 0.0
         return 4.0 * LIVE_IMAGES * int(vae["channels"]) * pixels + scores
+
+    def _described(self, vae: Mapping[str, Any]) -> dict[str, Any]:
+        """The entry `vae` of the family's description with the sizes of what decodes."""
+        return described(vae, self.source.path / TINY_DECODER) if self.is_tiny else dict(vae)
+
+    def _with_tiny(self, part: Component, vae: Mapping[str, Any]) -> Component:
+        from flashgen.models.tiny_decoder import load_tiny_decoder, tiny_component
+
+        channels = self.family.latent_shape(configs_in(self.source.path, self.family), self.device_sampler.size_px)[0]
+        return tiny_component(part, load_tiny_decoder(self.source.path / TINY_DECODER, channels, int(vae["factor"])), vae)
 
     def make(self, draft: Draft) -> Result:
         if self.target == "gguf":
@@ -124,6 +149,7 @@ class Export(Stage):
         from flashgen.export.codes import put_factors, read_codes
         from flashgen.export.page import write_page
         from flashgen.export.parity import why_no_half
+        from flashgen.models.footprint import Footprint
         from flashgen.models.pipeline import load_pipeline
 
         config, sampler, path = self.recipe.export, self.device_sampler, self.source.path
@@ -133,6 +159,9 @@ class Export(Stage):
         layers = read_codes(self.source) if quantized else {}
         put_factors(pipe.transformer, layers, path)
         parts = list(self.family.export_components(pipe, sampler, config.vae_encoder))
+        vae = self._described(Footprint(self.source).decoder)
+        if self.is_tiny:
+            parts = [self._with_tiny(part, vae) if part.name == "vae_decoder" else part for part in parts]
         psnr, loudest = {}, {}
         for part in track(parts, "export", total=len(parts)):
             encoder = quantized and part.name in self.family.text_encoders
@@ -140,7 +169,7 @@ class Export(Stage):
             psnr[part.name], loudest[part.name] = self._write(part, codes, draft.path)
             gc.collect()
         pad_ids = write_runtime_files(pipe, {part.name for part in parts}, draft)
-        graph = self.family.description(pipe.configs, sampler, pad_ids)
+        graph = self.family.description(pipe.configs, sampler, pad_ids) | {"vae": vae}
         sizes = {part.name: sum(file.stat().st_size for file in (draft.path / part.name).glob("model.onnx*")) for part in parts}
         metrics = {"psnr_db": {name: round(value, 2) for name, value in psnr.items()}, "bytes": sizes, "quantized_layers": len(layers)}
         extra = {
@@ -149,6 +178,7 @@ class Export(Stage):
             "latent_shape": graph["latent_shape"],  # for users of optimum, who make the noise themselves
             "accuracy_level": self._level(layers),
             "fp16": why_no_half(loudest),
+            **({"decoder": "tiny"} if self.is_tiny else {}),
         }
         if self.target == "web":
             say(f"to look at it: python3 -m http.server -d {draft.out}/latest   and open http://localhost:8000")
@@ -164,7 +194,8 @@ class Export(Stage):
         if part.name == "transformer":
             shape = self.family.latent_shape(configs_in(self.source.path, self.family), self.device_sampler.size_px)
             self.family.prepare_export(part.module.net, shape)
-        source = self.source.path / ("vae" if part.name.startswith("vae") else part.name)
+        folders = {"vae_encoder": "vae", "vae_decoder": TINY_DECODER if self.is_tiny else "vae"}
+        source = self.source.path / folders.get(part.name, part.name)
         modulation = self.family.modulation if part.name == "transformer" else None
         model = write_graph(part, codes, folder, config.accuracy_level, modulation, source)
         _write_config(part, folder)

@@ -50,6 +50,8 @@ def generate(
     options: dict[str, Any] = {"guidance": weight, "sigmas": sigmas, "negative": request.negative, "batch": batch}
     options["init"] = request.init(source, sampler)
     chunks: dict[str, Any] = {"guidance": weight, "negative": request.negative} if weight != 1 else {}
+    if "decoder" in source.manifest.extra:
+        chunks["decoder"] = source.manifest.extra["decoder"]
     if request.init_image:
         chunks |= {"init_image": request.init_image.name, "strength": request.strength}
 

@@ -9,6 +9,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.judges.base import Judge, Pictures
 from flashgen.judges.spec import open_judge
 from flashgen.judges.teacher import Draw
+from flashgen.progress import say
 from flashgen.recipe.schema import Recipe
 from flashgen.stages.inputs import sampler_of, teacher_of
 from flashgen.stages.prompts import UNJUDGED_PICTURES
@@ -68,3 +69,16 @@ def judge_of(source: Artifact | None, world: World | None, recipe: Recipe, devic
         return draw, artifact.manifest.digest
 
     return open_judge(recipe.judge, world, teacher if source else None, recipe.bench.reference, recipe.bench.judge_timeout_s)
+
+
+def score_floor(stage: Stage) -> tuple[float, float] | None:
+    """(score of the input, `restructure.floor`), or None where there is no floor or nothing can be compared."""
+    judge, metrics, floor = stage.judge, stage.source.manifest.metrics, stage.recipe.restructure.floor
+    if not floor:
+        return None
+    scores = metrics.get(judge.metric) if judge and stage.judges else None
+    before = scores.get("overall") if isinstance(scores, dict) else None
+    if judge is None or not isinstance(before, float) or not judged_alike(judge, metrics):
+        say("restructure.floor is not applied: the student or its successor is not judged, or not by the same judge")
+        return None
+    return before, floor

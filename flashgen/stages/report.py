@@ -107,11 +107,7 @@ def validate(stage: Stage, draft: Draft, result: Result) -> dict[str, Any]:
     Scores have the name of their metric; what they depend on is beside them in `judges`, unless it is the world. With `bench.per_task` 0
     nothing is drawn. Raises NumericsError when the score is worse than `result.floor` allows.
     """
-    if (draft.work / "stats.jsonl").exists():
-        shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")
-    for picture in sorted((draft.work / "samples").glob("*.png")):
-        (draft.path / "samples").mkdir(exist_ok=True)
-        shutil.copyfile(picture, draft.path / "samples" / picture.name)
+    copy_records(draft)
     prompts, sampler = grid_prompts(stage, VALIDATION_SEED), result.sampler
     if not prompts or sampler is None:
         return {"composition": NOT_JUDGED}
@@ -123,18 +119,27 @@ def validate(stage: Stage, draft: Draft, result: Result) -> dict[str, Any]:
     judgement, metric = score(stage.judge, images, prompts), stage.judge.metric  # a program may name its metric
     say(f"{metric} on {len(prompts)} validation prompts: {judgement.overall:.3f}")
     if result.floor:
-        _check_floor(stage.judge, judgement.overall, *result.floor)
+        check_floor(stage.judge, judgement.overall, *result.floor)
     known = {} if isinstance(stage.judge, WorldJudge) else {"judges": {metric: stage.judge.identity() | {"pictures": len(prompts)}}}
     return {metric: judgement.scores, **known}
 
 
-def _check_floor(judge: Judge, score: float, before: float, share: float) -> None:
-    """Raises NumericsError when `score` is worse than `before` by more than 1 - `share` of it."""
+def copy_records(draft: Draft) -> None:
+    """Copy the curves and the grids of the trainings into the draft."""
+    if (draft.work / "stats.jsonl").exists():
+        shutil.copyfile(draft.work / "stats.jsonl", draft.path / "stats.jsonl")
+    for picture in sorted((draft.work / "samples").glob("*.png")):
+        (draft.path / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(picture, draft.path / "samples" / picture.name)
+
+
+def check_floor(judge: Judge, score: float, before: float, share: float, setting: str = "restructure.iterations") -> None:
+    """Raises NumericsError when `score` is worse than `before` by more than 1 - `share` of it; `setting` is the training's length."""
     least = judge.better(before) - (1 - share) * abs(before)
     if judge.better(score) < least:
         raise NumericsError(
             f"{judge.metric} {score:.3f} is {'below' if judge.higher_is_better else 'above'} the floor of {judge.better(least):.3f}, "
-            f"restructure.floor={share:g} of the student's own {before:.3f}; train longer with --set restructure.iterations=N, or publish "
+            f"restructure.floor={share:g} of the student's own {before:.3f}; train longer with --set {setting}=N, or publish "
             "it nevertheless with --set restructure.floor=0"
         )
 

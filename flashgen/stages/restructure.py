@@ -13,10 +13,9 @@ from flashgen.artifact.draft import Draft
 from flashgen.errors import UsageError
 from flashgen.families.base import Restructuring
 from flashgen.models.footprint import PROGRAM, Footprint, Parts
-from flashgen.progress import say
 from flashgen.recipe.compression import RestructureRecipe
 from flashgen.stages.base import Result, Stage, Takes
-from flashgen.stages.judging import judged_alike
+from flashgen.stages.judging import score_floor
 from flashgen.stages.needs import Held, passing
 from flashgen.stages.planning import Plan
 from flashgen.stages.trainings import Networks, check_optimizer, compute_key, moment_bytes, regression_state
@@ -71,7 +70,7 @@ class RestructureEncoder(Stage):
 
     def settings(self) -> dict[str, Any]:
         prompts = self.prompts_key() if self.trains else {}
-        return self.config.model_dump(mode="json", exclude={"floor"}) | {"mode": self.mode} | prompts | compute_key(self)
+        return self.config.model_dump(mode="json", exclude={"floor", "decoder"}) | {"mode": self.mode} | prompts | compute_key(self)
 
     def plan_with(self, micro_batch: int) -> Plan:
         footprint, config, steps = Footprint(self.source), self.config, self.sampler.num_steps
@@ -127,19 +126,7 @@ class RestructureEncoder(Stage):
         bytes_after = sum(f.stat().st_size for f in (draft.path / encoder).glob("*")) if after.has_all_encoders else 0
         tokens = {"before": sum(sampler.tokens.values()), "after": sum(after.tokens.values())}
         sizes = {"encoder_bytes": {"before": bytes_before, "after": bytes_after}, "bytes_saved": bytes_before - bytes_after}
-        return Result(after, {**sizes, "text_tokens": tokens}, floor=self._floor())
-
-    def _floor(self) -> tuple[float, float] | None:
-        """(the student's own score, `restructure.floor`), or None where nothing can be compared."""
-        judge, metrics = self.judge, self.source.manifest.metrics
-        if not self.config.floor:
-            return None
-        scores = metrics.get(judge.metric) if judge and self.judges else None
-        before = scores.get("overall") if isinstance(scores, dict) else None
-        if judge is None or not isinstance(before, float) or not judged_alike(judge, metrics):
-            say("restructure.floor is not applied: the student or its successor is not judged, or not by the same judge")
-            return None
-        return before, self.config.floor
+        return Result(after, {**sizes, "text_tokens": tokens}, floor=score_floor(self))
 
     def _trained(self, draft: Draft) -> dict[str, nn.Module]:
         """The network that takes over, by the component that it replaces."""

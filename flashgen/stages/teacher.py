@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flashgen import families, worlds
 from flashgen.artifact.draft import Draft
 from flashgen.artifact.files import check_file, copy, read_json
-from flashgen.artifact.hub import HUB, fetch
+from flashgen.artifact.hub import HUB, check_origin, fetch
 from flashgen.artifact.manifest import NAME, Parent, Sampler
 from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, UsageError
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 SMALL = (".json", ".txt", ".model")
 SUFFIXES = (*SMALL, ".safetensors")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 HELD_OUT_PER_TASK = 40
 
 
@@ -132,11 +130,7 @@ class Import(_NoInput):
         return None if self.of_world is None else worlds.get(self.of_world)
 
     def check(self) -> None:
-        if not self.origin.startswith(HUB) and not Path(self.origin).is_dir():
-            hub = f"; for a repository on the hub write {HUB}{self.origin}" if HUB_ID.fullmatch(self.origin) else ""
-            raise ArtifactError(f"there is no folder {self.origin}{hub}")
-        if self.origin.startswith(HUB) and not HUB_ID.fullmatch(self.origin.removeprefix(HUB)):
-            raise UsageError(f"{self.origin} is no hub id; write {HUB}OWNER/NAME")
+        check_origin(self.origin)
 
     def settings(self) -> dict[str, Any]:
         return {"import": self.origin} | ({"world": self.of_world} if self.of_world else {})

@@ -13,7 +13,7 @@ from flashgen.families.base import Restructuring, velocity
 from flashgen.families.conditioning import Conditioning
 from flashgen.objectives.trajectory import trajectory_loss
 from flashgen.randomness import generator
-from flashgen.recipe.compression import RestructureRecipe
+from flashgen.recipe.compression import DecoderRecipe, RestructureRecipe
 from flashgen.recipe.schema import CheckpointRecipe
 from flashgen.training.cache import Replay, in_micro_batches, write_states
 from flashgen.training.ema import Ema
@@ -95,7 +95,7 @@ def _velocity_loss(student: nn.Module, replay: Replay, nodes: list[float], chang
 def recover(
     network: nn.Module,
     loss: Loss,
-    config: RestructureRecipe,
+    config: RestructureRecipe | DecoderRecipe,
     iterations: int,
     seed: int,
     work: Path,
@@ -111,8 +111,8 @@ def recover(
     `blocks` are the modules of `network` whose matrices Muon takes where `restructure.muon_lr` is above 0: a transformer's blocks, none of
     an encoder. `device` is where the networks are; at most `micro_batch` samples pass together (0: all of a process).
     """
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizers = muon_and_adamw(network, blocks, config, lr=config.lr, muon_lr=config.muon_lr, bits=optimizer_bits)
+    parameters, muon_lr = [p for p in network.parameters() if p.requires_grad], getattr(config, "muon_lr", 0.0)
+    optimizers = muon_and_adamw(network, blocks, config, lr=config.lr, muon_lr=muon_lr, bits=optimizer_bits)
     ema = Ema(network, config.ema, offloads(network))
 
     def step_fn(step: int) -> dict[str, Metric]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderTiny
 from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -20,6 +22,8 @@ from flashgen.artifact.store import open_artifact
 from flashgen.cli.app import app
 from flashgen.errors import MachineError
 from flashgen.export.page import PACKAGES, fetch
+from flashgen.models.pipeline import load_pipeline
+from flashgen.models.tiny_decoder import load_tiny_decoder, tiny_component
 from tests.stages.test_damaged import reseal
 
 FOLDER = Path(__file__).parent / "packed"
@@ -182,6 +186,26 @@ def test_distill_trains_with(settings: list[str], tmp_path: Path, teacher: Path)
 def test_restructure_is_refused_because_no_encoder_can_go(tmp_path: Path, student: Path) -> None:
     sentence = refused(2, "restructure-encoder", student, "--mode", "prune", *RECIPE, "--out", tmp_path)
     assert "no text encoder that a student can do without" in sentence and "flashgen quantize" in sentence
+
+
+def test_a_tiny_decoder_takes_the_familys_latents(tmp_path: Path, student: Path) -> None:
+    """Four pixels per latent, and a VAE that scales and shifts: the graph takes what the VAE's graph takes."""
+    numbers = {"iterations": 2, "batch": 2, "width": 8, "held_out": 2, "psnr_floor_db": 0}
+    settings = [f"restructure.decoder.{name}={value}" for name, value in numbers.items()] + ["restructure.prompts=4"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    version = made("restructure-encoder", student, "--mode", "decoder", "--out", tmp_path, *given)
+    network = AutoencoderTiny.from_pretrained(version / "tiny_decoder")
+    pipe, sampler = load_pipeline(version), manifest(version).sampler
+    assert sampler is not None
+    vae = pipe.family.description(pipe.configs, sampler, {"tokenizer": 0})["vae"]
+    part = next(part for part in pipe.family.export_components(pipe, sampler) if part.name == "vae_decoder")
+    part = tiny_component(part, load_tiny_decoder(version / "tiny_decoder", 4, vae["factor"]), vae)
+    z = torch.randn(2, 4, 6, 10)
+    with torch.no_grad():
+        expected = network.decode(z).sample
+    assert expected.shape == (2, 3, 24, 40) and vae["scaling_factor"] != 1
+    [picture] = part.reference({"latent_sample": z / vae["scaling_factor"] + vae["shift_factor"]})
+    torch.testing.assert_close(picture, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_quantize_gives_every_layer_its_bits(rounded: Path, measured: Path) -> None:
