@@ -233,8 +233,9 @@ class Matrix:
         from benchmarks.tracing import trace_ahead, traced_once
         from flashgen.export import graph, write
 
-        write.trace = traced_once(graph.trace)  # type: ignore[attr-defined]  # imported there by name
-        trace_ahead(write.trace, self.root / "quantize" / "out")  # type: ignore[attr-defined]  # the same
+        traced = traced_once(graph.trace)
+        trace_ahead(traced, self.root / "quantize" / "out")
+        write.trace = traced  # type: ignore[assignment, attr-defined]  # imported there by name
 
     def seconds(self, case: Case) -> float:
         """Seconds of a run of a case, with all modules imported. Raises AssertionError if two runs give different files."""
