@@ -14,15 +14,21 @@ ABOUT = """
 `make bench-device` writes this page and [its raw numbers](device.json). One denoising step of four blocks of SD3.5-Medium's width (two of
 them with dual attention), random weights, 512 px, one picture, two threads. Every row runs in a process of its own, the rows of a round
 one after another; times are medians of rounds, and spread is (largest - smallest) / median. Error is |out - fp32| / |fp32| against torch
-at 333 text tokens; weights are random, so it ranks arithmetic, not pictures. Peak is {peak:.0f} G operations per second: the best that
-one int8 product of the feed-forward's size reached on onnxruntime here; the share counts all products of a step, attention included."""
+at 333 text tokens; weights are random, so it ranks arithmetic, not pictures. Peak is {peak:.0f} G operations per second: the fastest
+matrix product of one engine and number type at the step's own shapes here ({best}; `python -m benchmarks.peak` has all); the share counts
+all products of a step, attention included."""
 HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "of peak", "RSS MiB", "MB", "error"]
 
 
-def page(rows: list[dict[str, Any]], peak: float) -> str:
-    """The report in Markdown; `peak` in operations per second."""
+def page(rows: list[dict[str, Any]], peak: float, best: str) -> str:
+    """The report in Markdown; `peak` in operations per second, reached by `best`."""
     rounds = len(rows[0]["step_s_all"])
-    lines = ["# One step, engine by engine", ABOUT.format(peak=peak / 1e9), "", f"{rounds} round{'s' * (rounds > 1)} on {machine()}."]
+    lines = [
+        "# One step, engine by engine",
+        ABOUT.format(peak=peak / 1e9, best=best),
+        "",
+        f"{rounds} round{'s' * (rounds > 1)} on {machine()}.",
+    ]
     for tokens in sorted({row["text_tokens"] for row in rows}):
         own = sorted((row for row in rows if row["text_tokens"] == tokens), key=lambda row: row["step_s"])
         peers = [row for row in own if row["who"] == "peer"]
