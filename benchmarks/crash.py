@@ -214,6 +214,8 @@ class Matrix:
 
         if not (self.root / "prompts.txt").exists():
             prepare(self.root)  # here: it imports most of what the cases need, and starts no thread
+        if case.name == "export":
+            self._trace_ahead()
         if not (out.parent / "reference.json").exists():
             out.parent.mkdir(exist_ok=True)
             remove(out)
@@ -222,8 +224,6 @@ class Matrix:
             if self.is_short:
                 (out.parent / "seconds").write_text(str(outcome.seconds))  # with imports, but that is one run less
             (out.parent / "reference.json").write_text(json.dumps(case.result(out)))
-        if case.name == "export":
-            self._trace_ahead()
         self.references[case.name] = json.loads((out.parent / "reference.json").read_text())
         for name in json.loads(names.read_text()) if names.exists() else ():
             if name not in sys.modules:
