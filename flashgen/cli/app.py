@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -17,10 +17,10 @@ from flashgen.cli.finetune import finetune
 from flashgen.cli.generate import generate
 from flashgen.cli.quantize import quantize
 from flashgen.cli.restructure_encoder import restructure_encoder
-from flashgen.cli.run import raise_terminated
+from flashgen.cli.run import explain
 from flashgen.cli.show import show
+from flashgen.progress import say
 from flashgen.runtime.memory import cpu_count
-from flashgen.runtime.processes import world_size
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 
@@ -57,8 +57,11 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if world_size() == 1:  # a launcher that ends its processes does not wait for them to clean up
-        signal.signal(signal.SIGTERM, raise_terminated)
     if not os.environ.get("OMP_NUM_THREADS", "").strip():  # OpenMP, and so torch, knows the affinity but no quota of a container
         os.environ["OMP_NUM_THREADS"] = str(cpu_count())
-    app(prog_name="flashgen")
+    try:
+        app(prog_name="flashgen")
+    except KeyboardInterrupt as error:  # before a command begins
+        code, message = explain(error)
+        say(message)
+        sys.exit(code)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,7 @@ import typer
 from flashgen.errors import FlashgenError, MachineError, UsageError, is_disk_full, is_out_of_memory, one_line
 from flashgen.progress import printable, say
 from flashgen.runtime.memory import peak_rss_mib
-from flashgen.runtime.processes import rank, speaks_for_itself
+from flashgen.runtime.processes import rank, speaks_for_itself, world_size
 
 if TYPE_CHECKING:
     from flashgen.artifact.store import Artifact
@@ -39,16 +41,32 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end by SIGTERM."""
 
 
-def raise_terminated(*_: object) -> None:
-    """Handler of SIGTERM: what an interrupt cleans up, a batch system's request to end cleans up too."""
-    raise Terminated
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` inside, so that a batch system's request to end cleans up as an interrupt does.
+
+    A launcher that ends its processes does not wait for them to clean up: with several processes SIGTERM ends this one at once.
+    """
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def exit_codes(debug: bool) -> Iterator[None]:
     """Turn an exception inside into one sentence on stderr and an exit code."""
     try:
-        yield
+        with terminable():
+            yield
     except (typer.Exit, BrokenPipeError):
         raise
     except (Exception, KeyboardInterrupt) as error:

@@ -327,9 +327,19 @@ def test_a_request_to_end_cleans_up_like_an_interrupt(
     monkeypatch.setattr(Copy, "make", lambda self, draft: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(sys, "argv", ["flashgen", "quantize", str(student.path), "-o", str(tmp_path / "q")])
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit) as ended:
+        main()
     assert ended.value.code == 143 and "interrupted; nothing half-written was published" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupt_before_a_command_begins_is_a_sentence_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashgen.cli.app.app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
