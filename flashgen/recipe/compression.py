@@ -69,7 +69,7 @@ class QuantizeRecipe(Model):
         description="of group channel: dynamic: one scale per call; static: scales from the student's own rollouts, in the layers "
         "that bear it, with weights of 7 bits",
     )
-    activation_tolerance: float = Field(0.001, gt=0, description="error of the final latents that static activations may cause")
+    activation_tolerance: float = Field(0.003, gt=0, description="error of the final latents that static activations may cause")
     protect: list[str] | None = Field(None, description="layers kept at 8 bits, by name prefix; null: the family's")
     budget: str | None = Field(
         None,
