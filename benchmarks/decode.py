@@ -74,7 +74,7 @@ def lap(network: Network, size_px: int) -> float:
 
 def measure(work: Path, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
     """Rows of the page: seconds of each decoder by engine and size."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for engine in ENGINES:
         networks = {decoder: opened(work, engine, decoder) for decoder in DECODERS}
         for network in networks.values():
