@@ -103,7 +103,9 @@ class TrainDecoder(Stage):
         text, adds = footprint.embedding(count, embedding_room(self))
         memory = {"embed": text, "trajectories": held.sampling(micro_batch, steps + 1, False) | encoders}
         memory["train"], decoding = self._training(footprint, rows)
-        learned = memory["train"]["tiny decoder"]
+        learned, channels = memory["train"]["tiny decoder"], int(footprint.decoder["channels"])
+        full = 4.0 * LIVE_IMAGES * channels * prod(self.sampler.size_px)
+        memory["measure"] = memory["train"] | {"activations": full}
         work = {"bf16": adds, "fp32": decoding}
         work["bf16" if size == 2 else "fp32"] += count * steps * one.multiply_adds
         shared = stored + 2.0 * count * (steps + 1) * one.latent
@@ -160,7 +162,7 @@ class TrainDecoder(Stage):
         errors = squared_errors(tiny.decoder, vae, held_out)
         psnr, worst = psnr_db(sum(errors) / len(errors)), psnr_db(max(errors))
         say(f"tiny decoder: {psnr:.1f} dB against the VAE on {len(errors)} held-out latents, the worst {worst:.1f} dB")
-        if psnr < config.psnr_floor_db:
+        if not psnr >= config.psnr_floor_db:  # NaN is below, too
             raise NumericsError(
                 f"the tiny decoder is at {psnr:.1f} dB PSNR against the VAE on {len(errors)} held-out latents, below "
                 f"{SETTING}.psnr_floor_db={config.psnr_floor_db:g}; train longer with --set {SETTING}.iterations=N, or lower the floor"

@@ -22,11 +22,15 @@ from flashgen.models.footprint import Footprint
 from flashgen.models.pipeline import load_pipeline
 from flashgen.models.sample import sample_latents
 from flashgen.pixels import to_uint8
+from flashgen.recipe.load import load
 from flashgen.recipe.schema import Recipe
+from flashgen.stages.base import prepare
+from flashgen.stages.decoder import TrainDecoder
+from flashgen.stages.planning import Plan
 from flashgen.training import loop, recovery
 from flashgen.training.checkpoint import Checkpoint
 from tests import runs
-from tests.cli.command import flashgen, made_by, planned_by, refused
+from tests.cli.command import flashgen, made_by, refused
 from tests.stages.chain import digests, linked, micro
 from tests.stages.test_card import picture_of, programs
 from tests.stages.test_generate import PROMPTS, image_psnr
@@ -158,12 +162,18 @@ def test_the_card_has_two_lines_that_take_the_tiny_decoder(student: Artifact, mo
 # ---- plans and starts
 
 
-def test_a_plan_counts_the_work_of_both_decoders(tiny_student: Artifact, tmp_path: Path) -> None:
-    command = ("restructure-encoder", tiny_student.path, "--mode", "decoder", "-o", tmp_path / "out")
-    plans = [planned_by(*command, *words(f"{SECTION}.iterations={n}", f"{SECTION}.batch={b}")) for n, b in ((2, 2), (2, 8), (9, 2))]
-    small, wide, long = (plan["memory"]["train"]["activations"] for plan in plans)
-    assert wide == 4 * small == 4 * long and plans[0]["forwards"] == (4 + 2) * 4
-    assert not (tmp_path / "out").exists()
+def test_a_plan_counts_the_work_of_both_decoders(tiny_student: Artifact) -> None:
+    def planned(iterations: int, batch: int) -> Plan:
+        numbers = (f"{SECTION}.iterations={iterations}", f"{SECTION}.batch={batch}")
+        plan = prepare(TrainDecoder, {"student": tiny_student.path}, load("shapes-demo", [*SETTINGS, *numbers]), device="cpu").plan()
+        assert plan is not None
+        return plan
+
+    small, wide, long = planned(2, 2), planned(2, 8), planned(9, 2)
+    sizes = [plan.memory["train"]["activations"] for plan in (small, wide, long)]
+    assert sizes == [sizes[0], 4 * sizes[0], sizes[0]] and small.forwards == (4 + 2) * 4
+    per_crop = (wide.work["fp32"] - small.work["fp32"]) / 12
+    assert per_crop > 0 and (long.work["fp32"] - small.work["fp32"]) / 14 == pytest.approx(per_crop)
 
 
 def test_a_start_without_training_is_taken_as_it_is(student: Artifact, tiny_student: Artifact, tmp_path: Path) -> None:
