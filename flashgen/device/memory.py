@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from flashgen.artifact.store import Artifact
 from flashgen.device.graph import Graph, read_graph
+from flashgen.device.providers import target_of
 from flashgen.errors import MachineError
 from flashgen.runtime.memory import gigabytes, resident_bytes, total_bytes
 
@@ -64,7 +65,9 @@ class Needs:
         self.side = max(self._height, self._width)
         pixels = self._height * self._width * self.graph.vae.factor**2
         text = sum(self.graph.extent(name).numbers for name in self.graph.conditioning)
-        self._base = resident_bytes() + LIBRARY[engine] + count * (8 * text + 15 * pixels)  # 15: three channels as float and as byte
+        self._base = (
+            resident_bytes() + LIBRARY[target_of(engine).engine] + count * (8 * text + 15 * pixels)
+        )  # 15: three channels as float and as byte
         self._viewer = self._loaded["vae_decoder"] + self._activations(1, self.side) if preview else 0.0
 
     def _activations(self, rows: int, tile: int) -> float:

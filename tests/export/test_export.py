@@ -66,6 +66,14 @@ def test_every_component_reaches_its_floor_and_the_manifest_has_the_numbers(tiny
         assert artifact.manifest.extra["fp16"].startswith("no fp16 graph: the engines here compute on the CPU")
 
 
+def test_page_of_engines_lists_every_operator_of_exported_graphs(tiny_device: Artifact, tiny_int4_device: Artifact) -> None:
+    lines = Path("docs/engines.md").read_text().splitlines()
+    rows = {line.split("`")[1]: line.count("| yes ") + line.count("| no ") for line in lines if line.startswith("| `")}
+    parts = [load(artifact, part) for artifact in (tiny_device, tiny_int4_device) for part in ("transformer", "vae_decoder")]
+    used = {node.op_type for model in parts for node in model.graph} | {"DynamicQuantizeMatMul", "QuantizeLinear", "DequantizeLinear"}
+    assert {rows.get(name) for name in used} == {4}, used - rows.keys()
+
+
 def test_manifest_describes_the_graph_as_the_family_does(tiny_student: Artifact, tiny_device: Artifact) -> None:
     sd3, sampler, extra = families.get("sd3"), tiny_device.manifest.sampler, tiny_device.manifest.extra
     assert sampler == tiny_student.manifest.sampler and sampler is not None
