@@ -21,6 +21,7 @@ from flashgen.cache import cache_path
 from flashgen.device.graph import MEND
 from flashgen.device.memory import out_of_memory
 from flashgen.device.providers import CPU, PROVIDERS, require, session_on, target_of
+from flashgen.device.wide import extension, is_roomy
 from flashgen.errors import ArtifactError, FlashgenError, MachineError, one_line
 from flashgen.pixels import require_finite
 from flashgen.progress import warn
@@ -90,10 +91,17 @@ def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
 
 
 class OnnxRuntimeNetwork:
-    """A component in onnxruntime. `rounded` and `key` have no effect: the graph itself fixes the arithmetic, and nothing is compiled."""
+    """A component in onnxruntime. `rounded`, `key` and `wide` have no effect: the graph fixes the arithmetic, and nothing is compiled."""
 
     def __init__(
-        self, model: Path, threads: int | None, rounded: bool, key: str = "", where: str = "", shapes: Shapes | None = None
+        self,
+        model: Path,
+        threads: int | None,
+        rounded: bool,
+        key: str = "",
+        where: str = "",
+        shapes: Shapes | None = None,
+        wide: bool = False,
     ) -> None:
         self.session = open_session(model, threads, where, shapes)
         self.inputs = {put.name: [n if isinstance(n, int) else None for n in put.shape] for put in self.session.get_inputs()}
@@ -117,11 +125,19 @@ class OpenVinoNetwork:
     """A component in OpenVINO: in fp32 on the processor, in fp16 on a device `where` ("GPU", "NPU").
 
     `rounded` allows the processor bf16, if it has that, and 8-bit activations for quantized weights. Compiling takes seconds per gigabyte;
-    with a `key` the compiled network is kept in the user's cache. With `shapes` it is for inputs of these shapes alone.
+    with a `key` the compiled network is kept in the user's cache. With `shapes` it is for inputs of these shapes alone; `wide` keeps codes
+    of fewer bits as 8-bit ones on the processor.
     """
 
     def __init__(
-        self, model: Path, threads: int | None, rounded: bool, key: str = "", where: str = "", shapes: Shapes | None = None
+        self,
+        model: Path,
+        threads: int | None,
+        rounded: bool,
+        key: str = "",
+        where: str = "",
+        shapes: Shapes | None = None,
+        wide: bool = False,
     ) -> None:
         import openvino as ov
 
@@ -134,11 +150,14 @@ class OpenVinoNetwork:
                 "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
                 "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if rounded else 0,
             }
-        folder = compiled(key) if key else None
+            if wide:
+                core.add_extension(extension())
+        folder = compiled(f"{key}{'-wide' * wide}") if key else None
         cached = hints | ({"CACHE_DIR": str(folder)} if folder else {})
         try:
-            network = core.read_model(str(model))
+            network: Any = str(model)  # by its path a network is found in the cache without being read
             if shapes is not None:
+                network = core.read_model(model)
                 network.reshape({name: list(shape) for name, shape in shapes.items()})
             try:
                 self.model = core.compile_model(network, device, cached)
@@ -174,11 +193,15 @@ NETWORKS: dict[str, Callable[..., Network]] = {"onnxruntime": OnnxRuntimeNetwork
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine, the one that continues when it fails, and the seconds of loading and steps after which that one continues, too."""
+    """An engine, the one that continues when it fails, and the seconds of loading and steps after which that one continues, too.
+
+    `compact` is for the least memory: OpenVINO then keeps 4-bit codes as they are, which makes the first step slower.
+    """
 
     name: str = "onnxruntime"
     fallback: str = ""
     deadline_s: float = math.inf
+    compact: bool = False
 
 
 @dataclass
@@ -203,6 +226,7 @@ class Engine:
         require(target_of(choice.name))
         self._artifact, self.path = artifact, artifact.path
         self.name, self.fallback, self._left_s = choice.name, choice.fallback, choice.deadline_s
+        self._wide = not choice.compact and is_roomy(artifact)
         self.laps = laps or Laps()
         self.spent: dict[str, Spent] = {}
         self._files = {file.path: file.sha256 for file in artifact.manifest.files}
@@ -212,9 +236,8 @@ class Engine:
 
     def network(self, component: str, feeds: Mapping[str, Array] | None = None) -> Network:
         """The open network of `component`. What is compiled per shape is opened for the shapes of `feeds`, if they are given."""
-        target = target_of(self.name)
-        fixed = target.where in FIXED or (target.engine == "openvino" and component == "transformer")
-        shapes = {name: value.shape for name, value in feeds.items()} if fixed and feeds is not None else None
+        fixed = feeds if target_of(self.name).where in FIXED and component in DRAWING else None
+        shapes = None if fixed is None else {name: value.shape for name, value in fixed.items()}
         if self._open is None or self._open[0] != component or shapes not in (None, self._open[1]):
             self._open = None
             if f"{component}/model.onnx" not in self._files:
@@ -272,7 +295,7 @@ class Engine:
         target = target_of(self.name if component in DRAWING else "onnxruntime")
         model, key = self.path / component / "model.onnx", self._key(component, shapes)
         try:
-            return NETWORKS[target.engine](model, None, self._rounded, key, target.where, shapes)
+            return NETWORKS[target.engine](model, None, self._rounded, key, target.where, shapes, self._wide)
         except Exception as error:
             self._fall_back(component, error)
         return self._load(component, shapes)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[
     choice = choose(source, steps, [*plans] or names) if engine == "auto" else Choice(engine)
     if plans:
         say(f"memory: {plans[choice.name]}")
-    pipeline = DevicePipeline(source, engine=choice)
+    pipeline = DevicePipeline(source, engine=replace(choice, compact=budget is not None))
 
     def draw(prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
         images = pipeline.sample(prompts, seeds, within=plans.get(choice.name), **options)
