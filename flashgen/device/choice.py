@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path, remember
-from flashgen.device.engine import NETWORKS, Choice, Spent, default_threads
+from flashgen.device.engine import NETWORKS, default_threads
+from flashgen.device.providers import Choice, Spent
 from flashgen.progress import say
 from flashgen.runtime.processor import this_processor
 

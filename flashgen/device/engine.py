@@ -9,7 +9,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +19,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path
 from flashgen.device.graph import MEND
 from flashgen.device.memory import out_of_memory
-from flashgen.device.providers import CPU, PROVIDERS, require, session_on, target_of
+from flashgen.device.providers import CPU, PROVIDERS, Choice, Spent, require, session_on, target_of
 from flashgen.device.wide import extension, is_roomy
 from flashgen.errors import ArtifactError, FlashgenError, MachineError, one_line
 from flashgen.pixels import require_finite
@@ -189,28 +188,6 @@ def compiled(key: str) -> Path | None:
 
 
 NETWORKS: dict[str, Callable[..., Network]] = {"onnxruntime": OnnxRuntimeNetwork, "openvino": OpenVinoNetwork}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An engine, the one that continues when it fails, and the seconds of loading and steps after which that one continues, too.
-
-    `compact` is for the least memory: OpenVINO then keeps 4-bit codes as they are, which makes the first step slower.
-    """
-
-    name: str = "onnxruntime"
-    fallback: str = ""
-    deadline_s: float = math.inf
-    compact: bool = False
-
-
-@dataclass
-class Spent:
-    """Seconds that the transformer has taken on one engine: for each load, and for each step of `rows` rows."""
-
-    loads_s: list[float] = field(default_factory=list)
-    steps_s: list[float] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
 
 
 class Engine:

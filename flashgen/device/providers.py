@@ -5,9 +5,11 @@ Without a second part an engine computes on the processor.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -52,6 +54,28 @@ class Target(NamedTuple):
     def __str__(self) -> str:
         """The name that `--engine` takes."""
         return f"{self.engine}:{self.where}" if self.where else self.engine
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine, the one that continues when it fails, and the seconds of loading and steps after which that one continues, too.
+
+    `compact` is for the least memory: OpenVINO then keeps 4-bit codes as they are, which makes the first step slower.
+    """
+
+    name: str = "onnxruntime"
+    fallback: str = ""
+    deadline_s: float = math.inf
+    compact: bool = False
+
+
+@dataclass
+class Spent:
+    """Seconds that the transformer has taken on one engine: for each load, and for each step of `rows` rows."""
+
+    loads_s: list[float] = field(default_factory=list)
+    steps_s: list[float] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
 
 def target_of(name: str) -> Target:

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashgen.artifact.store import Artifact
-from flashgen.device.engine import Choice, Engine
+from flashgen.device.engine import Engine
 from flashgen.device.graph import read_graph
 from flashgen.device.memory import Plan, out_of_memory, plan, smaller_tile
+from flashgen.device.providers import Choice
 from flashgen.device.tiles import decode_tiled
 from flashgen.device.tokens import PromptTokenizer
 from flashgen.errors import MachineError

@@ -42,7 +42,7 @@ def _convert(node: Any) -> Any:
     from openvino import opset13 as op
 
     k, n, group, bits = (int(node.get_attribute(name)) for name in ("K", "N", "block_size", "bits"))
-    given = [node.get_input(index) if index != 4 else None for index in range(node.get_input_size())]
+    given: list[Any] = [node.get_input(index) if index != 4 else None for index in range(node.get_input_size())]
     groups = -(-k // group)
     codes = widened(given[1].get_node().data.reshape(n, groups, -1), bits)
     zeros = given[3] if len(given) > 3 else None

@@ -141,8 +141,8 @@ def _drawer(
 
 def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[str, Any], count: int, together: int) -> Draw:
     from flashgen.device.choice import choose, installed, learn
-    from flashgen.device.engine import Choice
     from flashgen.device.memory import plan
+    from flashgen.device.providers import Choice
     from flashgen.device.sampler import DevicePipeline
     from flashgen.runtime.memory import parse_bytes
 

@@ -14,7 +14,8 @@ from flashgen.artifact.manifest import File
 from flashgen.artifact.store import Artifact, open_artifact
 from flashgen.device import choice, engine
 from flashgen.device.choice import Seconds, choose, installed, kind_of, known_seconds, learn
-from flashgen.device.engine import Choice, Engine, OnnxRuntimeNetwork, Spent
+from flashgen.device.engine import Engine, OnnxRuntimeNetwork
+from flashgen.device.providers import Choice, Spent
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, MachineError
 from flashgen.runtime.processor import Processor

@@ -52,8 +52,8 @@ def test_wide_codes_give_the_same_product(
     bits: int, k: int, zeros: str, bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
-    convert, calls = wide._convert, []
-    monkeypatch.setattr(wide, "_convert", lambda node: calls.append(node) or convert(node))
+    convert, calls = wide._convert, list[Any]()
+    monkeypatch.setattr(wide, "_convert", lambda node: convert(calls.append(node) or node))  # type: ignore[func-returns-value]
     x, file = product(tmp_path / "model.onnx", bits, k, zeros, bias), tmp_path / "model.onnx"
     expected = OnnxRuntimeNetwork(file, 1, False).run(["y"], {"x": x})[0]
     for is_wide in (False, True):
