@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from statistics import median
@@ -80,7 +81,9 @@ def choose(artifact: Artifact, steps: int, names: Sequence[str]) -> Choice:
 
 def kind_of(artifact: Artifact) -> str:
     """Kind of arithmetic of a transformer: static int8, int8 (dynamic), int4 rounded (8-bit activations), int4 or fp32, as in `RATIOS`."""
-    graph = (artifact.path / "transformer" / "model.onnx").read_bytes()  # weights of large graphs are in another file
+    graph = b""  # without the file the engine says what is wrong
+    with suppress(OSError):
+        graph = (artifact.path / "transformer" / "model.onnx").read_bytes()  # weights of large graphs are in another file
     names = {"DequantizeLinear": "static int8", "DynamicQuantizeMatMul": "int8", "MatMulNBits": "int4"}
     kind = next((kind for name, kind in names.items() if name.encode() in graph), "fp32")
     return f"{kind} rounded" if kind == "int4" and artifact.manifest.extra.get("accuracy_level") == 4 else kind

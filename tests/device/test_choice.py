@@ -136,6 +136,7 @@ def test_kinds_of_artifacts_are_those_of_the_table(handmade_device: Artifact) ->
     rounded = quantized.manifest.model_copy(update={"extra": quantized.manifest.extra | {"accuracy_level": 4}})
     artifacts = [handmade_device, old, quantized, dataclasses.replace(quantized, manifest=rounded)]
     assert [kind_of(artifact) for artifact in artifacts] == ["fp32", "fp32", "int4", "int4 rounded"]
+    assert kind_of(dataclasses.replace(quantized, path=OLD)) == "fp32"
     assert {kind for _, kind in choice.RATIOS} <= {"fp32", "int4", "int4 rounded", "int8", "static int8"}
 
 
