@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from benchmarks.bars import in_diffusers, psnr
 from benchmarks.scores import Bar, report
 from flashgen import worlds
 from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.device.engine import Engine, Network, OnnxRuntimeNetwork
+from flashgen.device.engine import Array, Engine, Network, OnnxRuntimeNetwork
 from flashgen.device.sampler import DevicePipeline
 
 PROMPTS = worlds.get("shapes").prompts(5, 1)
@@ -115,7 +115,7 @@ class OrtFormat(Engine):
         super().__init__(source)
         self.folder = folder
 
-    def network(self, component: str) -> Network:
+    def network(self, component: str, feeds: Mapping[str, Array] | None = None) -> Network:
         """The network of `component`, opened anew for every run."""
         return OnnxRuntimeNetwork(self.folder / component / "model.ort", None, False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,21 +15,13 @@ from flashgen.errors import UsageError
 from flashgen.progress import say
 
 
-class EngineName(StrEnum):
-    """Engines: torch draws artifacts in diffusers layout, the others draw exported ones."""
-
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    torch = "torch"
-
-
 @command("recipe", "set", "seed", "device")
 def bench(
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help="any artifacts; `shapes` is the embedded teacher")],
     options: Options,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="folder for report, numbers and pictures")] = None,
     per_task: Annotated[int | None, typer.Option("--per-task", metavar="N", min=1, help="prompts per task")] = None,
-    engine: Annotated[list[EngineName] | None, typer.Option("--engine", help="of exported artifacts; repeatable")] = None,
+    engine: Annotated[list[str] | None, typer.Option("--engine", metavar="NAME[:DEVICE]", help="of exported ones; repeatable")] = None,
     threads: Annotated[list[int] | None, typer.Option("--threads", metavar="N", min=1, help="of the engine; repeatable")] = None,
     size: Annotated[list[str] | None, typer.Option("--size", metavar="PX|WxH", help="default: as trained; repeatable")] = None,
     steps: Annotated[list[int] | None, typer.Option("--steps", metavar="N", min=1, help="default: as trained; repeatable")] = None,
@@ -48,7 +39,7 @@ def bench(
         raise UsageError("--arena takes the pictures of the bench; add --out DIR")
     opened = stage.open_all(artifacts)
     recipe = choice_of(options).resolve(opened[0])
-    grid = Grid([name.value for name in engine or ()], threads or (), size or (), steps or ())
+    grid = Grid(engine or (), threads or (), size or (), steps or ())
     judges = stage.judges_of(opened, recipe, judge or (), options.device)
     compared = Comparison(reference, baseline, tolerance, recipe.bench.lpips)
     report = stage.bench(

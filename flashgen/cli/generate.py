@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -40,7 +40,8 @@ def generate(
     preview: Annotated[bool, typer.Option("--preview", help="FILE-preview.png at every step: the picture so far")] = False,
     memory: Annotated[str | None, typer.Option("--memory", metavar="2GB", help="limit, for exported artifacts")] = None,
     engine: Annotated[
-        Literal["auto", "onnxruntime", "openvino"], typer.Option("--engine", help="of exported artifacts; auto: the fastest here")
+        str,
+        typer.Option("--engine", metavar="auto|NAME[:DEVICE]", help="onnxruntime or openvino, for exported artifacts; auto: the fastest"),
     ] = "auto",
 ) -> None:
     """Draw pictures."""

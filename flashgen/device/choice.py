@@ -1,50 +1,50 @@
-"""`--engine auto`: the installed engine that finishes a job first, by a measurement that is made once and costs less than it can save.
+"""`--engine auto`: the installed engine that finishes a job first, by the seconds that earlier jobs took. Nothing is run just to be timed.
 
-A measurement loads the transformer and runs a step on each engine, about as much as two steps and two loads of the job itself. Of what
-was measured, OpenVINO takes 0.5 to 1 times onnxruntime's seconds (docs/device.md), so at best half the job is saved. Hence:
-
-* A job is measured only if half of its steps takes longer than the measurement, by an estimate from the size of the transformer's file:
-  never below 9 steps, and small networks only for hundreds of steps.
-* Engines are measured in processes of their own, onnxruntime first. Any other has half of the job's measured time; then it is stopped.
-* A job that is not measured runs on OpenVINO if the artifact allows rounded activations (accuracy level 4), where OpenVINO takes 0.6 times
-  onnxruntime's seconds with loading included (docs/job.md), and on onnxruntime otherwise, where the two take the same time per step and
-  OpenVINO loads longer.
+* Each job's seconds, to load the transformer and per step, are kept in the user's cache by artifact, processor, threads and engine.
+* The first job of an artifact runs on the engine that was measured to be fastest for such artifacts on such processors (`RATIOS`).
+* A later job tries an engine that has not drawn this artifact here, if half of the job takes longer on the best known engine than the other
+  needs to be imported and to compile, and `RATIOS` does not expect it to be slower. When the other one has taken as long as the whole job
+  takes on the best known engine, that one continues.
+* Compiling is needed once, so an engine that has had one job is not judged by what its load took, if another one loads faster.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-import sys
-from collections.abc import Mapping
-from importlib import import_module
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
-from flashgen.artifact.store import Artifact, open_artifact
+from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path, remember
-from flashgen.device.engine import NETWORKS, Engine, default_threads
-from flashgen.device.graph import read_graph
-from flashgen.errors import FlashgenError, MachineError
-from flashgen.progress import say, warn
-from flashgen.runtime.processes import end_with_parent
+from flashgen.device.engine import NETWORKS, default_threads
+from flashgen.device.providers import Choice, Spent
+from flashgen.progress import say
+from flashgen.runtime.processor import this_processor
 
 ENGINES = "engines.json"
-FORMAT = "2"  # of the keys in ENGINES
-BYTES_PER_S = 150e6  # of a transformer's file, in one load or one step: INT4 of SD3.5-Medium's size on two cores (docs/job.md)
-START_S = 1.0  # a process that imports an engine
-LONGEST_S = 600.0  # for onnxruntime, with which nothing can be compared yet
+FORMAT = "3"  # of the keys in ENGINES
+BYTES_PER_S = 150e6  # of a transformer's file, in one load, compilation or step: INT4 of SD3.5-Medium's size on two cores (docs/job.md)
+START_S = 1.0  # importing an engine
+# Seconds of a step on OpenVINO over those on onnxruntime, by kind of processor and of artifact: docs/device.md (vnni), docs/lab-log.md.
+RATIOS: Mapping[tuple[str, str], float] = {
+    ("amx", "fp32"): 0.82, ("amx", "int4"): 0.93, ("amx", "int4 rounded"): 0.34, ("amx", "int8"): 0.31,
+    ("vnni", "fp32"): 0.89, ("vnni", "int4"): 0.95, ("vnni", "int4 rounded"): 0.54, ("vnni", "int8"): 0.88,
+    ("avx2", "fp32"): 0.77, ("avx2", "int8"): 1.43,
+}  # fmt: skip
+WORTH = 0.9  # a ratio for which OpenVINO is worth being installed, and comes first
 
 
 class Seconds(NamedTuple):
-    """Seconds to load the transformer (with what only the first step costs), and per step of one picture."""
+    """Seconds to load the transformer, with what only the first step costs, and per step of one row; and the number of jobs."""
 
     load: float
     step: float
+    jobs: int = 1
 
 
 def installed() -> list[str]:
@@ -52,110 +52,100 @@ def installed() -> list[str]:
     return [name for name in NETWORKS if find_spec(name) is not None]
 
 
-def choose(artifact: Artifact, steps: int, names: list[str]) -> str:
-    """The engine of `names` that loads the transformer and takes `steps` steps of one picture soonest; prints which and why.
-
-    Measurements are kept in the user's cache. An engine that fails or is too slow is left out with a warning.
-    """
-    if len(names) == 1:
-        return names[0]
-    machine = platform.processor() or platform.machine()
-    key = " ".join([FORMAT, artifact.manifest.digest, machine, str(default_threads()), *map(_version, names)])
-    cached = _read()
-    if not cached.get(key) and is_worth_measuring(artifact, steps):
-        cached[key] = _measure_all(artifact, steps, names)
-        _keep(cached)
-    seconds = cached.get(key)
-    if not seconds:
-        rounded = artifact.manifest.extra.get("accuracy_level") == 4 and "openvino" in names
-        best = "openvino" if rounded else next(name for name in NETWORKS if name in names)
-        say(f"engine: {best} (not measured for {steps} steps; --engine decides otherwise)")
-        return best
-    best = min(seconds, key=lambda name: seconds[name].load + steps * seconds[name].step)
-    measured = ", ".join(f"{name} {s.load:.1f} s to load and {1000 * s.step:.0f} ms per step" for name, s in seconds.items())
-    say(f"engine: {best} for {steps} steps ({measured}; --engine decides otherwise)")
-    return best
-
-
-def is_worth_measuring(artifact: Artifact, steps: int) -> bool:
-    """Return True if half of `steps` steps is estimated to take longer than a load and a step on each of two engines."""
+def choose(artifact: Artifact, steps: int, names: Sequence[str]) -> Choice:
+    """The engine of `names` for a job of `steps` steps of one row; prints which and why."""
+    ratio = RATIOS.get((this_processor().kind, kind_of(artifact)))
+    known = {name: s for name, s in known_seconds(artifact).items() if name in names}
+    totals = _totals({name: s for name, s in known.items() if s}, steps)
     size = sum(file.size for file in artifact.manifest.files if file.path.startswith("transformer/model.onnx"))
-    step_s = size / BYTES_PER_S
-    return steps / 2 * step_s > 2 * (START_S + 2 * step_s)
+    best = min(totals, key=lambda name: totals[name], default=names[0])
+    seconds = totals.get(best, (1 + steps) * size / BYTES_PER_S)
+    pays = seconds / 2 > START_S + size / BYTES_PER_S
+    worth = pays and ratio is not None and ratio < WORTH
+    if worth and find_spec("openvino") is None:
+        say(f"openvino would do a step about {1 / (ratio or 1):.1f} times as fast here: pip install 'flashgen[openvino]'")
+    if len(names) == 1:
+        return Choice(best)
+    if not totals and worth and "openvino" not in known:
+        best = "openvino"
+    measured = ", ".join(f"{name} {s.load:.1f} s to load and {1000 * s.step:.0f} ms per step" for name, s in known.items() if s)
+    other = next((name for name in names if name != best), best)
+    slower = ratio is not None and (ratio > 1) == (other == "openvino")
+    if totals and other not in known and pays and not slower:
+        say(f"engine: {other}, for the first time here ({measured}; --engine decides otherwise)")
+        _update(artifact, {other: None})  # should the engine end this process, then it is not tried again
+        return Choice(other, best, seconds)
+    say(f"engine: {best} for {steps} steps ({measured or 'not measured yet'}; --engine decides otherwise)")
+    return Choice(best, "" if best == "onnxruntime" else "onnxruntime")
 
 
-def _measure_all(artifact: Artifact, steps: int, names: list[str]) -> dict[str, Seconds]:
-    seconds: dict[str, Seconds] = {}
-    for name in sorted(names, key=[*NETWORKS].index):
-        job_s = [s.load + steps * s.step for s in seconds.values()]
-        try:
-            seconds[name] = measure(artifact, name, 2 * START_S + min(job_s) / 2 if job_s else LONGEST_S)
-        except Exception as error:  # whatever an engine does, there is another one
-            warn(f"{name} is left out: {error or type(error).__name__}")
-    return seconds
+def kind_of(artifact: Artifact) -> str:
+    """Kind of arithmetic of a transformer: static int8, int8 (dynamic), int4 rounded (8-bit activations), int4 or fp32, as in `RATIOS`."""
+    graph = b""  # without the file the engine says what is wrong
+    with suppress(OSError):
+        graph = (artifact.path / "transformer" / "model.onnx").read_bytes()  # weights of large graphs are in another file
+    names = {"DequantizeLinear": "static int8", "DynamicQuantizeMatMul": "int8", "MatMulNBits": "int4"}
+    kind = next((kind for name, kind in names.items() if name.encode() in graph), "fp32")
+    return f"{kind} rounded" if kind == "int4" and artifact.manifest.extra.get("accuracy_level") == 4 else kind
 
 
-def measure(artifact: Artifact, name: str, deadline_s: float) -> Seconds:
-    """Seconds of the engine `name`, measured in a process of its own, which is stopped after `deadline_s`.
+def learn(artifact: Artifact, spent: Mapping[str, Spent]) -> None:
+    """Keep the least seconds per engine that this job and earlier ones took; other work on the machine only adds to them."""
+    known, news = known_seconds(artifact), dict[str, Seconds | None]()
+    for name, job in spent.items():
+        if name not in NETWORKS or not (job.loads_s and job.steps_s):
+            continue
+        per_row = [seconds / rows for seconds, rows in zip(job.steps_s, job.rows, strict=True)]
+        step = median(per_row[1:] or per_row)
+        new = Seconds(min(job.loads_s) + max(0.0, job.steps_s[0] - step * job.rows[0]), step)
+        old = known.get(name) or Seconds(math.inf, math.inf, 0)
+        news[name] = Seconds(min(old.load, new.load), min(old.step, new.step), old.jobs + 1)
+    _update(artifact, news)
 
-    Raises MachineError when the process fails, or has not finished a step by then.
+
+def known_seconds(artifact: Artifact) -> dict[str, Seconds | None]:
+    """{engine: seconds} of earlier jobs of this artifact on this processor; None for an engine that ended the process.
+
+    A cache with other content counts as empty.
     """
-    search = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "flashgen.device.choice", str(artifact.path), name]
+    named = {f"{name} {_version(name)}": name for name in NETWORKS}
     try:
-        done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": os.pathsep.join(search)}, timeout=deadline_s, capture_output=True, text=True
-        )
-        out, why = done.stdout, (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-    except subprocess.TimeoutExpired as late:
-        out, why = (late.stdout or b"").decode(), f"no step was done in {deadline_s:.1f} s, after which it can save nothing"
-    lines = [line for line in out.splitlines() if line.startswith("[") and line.endswith("]")]
-    if not lines:
-        raise MachineError(f"{name} cannot be measured: {why}")
-    return Seconds(*map(float, json.loads(lines[-1])))
+        stored = _read()[_key(artifact)].items()
+        return {named[key]: s and Seconds(float(s[0]), float(s[1]), int(s[2])) for key, s in stored if key in named}
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError):
+        return {}
 
 
-def print_measurement(artifact: Artifact, name: str) -> None:
-    """Print a line `[load, step]` after one step, and a more exact one after a second step: the first one may prepare weights."""
-    import_module(name)  # importing is no part of loading
-    engine = Engine(artifact, name=name)
-    engine.network("transformer")  # OpenVINO compiles here, once per artifact, and loads what it compiled from then on
-    engine.close()
-    graph = read_graph(artifact)
-    feeds = graph.zero_feeds(engine.network("transformer").inputs)
-    load = engine.laps.seconds["load"][-1]
-    for _ in range(2):
-        engine.run("transformer", [graph.transformer.output], feeds)
-        first, *later = engine.laps.seconds["transformer"]
-        step = min([first, *later])
-        print(json.dumps([load + first - step, step]), flush=True)
+def _totals(known: Mapping[str, Seconds | None], steps: int) -> dict[str, float]:
+    """Seconds of a job of `steps` steps by engine."""
+    seconds = {name: s for name, s in known.items() if s}
+    least = min((s.load for s in seconds.values()), default=0.0)
+    return {name: (least if s.jobs == 1 else s.load) + steps * s.step for name, s in seconds.items()}
+
+
+def _key(artifact: Artifact) -> str:
+    return " ".join([FORMAT, artifact.manifest.digest, this_processor().name, str(default_threads())])
 
 
 def _version(name: str) -> str:
     try:
-        return f"{name}-{version(name)}"
+        return version(name)
     except PackageNotFoundError:
-        return name
+        return "?"
 
 
-def _read() -> dict[str, dict[str, Seconds]]:
-    """{key: {engine: seconds}} of the cache; a file with other content counts as empty."""
+def _read() -> dict[str, Any]:
     try:
-        raw: Any = json.loads(cache_path(ENGINES).read_text())
-        return {key: {name: Seconds(*map(float, s)) for name, s in seconds.items() if name in NETWORKS} for key, seconds in raw.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        raw = json.loads(cache_path(ENGINES).read_text())
+        return raw if isinstance(raw, dict) else {}
+    except (OSError, ValueError):
         return {}
 
 
-def _keep(cached: Mapping[str, Any]) -> None:
-    file = cache_path(ENGINES)
+def _update(artifact: Artifact, news: Mapping[str, Seconds | None]) -> None:
+    """Add `news` to what the user's cache has of this artifact."""
+    cached, key, file = _read(), _key(artifact), cache_path(ENGINES)
+    old = cached.get(key)
+    cached[key] = (old if isinstance(old, dict) else {}) | {f"{name} {_version(name)}": seconds for name, seconds in news.items()}
     if error := remember(file, json.dumps(cached, indent=1)):
-        say(f"{file} cannot be written ({error.strerror}), so the engines are measured again next time")
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    try:
-        print_measurement(open_artifact(sys.argv[1]), sys.argv[2])
-    except (FlashgenError, RuntimeError, MemoryError) as error:
-        sys.exit(f"{error or type(error).__name__}")
+        say(f"{file} cannot be written ({error.strerror}), so the seconds of this job are not kept")

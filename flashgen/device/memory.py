@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from flashgen.artifact.store import Artifact
 from flashgen.device.graph import Graph, read_graph
+from flashgen.device.providers import target_of
+from flashgen.device.wide import is_roomy
 from flashgen.errors import MachineError
 from flashgen.runtime.memory import gigabytes, resident_bytes, total_bytes
 
@@ -43,28 +45,40 @@ class Plan:
 
 
 class Needs:
-    """Estimated bytes of this process while it draws `count` pictures of one artifact on `engine`."""
+    """Estimated bytes of this process while it draws `count` pictures of one artifact on `engine`; `compact` as in `engine.Choice`."""
 
     def __init__(
-        self, artifact: Artifact, engine: str, count: int, guided: bool = False, preview: bool = False, init: bool = False
+        self,
+        artifact: Artifact,
+        engine: str,
+        count: int,
+        guided: bool = False,
+        preview: bool = False,
+        init: bool = False,
+        compact: bool = False,
     ) -> None:
         self.graph: Graph = read_graph(artifact)
         self._passes, self._init = 2 if guided else 1, init
         self._loaded = dict.fromkeys(("transformer", "vae_decoder", "vae_encoder"), 0.0)
         extra, quantized = artifact.manifest.extra, bool(artifact.manifest.metrics.get("quantized_layers"))
         mapped = quantized and extra.get("accuracy_level") != 4 and engine == "onnxruntime"
+        wide = quantized and not compact and target_of(engine).engine == "openvino" and is_roomy(artifact)
         for file in artifact.manifest.files:
             part, _, name = file.path.partition("/")
             if name.startswith("model.onnx"):
                 factor = UNPACKED if part.startswith("vae") else LOADED
                 if mapped and part == "transformer" and name != "model.onnx":
                     factor = MAPPED
+                if wide and part == "transformer":
+                    factor = 2 * LOADED
                 self._loaded[part] = self._loaded.get(part, 0) + factor * file.size
         _, self._height, self._width = self.graph.latent_shape
         self.side = max(self._height, self._width)
         pixels = self._height * self._width * self.graph.vae.factor**2
         text = sum(self.graph.extent(name).numbers for name in self.graph.conditioning)
-        self._base = resident_bytes() + LIBRARY[engine] + count * (8 * text + 15 * pixels)  # 15: three channels as float and as byte
+        self._base = (
+            resident_bytes() + LIBRARY[target_of(engine).engine] + count * (8 * text + 15 * pixels)
+        )  # 15: three channels as float and as byte
         self._viewer = self._loaded["vae_decoder"] + self._activations(1, self.side) if preview else 0.0
 
     def _activations(self, rows: int, tile: int) -> float:
@@ -94,7 +108,7 @@ def plan(artifact: Artifact, engine: str, count: int, batch: int, budget: float 
     Without a budget a large decoder is cut before it fills the machine, and one picture is always tried. `asked` are the flags of `Needs`.
     Raises MachineError when not even one picture, decoded in the smallest tiles, fits a budget.
     """
-    needs, machine = Needs(artifact, engine, count, **asked), total_bytes() or math.inf
+    needs, machine = Needs(artifact, engine, count, compact=budget is not None, **asked), total_bytes() or math.inf
     batch = min(batch, count)
     limit = min(needs.decoding(0, 0) + DECODE_BYTES, machine) if budget is None else budget
     rows = next((rows for rows in range(batch, 0, -1) if needs.decoding(rows, needs.side) <= limit), 0)

@@ -11,6 +11,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.device.engine import Engine
 from flashgen.device.graph import read_graph
 from flashgen.device.memory import Plan, out_of_memory, plan, smaller_tile
+from flashgen.device.providers import Choice
 from flashgen.device.tiles import decode_tiled
 from flashgen.device.tokens import PromptTokenizer
 from flashgen.errors import MachineError
@@ -27,11 +28,11 @@ Conditioning = Mapping[str, Floats]  # the transformer's text inputs [B, ...] by
 class DevicePipeline:
     """Draws with one network in memory at a time: all prompts pass a component before the next one is loaded."""
 
-    def __init__(self, artifact: Artifact, laps: Laps | None = None, engine: str = "onnxruntime", falls_back: bool = False) -> None:
+    def __init__(self, artifact: Artifact, laps: Laps | None = None, engine: str | Choice = "onnxruntime") -> None:
         self.graph = read_graph(artifact)
         assert artifact.manifest.sampler is not None  # read_graph needs it
         self.artifact, self.sampler = artifact, artifact.manifest.sampler
-        self.engine = Engine(artifact, laps, engine, falls_back)
+        self.engine = Engine(artifact, laps, engine)
         self._tile: int | None = None
 
     def sample(
@@ -63,7 +64,7 @@ class DevicePipeline:
         x = latents(tuple(self.graph.latent_shape), seeds)
         if init is not None:
             x = np.float32(1 - sigmas[0]) * self.encode_picture(init) + np.float32(sigmas[0]) * x
-        viewer = Engine(self.artifact, name=self.engine.name, falls_back=self.engine.falls_back)
+        viewer = Engine(self.artifact, name=Choice(self.engine.name, self.engine.fallback))
 
         def watch(index: int, x0: Floats) -> None:
             if preview is not None:
@@ -90,7 +91,8 @@ class DevicePipeline:
         def run(part: Floats) -> Floats:
             return engine.run("vae_decoder", ["sample"], {"latent_sample": part})[0]
 
-        engine.network("vae_decoder")  # loading is no part of decoding
+        part = scaled if self._tile is None else scaled[:, :, : self._tile, : self._tile]
+        engine.network("vae_decoder", {"latent_sample": part})  # loading is no part of decoding
         while True:
             try:
                 with engine.laps.lap("decode"):

@@ -82,6 +82,16 @@ def largest_output(network: nn.Module) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
+def require_half_range(part: str, expected: Reference) -> None:
+    """Raise NumericsError if a layer of the component `part` puts out numbers that fp16 does not hold."""
+    layer, value = expected.loudest
+    if not value < torch.finfo(torch.float16).max:
+        raise NumericsError(
+            f"{part}: its layer {layer} puts out {value:.4g}, and fp16 ends at {torch.finfo(torch.float16).max:.0f}; "
+            "export it without export.precision=float16"
+        )
+
+
 def why_no_half(loudest: Mapping[str, tuple[str, float]]) -> str:
     """One sentence on why an artifact has no graph that computes in fp16; `loudest` is `Reference.loudest` by component."""
     part = max(loudest, key=lambda name: loudest[name][1])

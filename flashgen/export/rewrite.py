@@ -190,9 +190,11 @@ def _replace(graph: ir.Graph, linear: Linear, nodes: Sequence[ir.Node]) -> None:
 
 
 def _nbits_node(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear, accuracy_level: int) -> ir.Node:
+    half = linear.out.dtype == ir.DataType.FLOAT16  # scales and fractional zero points have the type of the product, and fit (`quant.pack`)
     parts = {"codes": q.codes, "scales": q.scales, "zeros": q.zeros}
+    typed = {part: value.half() if half and value is not None and value.is_floating_point() else value for part, value in parts.items()}
     inputs: list[ir.Value | None] = [linear.x]
-    inputs += [None if value is None else _constant(graph, f"{name}.{part}", value.numpy()) for part, value in parts.items()]
+    inputs += [None if value is None else _constant(graph, f"{name}.{part}", value.numpy()) for part, value in typed.items()]
     inputs += [None, linear.bias] if linear.bias is not None else []  # input 4 is g_idx, unused
     attributes = {"K": linear.k, "N": linear.n, "bits": q.bits, "block_size": q.group, "accuracy_level": accuracy_level}
     return ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=name)

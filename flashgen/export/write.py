@@ -20,6 +20,7 @@ from flashgen.export.graph import trace
 from flashgen.export.rewrite import halve_scales, halve_weights, quantize_linears, transpose_weights
 from flashgen.families.graphs import Component
 from flashgen.models.networks import linears_of, parameter_names
+from flashgen.models.save import to_half
 from flashgen.models.stream import header, tensor, tensor_files, weight_files
 from flashgen.quant.pack import QuantizedLinear
 
@@ -34,15 +35,17 @@ def write_graph(
     accuracy_level: int = 0,
     modulation: re.Pattern[str] | None = None,
     source: Path | None = None,
+    half: bool = False,
 ) -> Path:
     """Write `part` with the codes of `layers` to folder/NAME/model.onnx; returns that path.
 
     Weights are read from `source`, the component's folder, one at a time as they are written; those that the module itself holds (all,
-    without `source`) come from there. Afterwards the module is on `meta`. Raises ArtifactError for codes that do not fit the graph, or
+    without `source`) come from there. With `half` the graph computes in fp16, apart from noise levels, inputs and outputs.
+    Afterwards the module is on `meta`. Raises ArtifactError for codes that do not fit the graph, or
     when a layer that `modulation` matches has none, and NumericsError for a weight that fp16 cannot hold.
     """
     weights = _weights(part.module, source)
-    part.module.to("meta")
+    part.module.to("meta", torch.float16 if half else None)
     model = trace(part)
     for name, value in model.graph.initializers.items():
         value.const_value = _lazy_constant(value, weights[name])
@@ -94,12 +97,16 @@ def _unused_linears(network: nn.Module, model: ir.Model) -> set[str]:
 
 
 def _lazy_constant(value: ir.Value, read: Callable[[], Tensor]) -> ir.LazyTensor:
-    """The constant `value` in fp32 (or its integers), read when it is written."""
+    """The constant `value` in fp32 (fp16, integers), as the graph has it, read when it is written."""
     assert value.dtype is not None and isinstance(value.shape, ir.Shape)
 
     def get() -> ir.TensorProtocol:
         weight = read()
-        return ir.tensor((weight.float() if weight.is_floating_point() else weight).contiguous().numpy(), name=value.name)
+        if value.dtype == ir.DataType.FLOAT16:
+            weight = to_half(weight.float(), str(value.name).removeprefix("net."))
+        elif weight.is_floating_point():
+            weight = weight.float()
+        return ir.tensor(weight.contiguous().numpy(), name=value.name)
 
     return ir.LazyTensor(get, dtype=value.dtype, shape=value.shape, name=value.name)
 

@@ -9,30 +9,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
 from flashgen.runtime.memory import cpu_count, total_bytes
+from flashgen.runtime.processor import this_processor
 
 PACKAGES = ("flashgen", "numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers")
-FEATURES = (
-    "sse4_2",
-    "avx2",
-    "f16c",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "asimddp",
-    "i8mm",
-    "sve",
-)
 KERNEL_BYTES, REPEATS = 4 << 20, 5  # the calibration kernel: a SHA-256 of so many bytes, a few ms each
 PAUSE_S = 0.02  # engines' threads spin for a while after their work
 SPREAD, STEAL, OTHERS = 0.10, 0.02, 0.10  # above these shares a machine is noisy
@@ -40,20 +25,16 @@ SPREAD, STEAL, OTHERS = 0.10, 0.02, 0.10  # above these shares a machine is nois
 
 def fingerprint() -> dict[str, Any]:
     """Conditions of a measurement beside the artifact: processor, memory, system and versions of packages."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    fields = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
-    cpu = next((value for key, value in fields if key == "model name"), platform.processor() or platform.machine())
-    flags = next((value.split() for key, value in fields if key in ("flags", "Features")), [])
-    versions = {}
+    processor, versions = this_processor(), {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     memory = total_bytes()
     return {
-        "cpu": cpu,
+        "cpu": processor.name,
         "cores": os.cpu_count(),
         "usable_cores": cpu_count(),  # after affinity and quotas
-        "instruction_sets": [name for name in FEATURES if name in flags],
+        "instruction_sets": [*processor.features],
         "memory_mib": None if memory is None else round(memory / 2**20),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -35,7 +35,7 @@ Draw = Callable[[list[str], list[int], int], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Job:
-    """An artifact, drawn along `sigmas` by `engine`: torch for diffusers layouts, onnxruntime or openvino for exported artifacts."""
+    """An artifact, drawn along `sigmas` by `engine`: torch for diffusers layouts, one of `device.providers` for exported artifacts."""
 
     artifact: str
     engine: str
@@ -86,7 +86,7 @@ def _load_exported(
 
     about["threads"] = default_threads()
     pipeline = DevicePipeline(source, laps=laps, engine=job.engine)
-    import_module(job.engine)  # importing is no part of "load"
+    import_module(pipeline.engine.name.partition(":")[0])  # importing is no part of "load"
     return lambda prompts, seeds, batch: pipeline.sample(prompts, seeds, batch=batch, sigmas=job.sigmas), dict
 
 

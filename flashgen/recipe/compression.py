@@ -126,7 +126,10 @@ class ExportRecipe(Model):
 
     size_px: SizePx | None = Field(None, description="of the pictures: 512, or WIDTHxHEIGHT; null: as the student was trained")
     accuracy_level: Literal[0, 1, 4] = Field(0, description="MatMulNBits: 0 and 1 compute in fp32, 4 rounds activations to int8")
+    precision: Literal["float32", "float16"] = Field(
+        "float32", description="in which the transformer and the VAE compute; float16 for GPUs, with inputs and outputs in fp32"
+    )
     psnr_floor_db: float = Field(60.0, gt=0, description="of each component against torch, range of the output over RMS error")
-    psnr_floor_int8_db: float = Field(30.0, gt=0, description="the same for components whose codes run at accuracy level 4")
+    psnr_floor_int8_db: float = Field(30.0, gt=0, description="the same for components whose codes run at accuracy level 4, or in fp16")
     vae_encoder: bool = Field(False, description="export it too, for generate --init-image; 68 MB for SD3.5-Medium")
     decoder: Literal["auto", "vae", "tiny"] = Field("auto", description="what decodes; auto: the tiny decoder of an artifact that has one")

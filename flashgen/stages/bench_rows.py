@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from flashgen.artifact.store import Artifact
+from flashgen.device.providers import require, target_of
 from flashgen.errors import MachineError, UsageError
 from flashgen.metrics.report import short_names
 from flashgen.metrics.worker import Job
@@ -16,8 +17,6 @@ from flashgen.pixels import Size
 from flashgen.progress import warn
 from flashgen.stages.inputs import sampler_of
 from flashgen.stages.request import Request, option_size
-
-ENGINES = {"onnxruntime": "", "openvino": "openvino", "torch": "train"}  # extra of flashgen that brings an engine
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,11 @@ def plan_rows(refs: Sequence[str], opened: Sequence[Artifact], grid: Grid, devic
     """Rows in the order of `refs`, engines, sizes, steps and threads.
 
     A size or number of steps that one artifact cannot draw is left out there with a warning. Raises UsageError for an artifact that has no
-    row left, and for an engine that draws none of them; MachineError for one that is not installed.
+    row left, and for an engine that is unknown or draws none of them; MachineError for one that cannot run here.
     """
     rows = []
+    for engine in {*grid.engines} - {"torch"}:
+        target_of(engine)
     for ref, name, source in zip(refs, short_names(list(refs)), opened, strict=True):
         sampler = sampler_of(source)
         choices, errors = [], []
@@ -95,9 +96,10 @@ def plan_rows(refs: Sequence[str], opened: Sequence[Artifact], grid: Grid, devic
             else "artifacts in diffusers layout are torch's"
         )
         raise UsageError(f"--engine {unused[0]} draws none of the artifacts ({kind}); leave it out")
-    if missing := [engine for engine in used if find_spec(engine) is None]:
-        extra = ENGINES[missing[0]]
-        raise MachineError(f'this command needs {missing[0]}, which is not installed: pip install "flashgen{extra and f"[{extra}]"}"')
+    for engine in used - {"torch"}:
+        require(target_of(engine))
+    if "torch" in used and find_spec("torch") is None:
+        raise MachineError('this command needs torch, which is not installed: pip install "flashgen[train]"')
     return rows
 
 
@@ -105,7 +107,7 @@ def engines_of(source: Artifact, engines: Sequence[str]) -> list[str]:
     """The engines that draw `source`, of those named. Raises UsageError for an exported artifact when only torch is named."""
     if source.manifest.kind != "device":
         return ["torch"]
-    found = [engine for engine in dict.fromkeys(engines) if engine != "torch"]
+    found = [str(target_of(engine)) for engine in dict.fromkeys(engines) if engine != "torch"]
     if engines and not found:
         raise UsageError(f"--engine torch: {source.path} is exported, so torch cannot draw it; add --engine onnxruntime")
     return found or ["onnxruntime"]

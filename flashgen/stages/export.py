@@ -79,6 +79,14 @@ class Export(Stage):
                 f"export.decoder=tiny: {self.source.path} has no tiny decoder; train one first: "
                 "flashgen restructure-encoder STUDENT --mode decoder"
             )
+        if self.recipe.export.precision == "float16":
+            if self.target == "web":
+                raise UsageError("export.precision=float16 is for engines on GPUs, not for --target web; leave it out")
+            if self.source.manifest.recipe.get("group") == "channel":
+                raise UsageError(
+                    f"export.precision=float16: {self.source.path} has codes of quantize.group=channel, whose products take fp32; "
+                    "quantize in groups, as quantize.group=128"
+                )
         if self.target == "gguf":
             check_gguf(self)
         elif (size := self.recipe.export.size_px) is not None:
@@ -177,7 +185,7 @@ class Export(Stage):
             "graph": graph,
             "latent_shape": graph["latent_shape"],  # for users of optimum, who make the noise themselves
             "accuracy_level": self._level(layers),
-            "fp16": why_no_half(loudest),
+            "fp16": "transformer and VAE compute in fp16" if config.precision == "float16" else why_no_half(loudest),
             **({"decoder": "tiny"} if self.is_tiny else {}),
         }
         if self.target == "web":
@@ -186,20 +194,23 @@ class Export(Stage):
 
     def _write(self, part: Component, codes: Mapping[str, QuantizedLinear], folder: Path) -> tuple[float, tuple[str, float]]:
         """Write one component and its config; returns its worst PSNR in dB, and the layer with the largest output with that number."""
-        from flashgen.export.parity import check, reference
+        from flashgen.export.parity import check, reference, require_half_range
         from flashgen.export.write import write_graph
 
         config = self.recipe.export
         expected = reference(part)  # before the weights leave the module, and before anything is cropped or fused
+        half = config.precision == "float16" and part.name not in self.family.text_encoders
+        if half:
+            require_half_range(part.name, expected)
         if part.name == "transformer":
             shape = self.family.latent_shape(configs_in(self.source.path, self.family), self.device_sampler.size_px)
             self.family.prepare_export(part.module.net, shape)
         folders = {"vae_encoder": "vae", "vae_decoder": TINY_DECODER if self.is_tiny else "vae"}
         source = self.source.path / folders.get(part.name, part.name)
         modulation = self.family.modulation if part.name == "transformer" else None
-        model = write_graph(part, codes, folder, config.accuracy_level, modulation, source)
+        model = write_graph(part, codes, folder, config.accuracy_level, modulation, source, half)
         _write_config(part, folder)
-        floor = config.psnr_floor_int8_db if codes and self._level(codes) == 4 else config.psnr_floor_db
+        floor = config.psnr_floor_int8_db if half or (codes and self._level(codes) == 4) else config.psnr_floor_db
         return check(part, expected, model, floor), expected.loudest
 
     def _level(self, codes: Mapping[str, QuantizedLinear]) -> int:

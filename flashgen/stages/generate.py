@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,9 @@ def _drawer(
 
 
 def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[str, Any], count: int, together: int) -> Draw:
-    from flashgen.device.choice import choose, installed
+    from flashgen.device.choice import choose, installed, learn
     from flashgen.device.memory import plan
+    from flashgen.device.providers import Choice
     from flashgen.device.sampler import DevicePipeline
     from flashgen.runtime.memory import parse_bytes
 
@@ -155,11 +157,19 @@ def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[
         except MachineError:
             if not plans and name == names[-1]:
                 raise
-    chosen = choose(source, count * (len(options["sigmas"]) - 1), [*plans] or names)
+    steps = count * (len(options["sigmas"]) - 1) * (2 if costs["guided"] else 1)
+    choice = choose(source, steps, [*plans] or names) if engine == "auto" else Choice(engine)
     if plans:
-        say(f"memory: {plans[chosen]}")
-    pipeline = DevicePipeline(source, engine=chosen, falls_back=engine == "auto")
-    return lambda prompts, seeds: pipeline.sample(prompts, seeds, within=plans.get(chosen), **options)
+        say(f"memory: {plans[choice.name]}")
+    pipeline = DevicePipeline(source, engine=replace(choice, compact=budget is not None))
+
+    def draw(prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
+        images = pipeline.sample(prompts, seeds, within=plans.get(choice.name), **options)
+        learn(source, pipeline.engine.spent)
+        pipeline.engine.spent.clear()
+        return images
+
+    return draw
 
 
 def _preview(path: Path) -> Callable[[int, Callable[[], NDArray[np.uint8]]], None]:

@@ -23,7 +23,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_rows_are_ranked_and_compared_with_the_fastest_peers() -> None:
-    text = page(rows(), 7e11)
+    text = page(rows(), 7e11, "torch bf16")
     assert text.count("## ") == 2 and text.index("## 77 text tokens") < text.index("## 333 text tokens")
     assert "Peak is 700 G operations" in text
     short = text.split("## ")[1]

@@ -15,6 +15,7 @@ from torch import nn
 from flashgen import families
 from flashgen.artifact.store import Artifact
 from flashgen.device.engine import open_session
+from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, NumericsError, UsageError
 from flashgen.export.parity import psnr_db
 from flashgen.families.configs import configs_in
@@ -66,12 +67,47 @@ def test_every_component_reaches_its_floor_and_the_manifest_has_the_numbers(tiny
         assert artifact.manifest.extra["fp16"].startswith("no fp16 graph: the engines here compute on the CPU")
 
 
+def test_page_of_engines_lists_every_operator_of_exported_graphs(tiny_device: Artifact, tiny_int4_device: Artifact) -> None:
+    lines = Path("docs/engines.md").read_text().splitlines()
+    rows = {line.split("`")[1]: line.count("| yes ") + line.count("| no ") for line in lines if line.startswith("| `")}
+    parts = [load(artifact, part) for artifact in (tiny_device, tiny_int4_device) for part in ("transformer", "vae_decoder")]
+    used = {node.op_type for model in parts for node in model.graph} | {"DynamicQuantizeMatMul", "QuantizeLinear", "DequantizeLinear"}
+    assert {rows.get(name) for name in used} == {4}, used - rows.keys()
+
+
 def test_manifest_describes_the_graph_as_the_family_does(tiny_student: Artifact, tiny_device: Artifact) -> None:
     sd3, sampler, extra = families.get("sd3"), tiny_device.manifest.sampler, tiny_device.manifest.extra
     assert sampler == tiny_student.manifest.sampler and sampler is not None
     pad_ids = {f"tokenizer{n}": load_pipeline(tiny_student.path)[f"tokenizer{n}"].pad_token_id for n in ("", "_2", "_3")}
     assert extra["graph"] == json.loads(json.dumps(sd3.description(configs_in(tiny_student.path, sd3), sampler, pad_ids)))
     assert extra["latent_shape"] == [16, 8, 8] and (extra["engine"], extra["accuracy_level"]) == ("onnxruntime", 0)
+
+
+def test_half_precision_draws_the_picture_of_fp32(
+    tiny_quantized: Artifact, tiny_int4_device: Artifact, recipe: Recipe, tmp_path: Path
+) -> None:
+    half = run(Export, {"student": tiny_quantized.path}, tmp_path / "half", with_export(recipe, precision="float16"))
+    assert half.manifest.extra["fp16"] == "transformer and VAE compute in fp16"
+    psnr = half.manifest.metrics["psnr_db"]
+    assert 45 < psnr["transformer"] < 100 and 45 < psnr["vae_decoder"] < 100 and psnr["text_encoder"] > 100
+    for part in ("transformer", "vae_decoder"):
+        model = load(half, part)
+        assert {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)} == {ir.DataType.FLOAT}
+        products = [node for node in model.graph if node.op_type in ("MatMulNBits", "MatMul", "Conv", "MultiHeadAttention")]
+        assert products and {node.outputs[0].dtype for node in products} == {ir.DataType.FLOAT16}
+    one, other = (DevicePipeline(artifact).sample(["two red circles"], [3]).astype(np.float32) for artifact in (half, tiny_int4_device))
+    assert psnr_db(other, one) > 35
+
+
+def test_half_precision_is_refused_for_the_web_and_for_products_of_integers(tiny_quantized: Artifact, recipe: Recipe) -> None:
+    half = with_export(recipe, precision="float16")
+    with pytest.raises(UsageError, match=r"export.precision=float16 is for engines on GPUs, not for --target web"):
+        prepare(Export, {"student": tiny_quantized.path}, half, target="web")
+    stage = prepare(Export, {"student": tiny_quantized.path}, half)
+    assert isinstance(stage, Export)
+    stage.source.manifest.recipe["group"] = "channel"
+    with pytest.raises(UsageError, match=r"has codes of quantize.group=channel, whose products take fp32"):
+        stage.check()
 
 
 def test_position_table_is_cropped_to_the_pictures_size(tiny_device: Artifact) -> None:

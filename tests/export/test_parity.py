@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from flashgen.errors import NumericsError
-from flashgen.export.parity import check, largest_output, psnr_db, reference, why_no_half
+from flashgen.export.parity import Reference, check, largest_output, psnr_db, reference, require_half_range, why_no_half
 from flashgen.export.write import write_graph
 from flashgen.families.graphs import Call, Component
 from flashgen.families.sd3.build import build_pipeline
@@ -63,6 +64,13 @@ def test_transformer_is_compared_at_every_node_or_at_eight(size: int, steps: int
     assert torch.isin(nodes[-1], seen) and torch.isin(nodes[0], seen) and bool(torch.isin(seen, nodes).all())
     assert steps > 8 or bool(torch.isin(nodes, seen).all())
     assert all(len(value) == 1 for inputs in part.checks for value in inputs.values())
+
+
+def test_layer_that_fp16_cannot_hold_ends_the_export_in_fp16() -> None:
+    require_half_range("transformer", Reference([], ("a", 65503.0)))
+    for value in (65504.0, np.inf):
+        with pytest.raises(NumericsError, match=re.escape(f"transformer: its layer a puts out {value:.4g}, and fp16 ends at 65504;")):
+            require_half_range("transformer", Reference([], ("a", value)))
 
 
 def test_layer_that_leaves_fp16_is_named() -> None:

@@ -47,13 +47,14 @@ def components(pipe: Pipeline, sampler: Sampler, vae_encoder: bool = False) -> I
     latents = torch.randn(rows, *pipe.family.latent_shape(pipe.configs, size), generator=generator)
     yield _transformer(pipe, sampler, prompts, latents)
     vae = pipe.vae.config
-    decode = Call(pipe.vae, lambda net, z: net.decode(z, return_dict=False)[0])
+    decode = Call(pipe.vae, lambda net, z: net.decode(z.to(net.dtype), return_dict=False)[0].to(z.dtype))
     part = latents[..., :DECODED, :DECODED]  # of a large picture: any height and width will do
     scaled = {"latent_sample": part / vae.scaling_factor + vae.shift_factor}
     yield Component("vae_decoder", decode, scaled, ("sample",), {"latent_sample": {2: "height", 3: "width"}})
     if vae_encoder:
         pictures = {"sample": 2 * torch.rand(rows, 3, size.height, size.width, generator=generator) - 1}
-        encode_picture = Call(copy.deepcopy(pipe.vae), lambda net, x: net.encode(x).latent_dist.parameters)  # the decoder's weights go
+        own = copy.deepcopy(pipe.vae)  # the decoder's weights go
+        encode_picture = Call(own, lambda net, x: net.encode(x.to(net.dtype)).latent_dist.parameters.to(x.dtype))
         yield Component("vae_encoder", encode_picture, pictures, ("latent_parameters",))
 
 
