@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flashgen.artifact.files import SOURCE
 from flashgen.artifact.finite import check_finite
@@ -80,4 +81,9 @@ def tiny_component(part: Component, network: Any, vae: Mapping[str, Any]) -> Com
     """
     scaling, shift = float(vae["scaling_factor"]), float(vae["shift_factor"])
     network.register_to_config(scaling_factor=scaling, shift_factor=shift)
-    return replace(part, module=Call(network, lambda net, z: net.decode((z - shift) * scaling, return_dict=False)[0]))
+
+    def decode(net: Any, z: Tensor) -> Tensor:
+        pictures: Tensor = net.decode(((z - shift) * scaling).to(net.dtype), return_dict=False)[0]
+        return pictures.to(z.dtype)
+
+    return replace(part, module=Call(network, decode))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flashgen.families.graphs import Call, Component
 from flashgen.models.pipeline import Pipeline
-from flashgen.models.tiny_decoder import new_tiny_decoder
+from flashgen.models.tiny_decoder import new_tiny_decoder, tiny_component
 from flashgen.recipe.compression import DecoderRecipe
 from flashgen.training.cache import Replay
 from flashgen.training.decoder import decoder_loss, psnr_db, random_crops, squared_errors
@@ -75,6 +76,17 @@ def test_psnr_is_that_of_pictures_whose_range_is_two() -> None:
     errors = squared_errors(constant(0.5), constant(0.3), iter([torch.ones(1, 3, 4, 4)]))
     assert errors == [pytest.approx(0.04)] and psnr_db(errors[0]) == pytest.approx(20) and psnr_db(0) == pytest.approx(100)
     assert squared_errors(constant(3), constant(2), iter([torch.ones(1, 3, 4, 4)])) == [0]  # both are white
+
+
+def test_a_component_in_fp16_takes_and_gives_fp32() -> None:
+    network = new_tiny_decoder(16, 8, 8, 1, 0)
+    latents = {"latent_sample": torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))}
+    part = Component("vae_decoder", Call(network, network.decode), latents, ("sample",))
+    tiny = tiny_component(part, network, {"scaling_factor": 1.3, "shift_factor": 0.1})
+    expected = tiny.reference()[0]
+    tiny.module.half()
+    assert (out := tiny.reference()[0]).dtype == torch.float32
+    assert out.shape == expected.shape == (1, 3, 32, 48) and torch.allclose(out, expected, atol=0.01) and not torch.equal(out, expected)
 
 
 class _Constant(nn.Module):
