@@ -19,6 +19,8 @@ from flashgen.families.tiny_decoder import TINY_DECODER
 from flashgen.models.pipeline import Pipeline
 from flashgen.models.stream import header, weight_files, write
 
+CONFIG = "config.json"
+
 
 def to_half(tensor: Tensor, name: str) -> Tensor:
     """`tensor` in fp16. Raises NumericsError for values that are not finite or that fp16 cannot hold."""
@@ -39,6 +41,12 @@ def save_network(network: Any, folder: Path) -> None:
     for name, parameter in network.named_parameters():
         to_half(parameter.data, f"{folder.name}: {name}")
     network.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True, max_shard_size="2GB")
+    (folder / CONFIG).write_text(json.dumps(without_origin(read_json(folder / CONFIG)), indent=2, sort_keys=True) + "\n")
+
+
+def without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without the folder of this machine that diffusers read the network from: the same training gives the same bytes anywhere."""
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
 def save_pipeline(folder: Path, pipe: Pipeline) -> None:
@@ -66,7 +74,7 @@ def _library(part: object) -> str:
 def save_tensors(folder: Path, source: Path, value: Callable[[str], Tensor]) -> None:
     """A network with the config and the tensor names and shapes of that in `source`, in fp16, one tensor in memory at a time."""
     folder.mkdir()
-    shutil.copyfile(source / "config.json", folder / "config.json")
+    shutil.copyfile(source / CONFIG, folder / CONFIG)
     kinds = {name: (torch.float16, tuple(e["shape"])) for path in weight_files(source) for name, e in header(path)[0].items()}
     write(folder / "diffusion_pytorch_model.safetensors", kinds, ((name, to_half(value(name), name)) for name in kinds))
 

@@ -220,9 +220,11 @@ class Export(Stage):
 
 def _write_config(part: Component, folder: Path) -> None:
     """Write the network's config beside its graph, as optimum wants it."""
+    from flashgen.models.save import without_origin
+
     config: Any = part.module.net.config
     plain = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
-    (folder / part.name / "config.json").write_text(json.dumps(plain, indent=1, sort_keys=True))
+    (folder / part.name / "config.json").write_text(json.dumps(without_origin(plain), indent=1, sort_keys=True))
 
 
 def write_runtime_files(pipe: Pipeline, exported: Collection[str], draft: Draft) -> dict[str, int]:

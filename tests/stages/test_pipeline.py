@@ -39,6 +39,8 @@ def test_every_stage_publishes_a_whole_version_of_its_kind(chain: Chain) -> None
         assert open_artifact(artifact.path, verify=True).manifest == artifact.manifest
         assert [v.name for v in versions(artifact.path.parent)] == ["v0001"]
         assert {p.name for p in (artifact.path.parent / ".work").glob("*")} <= {"cache"}  # nothing is left to resume
+        texts = [path for pattern in ("*.json", "*.jsonl", "*.md") for path in artifact.path.rglob(pattern) if path.name != "manifest.json"]
+        assert texts and not [path for path in texts if str(artifact.path.parents[1]) in path.read_text()]  # no path of this machine
         if name in ("teacher", "device"):
             continue
         assert (artifact.path / "samples" / "validation.png").is_file()
