@@ -235,9 +235,9 @@ def read_state(file: Path) -> bytes | None:
     return data
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a kill inside `write_whole` has left in `folder`. Only for the process that holds the folder's lock."""
-    for left in folder.glob(".*.tmp"):
+def remove_temporaries(folder: Path, name: str = "*") -> None:
+    """Remove what a kill inside `write_whole` of files NAME has left in `folder`. Only for the process that holds the folder's lock."""
+    for left in folder.glob(f".{name}.tmp"):
         if left.is_file():
             left.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os.path
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashgen.artifact.files import write_whole
 from flashgen.artifact.store import VERSION
 from flashgen.progress import say
 
@@ -58,7 +60,9 @@ def contact_sheet(rows: list[list[NDArray[np.uint8]]], labels: list[str], path: 
             scaled = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(scaled, (GUTTER + column * (cell + MARGIN), top))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_whole(path, buffer.getbuffer())
 
 
 def row_labels(results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ def write_report(out: Path) -> None:
     Optional parts that bench.json does not have are left out. Raises ArtifactError for a bench.json or a picture that is missing, cut or
     foreign.
     """
+    from flashgen.artifact.files import write_whole
     from flashgen.report.markdown import markdown
     from flashgen.report.page import page
     from flashgen.report.pictures import choose, embed
@@ -19,5 +20,5 @@ def write_report(out: Path) -> None:
     bench = read_bench(out)
     shown = choose(bench)
     pictures = embed(out, bench, shown)
-    (out / "report.html").write_text(page(bench, shown, pictures), encoding="utf-8")
-    (out / "report.md").write_text(markdown(bench, shown, pictures), encoding="utf-8")
+    write_whole(out / "report.html", page(bench, shown, pictures).encode())
+    write_whole(out / "report.md", markdown(bench, shown, pictures).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from flashgen.metrics.worker import Job
 from flashgen.pixels import Size
 from flashgen.progress import say, warn
 from flashgen.recipe.schema import Recipe
-from flashgen.stages.bench_files import bytes_by_component, check_writable, clear_pictures, lineage, write_pictures
+from flashgen.stages.bench_files import bytes_by_component, clear_pictures, lineage, output, scratch, write_pictures
 from flashgen.stages.bench_quality import NOT_JUDGED, compare_pictures, judge_rows
 from flashgen.stages.bench_rows import Comparison, Grid, PlannedRow, plan_rows
 from flashgen.stages.inputs import open_input, world_of
@@ -73,24 +72,22 @@ def bench(
     if comparison.baseline is not None and baseline is not None:
         check_comparable(comparison.baseline, baseline, report, {row.name for row in rows})
     references = reference_rows(rows, comparison.reference)
-    if out is not None:
-        with disk_named(out):
-            check_writable(out, comparison.baseline)
-    with tempfile.TemporaryDirectory(prefix="flashgen-bench-", ignore_cleanup_errors=True) as folder:
-        done, drawn = _measure(rows, report, recipe, Path(folder))
-    if out is not None:  # the pictures stay mapped, and a kill from here on leaves nothing in the temporary folder
-        with disk_named(out):
-            _write_drawings(out, report, done, drawn)
-            _write(out, report)  # so that a judge that fails loses no measurement
-    judge_rows(report, judges, drawn)
-    compare_pictures(report, done, references, drawn, comparison)
-    if baseline is not None:
-        worse, missing = compare(report["results"], baseline, comparison.tolerance)
-        report["baseline"] = {"file": str(comparison.baseline), "tolerance": comparison.tolerance, "worse": worse, "missing": missing}
-    if out is not None:
-        with disk_named(out):
-            _write(out, report)
-            _write_report(out)
+    with output(out, comparison.baseline):
+        with scratch() as folder:
+            done, drawn = _measure(rows, report, recipe, folder)
+        if out is not None:  # the pictures stay mapped, and a kill from here on leaves nothing in the temporary folder
+            with disk_named(out):
+                _write_drawings(out, report, done, drawn)
+                _write(out, report)  # so that a judge that fails loses no measurement
+        judge_rows(report, judges, drawn)
+        compare_pictures(report, done, references, drawn, comparison)
+        if baseline is not None:
+            worse, missing = compare(report["results"], baseline, comparison.tolerance)
+            report["baseline"] = {"file": str(comparison.baseline), "tolerance": comparison.tolerance, "worse": worse, "missing": missing}
+        if out is not None:
+            with disk_named(out):
+                _write(out, report)
+                _write_report(out)
     _print(report, out)
     return report
 

@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashgen.artifact.files import locked, remove_temporaries
 from flashgen.artifact.store import Artifact, open_artifact
-from flashgen.errors import ArtifactError, UsageError
+from flashgen.errors import ArtifactError, MachineError, UsageError, disk_named
 from flashgen.png import texts, write_png
 from flashgen.stages.bench_rows import PlannedRow
 
 PICTURES = "pictures"
+SCRATCH = "flashgen-bench-"  # beginning of the names of temporary folders
 
 
-def check_writable(out: Path, baseline: Path | None) -> None:
-    """Make the folder. Raises UsageError when it cannot be written to, or when the report would replace the baseline."""
+@contextmanager
+def output(out: Path | None, baseline: Path | None) -> Iterator[None]:
+    """Make the folder `out` and hold its lock inside, so that two benches do not mix their pictures; nothing without `out`.
+
+    Raises UsageError when `out` cannot be written to, or when the report would replace the baseline, and MachineError when another
+    process writes there or the disk is full.
+    """
+    if out is None:
+        yield
+        return
     if baseline is not None and baseline.resolve() == (out / "bench.json").resolve():
         raise UsageError(f"--out {out} would replace the baseline {baseline}; name another folder")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".probe").touch()
-        (out / ".probe").unlink()
+        with disk_named(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / ".probe").touch()
+            (out / ".probe").unlink()
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}; name a folder that can be written to") from error
+    with locked(out):
+        yield
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder. Those of benches that were killed, whose locks nobody holds, are removed first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with suppress(OSError, MachineError):
+            state = left.lstat()
+            is_ours = stat.S_ISDIR(state.st_mode) and (not hasattr(os, "geteuid") or state.st_uid == os.geteuid())
+            if is_ours and (left / ".lock").exists():
+                with locked(left):
+                    shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as folder, locked(Path(folder)):
+        yield Path(folder)
 
 
 def clear_pictures(out: Path) -> None:
-    """Remove the pictures of an earlier bench in `out`; other files stay."""
-    for file in (out / PICTURES).glob("*/*.png"):
-        if re.fullmatch(r"\d\d+-.*", file.parent.name) and re.fullmatch(r"\d{4,}", file.stem):
-            file.unlink()
+    """Remove the pictures of an earlier bench in `out`, and what a kill has left half-written; other files stay."""
+    for name in ("bench.json", "contact-sheet.png", "report.html", "report.md"):
+        remove_temporaries(out, f"{name}.*")
+    for folder in (out / PICTURES).glob("*/"):
+        if re.fullmatch(r"\d\d+-.*", folder.name):
+            remove_temporaries(folder, "*.png.*")
+            for file in folder.glob("*.png"):
+                if re.fullmatch(r"\d{4,}", file.stem):
+                    file.unlink()
 
 
 def write_pictures(out: Path, number: int, row: PlannedRow, images: NDArray[np.uint8], prompts: Sequence[str], seeds: Sequence[int]) -> str:

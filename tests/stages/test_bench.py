@@ -18,6 +18,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from flashgen.artifact.files import locked
 from flashgen.artifact.store import Artifact
 from flashgen.errors import ArtifactError, MachineError, NumericsError, UsageError
 from flashgen.metrics.baseline import check_comparable, compare, read_baseline
@@ -29,6 +30,7 @@ from flashgen.png import read_texts
 from flashgen.recipe.schema import Recipe
 from flashgen.runtime.memory import PhasePeaks, peak_rss_mib
 from flashgen.stages import bench as stage
+from flashgen.stages.bench_files import clear_pictures, output, scratch
 from flashgen.stages.bench_rows import Comparison, Grid, plan_rows
 from flashgen.worlds.shapes.scene import TASKS
 from tests import runs
@@ -435,3 +437,28 @@ def test_a_measuring_process_ends_with_the_bench_and_removes_its_folder(busy: bo
     while (psutil.pid_exists(worker) or folder.parent.exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(worker) and list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_benches_that_were_killed_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("killed", "running", "starting"):
+        (tmp_path / f"flashgen-bench-{name}" / "0").mkdir(parents=True)
+    (tmp_path / "flashgen-bench-killed" / ".lock").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".lock").touch()
+    (tmp_path / "flashgen-bench-link").symlink_to(tmp_path / "elsewhere")
+    with locked(tmp_path / "flashgen-bench-running"), scratch() as folder:
+        names = {path.name for path in tmp_path.iterdir()} - {folder.name}
+    assert names == {"flashgen-bench-running", "flashgen-bench-starting", "flashgen-bench-link", "elsewhere"} and not folder.exists()
+
+
+def test_one_bench_at_a_time_writes_to_a_folder_and_clears_what_a_kill_left(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures" / "00-student"
+    pictures.mkdir(parents=True)
+    for left in (pictures / ".0000.png.7.tmp", pictures / "0000.png", tmp_path / ".bench.json.7.tmp", tmp_path / ".mine.tmp"):
+        left.touch()
+    with output(tmp_path, None):
+        clear_pictures(tmp_path)
+        with pytest.raises(MachineError, match="another process is writing"), output(tmp_path, None):
+            pass
+    assert list(pictures.iterdir()) == [] and (tmp_path / ".mine.tmp").exists() and not (tmp_path / ".bench.json.7.tmp").exists()
