@@ -18,6 +18,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from flashgen.runtime.processor import this_processor
+
 THREADS = 2
 ROWS = 1357  # image and text tokens of a step at 512 px
 SHAPES = ((1536, 1536), (1536, 6144), (6144, 1536))  # (inputs, outputs) of attention and feed-forward layers
@@ -39,13 +41,16 @@ def best_ops(product: Product, k: int, n: int) -> float:
 
 
 def torch_products(k: int, n: int) -> Iterator[tuple[str, Product]]:
-    """Products in oneDNN through torch: fp32, bf16, and int8 with sums in int32."""
+    """Products in oneDNN through torch: fp32, and, where the processor has instructions for them, bf16 and int8 with sums in int32."""
+    features = {*this_processor().features}
     x, w = torch.randn(ROWS, k), torch.randn(k, n)
     yield "torch fp32", lambda: x @ w
-    half_x, half_w = x.bfloat16(), w.bfloat16()
-    yield "torch bf16", lambda: half_x @ half_w
-    int_x, int_w = (torch.randint(-64, 64, value.shape, dtype=torch.int8) for value in (x, w))
-    yield "torch int8", lambda: torch._int_mm(int_x, int_w)
+    if features & {"avx512_bf16", "amx_bf16"}:  # else one product takes half a minute
+        half_x, half_w = x.bfloat16(), w.bfloat16()
+        yield "torch bf16", lambda: half_x @ half_w
+    if features & {"avx512_vnni", "avx_vnni", "amx_int8"}:
+        int_x, int_w = (torch.randint(-64, 64, value.shape, dtype=torch.int8) for value in (x, w))
+        yield "torch int8", lambda: torch._int_mm(int_x, int_w)
 
 
 def graph(k: int, n: int, form: str) -> ir.Model:
