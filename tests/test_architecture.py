@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE | ARTIFACTS | {"families", "flow", "objectives", "quant", "models", "training"},
     "export": BASE | ARTIFACTS | {"families", "flow", "quant", "models", "device", "export"},
     "metrics": BASE | ARTIFACTS | {"judges.base", "families", "flow", "models", "device", "metrics"},
-    "report": BASE | {"png", "report"},
+    "report": BASE | {"artifact.files", "png", "report"},
     "stages": BASE
     | ARTIFACTS
     | {
