@@ -23,15 +23,8 @@ from benchmarks.device_page import machine
 from flashgen.device.engine import NETWORKS, Network, default_threads
 from flashgen.progress import say
 
-DECODERS, ENGINES, SIZES, ROUNDS, THREADS, PEAK_PX, FACTOR = (
-    ("vae", "tiny"),
-    ("onnxruntime", "openvino"),
-    (256, 512, 768, 1024),
-    3,
-    2,
-    512,
-    8,
-)
+DECODERS, ENGINES, SIZES = ("vae", "tiny"), ("onnxruntime", "openvino"), (256, 512, 768, 1024)
+ROUNDS, THREADS, PEAK_PX, FACTOR = 3, 2, 512, 8
 BARS, GOALS = {"onnxruntime": 0.4, "openvino": 0.7}, {"onnxruntime": 0.15, "openvino": 0.3}  # tiny over VAE at 512 px
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import diffusers  # noqa: F401  children are forked from a process that has everything
 import numpy as np
-import onnxruntime  # noqa: F401  the same
+import onnxruntime  # noqa: F401  children are forked from a process that has everything
 import torch
-import transformers  # noqa: F401  the same
+import transformers  # noqa: F401  children are forked from a process that has everything
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,7 +23,7 @@ from flashgen.arena.votes import counted, opened
 from flashgen.artifact.files import sha256
 from flashgen.artifact.manifest import content_digest
 from flashgen.cli.app import app
-from flashgen.models import pipeline, sample  # noqa: F401  the same
+from flashgen.models import pipeline, sample  # noqa: F401  children are forked from a process that has everything
 from flashgen.png import read_picture, read_texts, texts, write_png
 from flashgen.recipe.load import load
 from flashgen.recipe.schema import CheckpointRecipe

@@ -23,6 +23,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path, remember
 from flashgen.device.engine import NETWORKS, default_threads
 from flashgen.device.providers import Choice, Spent
+from flashgen.device.wide import transformer_bytes
 from flashgen.progress import say
 from flashgen.runtime.processor import this_processor
 
@@ -56,8 +57,7 @@ def choose(artifact: Artifact, steps: int, names: Sequence[str]) -> Choice:
     """The engine of `names` for a job of `steps` steps of one row; prints which and why."""
     ratio = RATIOS.get((this_processor().kind, kind_of(artifact)))
     known = {name: s for name, s in known_seconds(artifact).items() if name in names}
-    totals = _totals({name: s for name, s in known.items() if s}, steps)
-    size = sum(file.size for file in artifact.manifest.files if file.path.startswith("transformer/model.onnx"))
+    totals, size = _totals(known, steps), transformer_bytes(artifact)
     best = min(totals, key=lambda name: totals[name], default=names[0])
     seconds = totals.get(best, (1 + steps) * size / BYTES_PER_S)
     pays = seconds / 2 > START_S + size / BYTES_PER_S

@@ -17,10 +17,14 @@ from flashgen.runtime.memory import total_bytes
 ROOM = 8  # bytes of memory per byte of a transformer's file: wide codes take 4, mapped and repacked
 
 
+def transformer_bytes(artifact: Artifact) -> int:
+    """Bytes of an exported transformer's graph and weights."""
+    return sum(file.size for file in artifact.manifest.files if file.path.startswith("transformer/model.onnx"))
+
+
 def is_roomy(artifact: Artifact) -> bool:
     """Return True if this machine has the memory for wide codes of the artifact's transformer."""
-    size = sum(file.size for file in artifact.manifest.files if file.path.startswith("transformer/model.onnx"))
-    return ROOM * size <= (total_bytes() or 0)
+    return ROOM * transformer_bytes(artifact) <= (total_bytes() or 0)
 
 
 def extension() -> Any:

@@ -148,7 +148,7 @@ def test_a_job_is_learnt_from_and_an_engine_that_uses_up_its_time_is_left(
     assert np.array_equal(picture, DevicePipeline(handmade_device).sample(["a red circle"], [1]))
     assert "onnxruntime is slower than onnxruntime, which continues" in capsys.readouterr().err
     spent = pipeline.engine.spent["onnxruntime"]
-    assert len(spent.loads_s) == 2 and len(spent.steps_s) == len(handmade_device.manifest.sampler.sigmas) - 1  # type: ignore[union-attr]
+    assert len(spent.loads_s) == 2 and len(spent.steps_s) == len(handmade_device.manifest.sampler.sigmas) - 1  # type: ignore[union-attr]  # an export has a sampler
     learn(handmade_device, pipeline.engine.spent)
     known = known_seconds(handmade_device)["onnxruntime"]
     assert known is not None and 0 < known.step < 60
