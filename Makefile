@@ -87,8 +87,10 @@ bench-decode: install
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-# docs/job.md and .json: from prompt to PNG, whole processes; needs make fullsize and make shapes. Half an hour the first time.
+# docs/job.md and .json: from prompt to PNG, whole processes; needs make fullsize and make shapes. An hour the first time, which also
+# compiles stable-diffusion.cpp.
 bench-job: $(PEERS)/.installed
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/pip install --no-deps stable-diffusion-cpp-python
 	OMP_NUM_THREADS=2 $(PEERS)/bin/python -m benchmarks.job artifacts/fullsize $(SHAPES) --page docs/job.md
 
 # docs/fullsize.md and .json: SD3.5-Medium's shapes through every stage; needs 40 GB of disk. Resumes row by row.

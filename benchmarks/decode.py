@@ -53,7 +53,7 @@ def prepare(work: Path) -> None:
 
 def opened(work: Path, engine: str, decoder: str) -> Network:
     """One decoder on one engine."""
-    return NETWORKS[engine](work / decoder / "vae_decoder" / "model.onnx", None, False, "")
+    return NETWORKS[engine](work / decoder / "vae_decoder" / "model.onnx")
 
 
 def lap(network: Network, size_px: int) -> tuple[float, float]:

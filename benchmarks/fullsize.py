@@ -47,8 +47,9 @@ def rows(folder: Path) -> list[Row]:
     """The rows of the page, in the order in which stages need each other."""
     at = {name: str(folder / name) for name in ("random", "embeds", "student", "slim", "int4", "device", "device-1024")}
     at |= {f"{name}.png": str(folder / f"{name}.png") for name in ("device", "device-1024")}
+    prompts = ("--set", f"prompts_file={folder / 'prompts.txt'}")
     one_round = [word for setting in (*ONE_ROUND, "matching.batch=1") for word in ("--set", f"distill.{setting}")]
-    distill = ("distill", at["random"], *RECIPE, *one_round, "--out", at["student"])
+    distill = ("distill", at["random"], *RECIPE, *prompts, *one_round, "--out", at["student"])
     many = (*distill, "--set", "distill.matching.prompts=64")
     slim = ("restructure-encoder", at["student"], "--mode", "prune", *RECIPE, "--out", at["slim"])
     int4 = ("quantize", at["slim"], *RECIPE, "--out", at["int4"])
@@ -123,6 +124,7 @@ def measure(folder: Path, page: Path, base: str) -> None:
     """Measure the missing rows, saving each at once, and write the page."""
     flashgen = [sys.executable, "-m", "flashgen"]
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.txt").write_text("".join(f"a photograph of thing {number}\n" for number in range(64)))
     kept = folder / "rows.json"
     found: dict[str, Any] = {"machine": machine(), "command": f"python -m benchmarks.fullsize {folder} --page {page}", "rows": []}
     if kept.exists():

@@ -117,7 +117,7 @@ class OrtFormat(Engine):
 
     def network(self, component: str, feeds: Mapping[str, Array] | None = None) -> Network:
         """The network of `component`, opened anew for every run."""
-        return OnnxRuntimeNetwork(self.folder / component / "model.ort", None, False)
+        return OnnxRuntimeNetwork(self.folder / component / "model.ort")
 
 
 def mobile(root: Path) -> list[Bar]:

@@ -1,9 +1,10 @@
-"""Times the full way from prompt to PNG, each run in a process of its own: flashgen's device artifacts and diffusers in fp32.
+"""Times the full way from prompt to PNG, each run in a process of its own: flashgen's device artifacts and its peers.
 
     python -m benchmarks.job artifacts/fullsize artifacts/shapes --page docs/job.md      # `make bench-job`
 
-SD3.5-Medium's size with random weights, 512 px, from the artifacts of `make fullsize`. diffusers draws without T5 (with zeros in its place,
-as its users do to save memory) in 28 steps with guidance; it runs `FEW` steps, and the time of its last step counts for each of the others.
+SD3.5-Medium's size with random weights, 512 px, from the artifacts of `make fullsize`. All draw without T5 (diffusers with zeros in its
+place, as its users do to save memory). diffusers draws in 28 steps with guidance; it runs `FEW`, and the time of its last step counts for
+each of the others. stable-diffusion.cpp draws in 4 steps without guidance, as flashgen does, from flashgen's own GGUF.
 """
 
 from __future__ import annotations
@@ -17,100 +18,192 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.fullsize import PROMPT, RECIPE, replace, run
 
 # Nothing heavy is imported here: a child's peak starts with its parent's memory, see benchmarks.fullsize.
-FEW, STEPS, GUIDANCE, SIZE_PX, ROUNDS = 3, 28, 4.5, 512, 3
+FEW, STEPS, GUIDANCE, SIZE_PX, ROUNDS, OUR_STEPS = 3, 28, 4.5, 512, 3, 4
 FLASHGEN = [sys.executable, "-m", "flashgen"]
+LARGE, SMALL = "SD3.5-Medium's shapes, 512 px", "shapes, 64 px"
+Lap = dict[str, Any]  # seconds of a whole process, its peak_rss_mib, and phases: seconds by name
 
 
-def diffusers_fp32(folder: str, few: int, size_px: int, tokens: int, out: str) -> None:
-    """Draw with diffusers; print the seconds that the other steps would add, and the peak in MiB."""
+class Way(NamedTuple):
+    """One row: `lap` runs it once. `once`: in the first round only, for it takes minutes."""
+
+    name: str
+    lap: Callable[[], Lap]
+    once: bool = False
+
+
+def diffusers(folder: str, dtype: str, few: str, size_px: str, tokens: str, out: str) -> Lap:
+    """Draw with diffusers in this process; `more` are the seconds that the steps would add that are not run."""
     import torch
     from diffusers import StableDiffusion3Pipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
-    ends: list[float] = []
+    started = time.perf_counter()
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=getattr(torch, dtype))
+    ends = [time.perf_counter()]
 
     def ended(pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         ends.append(time.perf_counter())
         return kept
 
     picture = pipe(
-        PROMPT, num_inference_steps=few, guidance_scale=GUIDANCE, height=size_px, width=size_px, max_sequence_length=tokens,
-        callback_on_step_end=ended,
-        generator=torch.Generator().manual_seed(0),
+        PROMPT, num_inference_steps=int(few), guidance_scale=GUIDANCE, height=int(size_px), width=int(size_px),
+        max_sequence_length=int(tokens), callback_on_step_end=ended, generator=torch.Generator().manual_seed(0),
     ).images[0]  # fmt: skip
+    phases = {"load": ends[0] - started, "step": ends[-1] - ends[-2], "decode": time.perf_counter() - ends[-1]}
     picture.save(out)
-    more = (STEPS - few) * (ends[-1] - ends[-2]) if few < STEPS else 0.0
-    print(json.dumps({"more": more, "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    return {"more": (STEPS - int(few)) * phases["step"], "phases": phases}
 
 
-def peer(folder: Path, few: int, size_px: int, tokens: int) -> dict[str, Any]:
-    """Seconds and peak of diffusers."""
+def sdcpp(folder: str, gguf: str, kind: str, out: str) -> Lap:
+    """Draw with stable-diffusion.cpp in this process, all weights of type `kind`."""
+    from stable_diffusion_cpp import StableDiffusion
+
+    started, threads = time.perf_counter(), int(os.environ["OMP_NUM_THREADS"])
+    laps: list[tuple[int, float]] = []
+    pipe = StableDiffusion(
+        diffusion_model_path=gguf, clip_l_path=f"{folder}/text_encoder/model.safetensors",
+        clip_g_path=f"{folder}/text_encoder_2/model.safetensors", vae_path=f"{folder}/vae/diffusion_pytorch_model.safetensors",
+        wtype=kind, n_threads=threads, vae_decode_only=True, diffusion_flash_attn=True, vae_conv_direct=True,
+    )  # fmt: skip
+    loaded = time.perf_counter()
+    pictures = pipe.generate_image(
+        PROMPT, width=SIZE_PX, height=SIZE_PX, cfg_scale=1.0, sample_steps=OUR_STEPS, sample_method="euler", seed=0,
+        progress_callback=lambda step, steps, seconds: laps.append((steps, time.perf_counter())),
+    )  # fmt: skip
+    drawn = time.perf_counter()
+    pictures[0].save(out)
+    ends = [end for steps, end in laps if steps == OUR_STEPS]
+    return {"phases": {"load": loaded - started, "steps": ends[-1] - ends[0], "decode": drawn - ends[-1]}}
+
+
+def phases(artifact: str, engine: str) -> Lap:
+    """Draw with flashgen in this process; seconds by phase."""
+    from flashgen.artifact.store import open_artifact
+    from flashgen.device.sampler import DevicePipeline
+
+    pipe = DevicePipeline(open_artifact(artifact), engine=engine)
+    pipe.sample([PROMPT], [0])
+    laps = dict(pipe.engine.laps.seconds)
+    steps = laps.pop("transformer")
+    text = sum(sum(seconds) for name, seconds in laps.items() if name.startswith("text_encoder"))
+    own = {"load": sum(laps["load"]), "text": text, "first step": steps[0], "other steps": sum(steps[1:]) / len(steps[1:])}
+    return {"phases": own | {"decode": laps["decode"][0]}}
+
+
+CHILDREN: dict[str, Callable[..., Lap]] = {"-diffusers": diffusers, "-sdcpp": sdcpp, "-phases": phases}
+
+
+def child(name: str, *given: object) -> Lap:
+    """Run one of `CHILDREN` in a process of its own."""
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        given = [str(folder), str(few), str(size_px), str(tokens), str(Path(scratch, "job.png"))]
-        done = subprocess.run([sys.executable, "-m", "benchmarks.job", "-diffusers", *given], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.job", name, *map(str, given)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit("\n".join([f"diffusers ended with code {done.returncode}", *done.stderr.strip().splitlines()[-1:]]))
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {"seconds": time.perf_counter() - started + found["more"], "peak_rss_mib": found["peak_rss_mib"]}
+        raise SystemExit("\n".join([f"{name} ended with code {done.returncode}", *done.stderr.strip().splitlines()[-3:]]))
+    lap: Lap = json.loads(done.stdout.splitlines()[-1])
+    lap["seconds"] = time.perf_counter() - started + lap.pop("more", 0.0)
+    return lap
 
 
-def ours(artifact: Path, engine: str) -> dict[str, Any]:
-    """Seconds and peak of `flashgen generate`."""
+def peer(name: str, *given: object) -> Lap:
+    """As `child`, with a path for the picture as its last argument."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return child(name, *given, Path(scratch, "job.png"))
+
+
+def ours(artifact: Path, engine: str) -> Lap:
+    """`flashgen generate`, whole."""
     peak, seconds = run([*FLASHGEN, "generate", str(artifact), PROMPT, "--engine", engine, "-o", str(artifact.parent / "job.png")])
     return {"seconds": seconds, "peak_rss_mib": peak}
 
 
-def measure(full: Path, shapes: Path) -> list[dict[str, Any]]:
-    """Rows of the page; `full` and `shapes` are the folders of `make fullsize` and `make shapes`."""
-    level4, int8 = full / "device-level4", full / "device-int8"
-    run([*FLASHGEN, "export", str(full / "int4"), *RECIPE, "--set", "export.accuracy_level=4", "--out", str(level4)])
-    speed = ("quantize.bits=8", "quantize.group=channel", "quantize.symmetric=true")
-    run([*FLASHGEN, "quantize", str(full / "slim"), *RECIPE, *(part for s in speed for part in ("--set", s)), "--out", str(full / "int8")])
-    run([*FLASHGEN, "export", str(full / "int8"), *RECIPE, "--out", str(int8)])
-    teacher = Path("flashgen/worlds/shapes/teacher")
-    jobs: dict[str, list[tuple[str, Any]]] = {
-        "SD3.5-Medium's shapes, 512 px": [
-            ("diffusers, torch fp32, 28 steps with guidance", lambda: peer(full / "random" / "latest", FEW, SIZE_PX, 256)),
-            ("flashgen INT4, onnxruntime, 4 steps", lambda: ours(full / "device", "onnxruntime")),
-            ("flashgen INT4, 8-bit activations, onnxruntime, 4 steps", lambda: ours(level4, "onnxruntime")),
-            ("flashgen INT4, 8-bit activations, OpenVINO, 4 steps", lambda: ours(level4, "openvino")),
-            ("flashgen INT8, 8-bit activations, onnxruntime, 4 steps", lambda: ours(int8, "onnxruntime")),
-            ("flashgen INT8, 8-bit activations, OpenVINO, 4 steps", lambda: ours(int8, "openvino")),
-        ],
-        "shapes, 64 px": [
-            ("diffusers, torch fp32, 28 steps with guidance", lambda: peer(teacher, STEPS, 64, 16)),
-            ("flashgen INT4, onnxruntime, 4 steps", lambda: ours(shapes / "device", "onnxruntime")),
-        ],
+def prepare(full: Path) -> None:
+    """Write the artifacts that `make fullsize` does not make; finished ones are up to date."""
+    int8 = ("quantize.bits=8", "quantize.group=channel", "quantize.symmetric=true")
+    tiny = [f"restructure.decoder.{one}" for one in ("iterations=1", "batch=1", "held_out=1", "psnr_floor_db=0")]  # weights cost no time
+    tiny += ["restructure.prompts=1", "restructure.floor=0", f"prompts_file={full / 'prompts.txt'}"]
+    stages: list[tuple[str, str, str, Sequence[str]]] = [
+        ("restructure-encoder", "slim", "tiny", tiny), ("quantize", "slim", "int8", int8), ("quantize", "tiny", "int8-tiny", int8),
+        ("export", "int4", "device-level4", ["export.accuracy_level=4"]), ("export", "int8", "device-int8", []),
+        ("export", "int8-tiny", "device-tiny", []),
+    ]  # fmt: skip
+    for stage, source, out, settings in stages:
+        options = [word for setting in settings for word in ("--set", setting)] + ["--mode", "decoder"] * (out == "tiny")
+        run([*FLASHGEN, stage, str(full / source), *RECIPE, *options, "--out", str(full / out)])
+    run([*FLASHGEN, "export", str(full / "slim"), *RECIPE, "--target", "gguf", "--out", str(full / "gguf")])
+
+
+def ways(full: Path) -> list[Way]:
+    """The rows at SD3.5-Medium's size, for what this machine has."""
+    from flashgen.runtime.processor import this_processor
+
+    random, features = full / "random" / "latest", {*this_processor().features}
+    dtypes = ["float32"] + ["bfloat16"] * bool(features & {"avx512f", "amx_bf16"})  # without AVX-512 torch takes minutes for a step in bf16
+    rows = [
+        Way(f"diffusers, torch {dtype}, {STEPS} steps with guidance", partial(peer, "-diffusers", random, dtype, FEW, SIZE_PX, 256), True)
+        for dtype in dtypes
+    ]
+    if find_spec("stable_diffusion_cpp"):
+        gguf = full / "gguf" / "latest" / "transformer" / "model.gguf"
+        rows += [
+            Way(f"stable-diffusion.cpp {kind}, {OUR_STEPS} steps", partial(peer, "-sdcpp", random, gguf, kind), True)
+            for kind in ("q8_0", "q4_0")
+        ]
+    artifacts = {
+        "INT4": "device", "INT4, 8-bit activations": "device-level4", "INT8, 8-bit activations": "device-int8",
+        "INT8, 8-bit activations, tiny decoder": "device-tiny",
     }  # fmt: skip
-    rows = []
+    engines = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "auto": "auto"}
+    return rows + [
+        Way(f"flashgen {name}, {engines[engine]}, {OUR_STEPS} steps", partial(ours, full / folder, engine))
+        for name, folder in artifacts.items()
+        for engine in engines
+        if (folder != "device" or engine == "onnxruntime") and (engine != "auto" or folder == "device-int8")
+    ]
+
+
+def measure(full: Path, shapes: Path) -> list[Lap]:
+    """Rows of the page; `full` and `shapes` are the folders of `make fullsize` and `make shapes` (or `make demo`)."""
+    prepare(full)
+    teacher = Path("flashgen/worlds/shapes/teacher")
+    small = [
+        Way(f"diffusers, torch float32, {STEPS} steps with guidance", partial(peer, "-diffusers", teacher, "float32", STEPS, 64, 16)),
+        Way("flashgen INT4, onnxruntime, 4 steps", partial(ours, shapes / "device", "onnxruntime")),
+    ]
+    rows: list[Lap] = []
     shutil.rmtree(full / "cache", ignore_errors=True)
-    for job, ways in jobs.items():
-        laps: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in ways}
+    for job, own in {LARGE: ways(full), SMALL: small}.items():
+        laps: dict[str, list[Lap]] = {way.name: [] for way in own}
         for number in range(ROUNDS):
-            for name, way in ways:
-                if number == 0 or "diffusers" not in name or job.startswith("shapes"):  # a run takes minutes, and the bar is 30 x
-                    os.environ["XDG_CACHE_HOME"] = str(full / "cache" / name.replace(" ", "-"))  # not shared with the other ways
-                    laps[name].append(way())
-                    print(job, name, laps[name][-1], file=sys.stderr, flush=True)
-        slowest = sorted(lap["seconds"] for lap in laps[ways[0][0]])[len(laps[ways[0][0]]) // 2]
-        for name, found in laps.items():
-            seconds = sorted(lap["seconds"] for lap in found)
-            middle = seconds[len(seconds) // 2]
-            rows.append({
-                "job": job, "way": name, "seconds": middle, "first": found[0]["seconds"], "all": seconds, "times_faster": slowest / middle,
-                "peak_rss_mib": max(lap["peak_rss_mib"] for lap in found),
-            })  # fmt: skip
+            for way in own:
+                if number == 0 or not way.once:
+                    os.environ["XDG_CACHE_HOME"] = str(full / "cache" / way.name.replace(" ", "-"))  # not shared with the other ways
+                    laps[way.name].append(way.lap())
+                    print(job, way.name, laps[way.name][-1], file=sys.stderr, flush=True)
+        for way in own:
+            found = laps[way.name]
+            seconds = [lap["seconds"] for lap in found]
+            row = {"job": job, "way": way.name, "seconds": sorted(seconds)[len(seconds) // 2], "first": seconds[0], "all": seconds}
+            if "auto" in way.name:
+                row["seconds"] = seconds[-1]  # it has tried both engines before
+            elif job == LARGE and way.name.startswith("flashgen"):
+                os.environ["XDG_CACHE_HOME"] = str(full / "cache" / way.name.replace(" ", "-"))
+                given = way.lap.args  # type: ignore[attr-defined]  # a partial of `ours`
+                found[0] |= child("-phases", *given) | {"seconds": seconds[0]}
+            row |= {"peak_rss_mib": max(lap["peak_rss_mib"] for lap in found), "phases": found[0].get("phases", {})}
+            rows.append(row)
     return rows
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[Lap]) -> str:
     """The report in Markdown."""
     from benchmarks.compression_page import cells, table
     from benchmarks.device_page import machine
@@ -120,25 +213,31 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "`make bench-job` writes this page and [its raw numbers](job.json): a process from its start to the PNG, one picture, two threads,",
         "interleaved, medians of up to three. SD3.5-Medium's shapes have random weights (`make fullsize`) and no T5: diffusers uses zeros",
-        f"in its place. There diffusers ran {FEW} of its 28 steps, once, and the time of the last step counts for each of the others. The",
-        "first picture is slower: files are hashed, and OpenVINO compiles the networks and caches the result.",
+        f"in its place. There diffusers ran {FEW} of its {STEPS} steps, once, and the time of the last step counts for each of the others.",
+        f"stable-diffusion.cpp draws flashgen's GGUF in {OUR_STEPS} steps without guidance, once; its seconds include reading and rounding",
+        "the weights (load). flashgen's first picture is slower: files are hashed, and OpenVINO compiles networks and caches the result.",
+        "`auto` tries an engine per picture at first, so its seconds are those of the last one.",
         "",
         f"{machine()}.",
     ]
     for job in dict.fromkeys(row["job"] for row in rows):
-        lines += ["", f"## {job}", "", *table(["", "seconds", "the first picture", "times faster", "peak RSS MiB"])]
-        lines += [
-            cells(r["way"], f"{r['seconds']:.2f}", f"{r['first']:.2f}", f"{r['times_faster']:.1f}", f"{r['peak_rss_mib']:.0f}")
-            for r in rows
-            if r["job"] == job
-        ]
+        own = [row for row in rows if row["job"] == job]
+        peers = [row["seconds"] for row in own if not row["way"].startswith("flashgen")]
+        heads = [f"over {row['way'].split(',')[0]}" + (" fp32" if "float32" in row["way"] else "") for row in own[: len(peers)]]
+        lines += ["", f"## {job}", "", *table(["", "seconds", "the first picture", "peak RSS MiB", *(f"times faster {h}" for h in heads)])]
+        for row in own:
+            ratios = (f"{seconds / row['seconds']:.1f}" for seconds in peers)
+            lines.append(cells(row["way"], f"{row['seconds']:.2f}", f"{row['first']:.2f}", f"{row['peak_rss_mib']:.0f}", *ratios))
+        if any(row["phases"] for row in own):
+            lines += ["", "Seconds by phase, of one more process:", "", *table(["", "phases"])]
+            lines += [cells(row["way"], ", ".join(f"{name} {s:.1f}" for name, s in row["phases"].items())) for row in own if row["phases"]]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["-diffusers"]:
-        folder, few, size_px, tokens, out = sys.argv[2:]
-        diffusers_fp32(folder, int(few), int(size_px), int(tokens), out)
+    if sys.argv[1:2] and sys.argv[1] in CHILDREN:
+        lap = CHILDREN[sys.argv[1]](*sys.argv[2:])
+        print(json.dumps(lap | {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
     else:
         parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
         parser.add_argument("full", type=Path, help="the folder of make fullsize")

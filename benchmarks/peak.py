@@ -79,14 +79,14 @@ def graph_products(k: int, n: int, folder: Path) -> Iterator[tuple[str, Product]
     """Products in onnxruntime, and in OpenVINO where it is installed."""
     from importlib.util import find_spec
 
-    from flashgen.device.engine import open_session
+    from flashgen.device.engine import Opening, open_session
 
     feed = {"x": np.random.default_rng(1).standard_normal((ROWS, k)).astype(np.float32)}
     files = {}
     for form in ("float", "dynamic", "static"):
         files[form] = folder / f"{form}-{k}-{n}.onnx"
         ir.save(graph(k, n, form), files[form])
-        session = open_session(files[form], THREADS)
+        session = open_session(files[form], Opening(THREADS))
         yield f"onnxruntime {form}", lambda session=session: session.run(None, feed)  # type: ignore[misc]  # bound now
     if find_spec("openvino"):
         import openvino as ov

@@ -5,6 +5,7 @@
 * A later job tries an engine that has not drawn this artifact here, if half of the job takes longer on the best known engine than the other
   needs to be imported and to compile, and `RATIOS` does not expect it to be slower. When the other one has taken as long as the whole job
   takes on the best known engine, that one continues.
+* OpenVINO in bf16 and with 8-bit activations count as two engines, where the artifact allows rounding and the processor has both.
 * Compiling is needed once, so an engine that has had one job is not judged by what its load took, if another one loads faster.
 """
 
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path, remember
 from flashgen.device.engine import NETWORKS, default_threads
-from flashgen.device.providers import Choice, Spent
+from flashgen.device.providers import INT8, Choice, Spent, Target, target_of
 from flashgen.device.wide import transformer_bytes
 from flashgen.progress import say
 from flashgen.runtime.processor import this_processor
@@ -38,6 +39,8 @@ RATIOS: Mapping[tuple[str, str], float] = {
     ("avx2", "fp32"): 0.77, ("avx2", "int8"): 1.43,
 }  # fmt: skip
 WORTH = 0.9  # a ratio for which OpenVINO is worth being installed, and comes first
+OPENVINO_INT8 = str(Target("openvino", INT8))
+NAMES = (*NETWORKS, OPENVINO_INT8)
 
 
 class Seconds(NamedTuple):
@@ -48,9 +51,13 @@ class Seconds(NamedTuple):
     jobs: int = 1
 
 
-def installed() -> list[str]:
-    """Names of the installed engines, onnxruntime first."""
-    return [name for name in NETWORKS if find_spec(name) is not None]
+def installed(artifact: Artifact) -> list[str]:
+    """Names of the installed engines that can differ in speed for the artifact on this processor, onnxruntime first."""
+    processor, names = this_processor(), [name for name in NETWORKS if find_spec(name) is not None]
+    has_both = processor.kind in ("vnni", "amx") and {"avx512_bf16", "amx_bf16"} & {*processor.features}
+    if "openvino" in names and has_both and artifact.manifest.extra.get("accuracy_level") == 4:
+        names.append(OPENVINO_INT8)
+    return names
 
 
 def choose(artifact: Artifact, steps: int, names: Sequence[str]) -> Choice:
@@ -69,9 +76,9 @@ def choose(artifact: Artifact, steps: int, names: Sequence[str]) -> Choice:
     if not totals and worth and "openvino" not in known:
         best = "openvino"
     measured = ", ".join(f"{name} {s.load:.1f} s to load and {1000 * s.step:.0f} ms per step" for name, s in known.items() if s)
-    other = next((name for name in names if name != best), best)
-    slower = ratio is not None and (ratio > 1) == (other == "openvino")
-    if totals and other not in known and pays and not slower:
+    slower = None if ratio is None else "openvino" if ratio > 1 else "onnxruntime"
+    other = next((name for name in names if name not in {*known, best, slower}), None)
+    if totals and pays and other:
         say(f"engine: {other}, for the first time here ({measured}; --engine decides otherwise)")
         _update(artifact, {other: None})  # should the engine end this process, then it is not tried again
         return Choice(other, best, seconds)
@@ -93,7 +100,7 @@ def learn(artifact: Artifact, spent: Mapping[str, Spent]) -> None:
     """Keep the least seconds per engine that this job and earlier ones took; other work on the machine only adds to them."""
     known, news = known_seconds(artifact), dict[str, Seconds | None]()
     for name, job in spent.items():
-        if name not in NETWORKS or not (job.loads_s and job.steps_s):
+        if name not in NAMES or not (job.loads_s and job.steps_s):
             continue
         per_row = [seconds / rows for seconds, rows in zip(job.steps_s, job.rows, strict=True)]
         step = median(per_row[1:] or per_row)
@@ -108,7 +115,7 @@ def known_seconds(artifact: Artifact) -> dict[str, Seconds | None]:
 
     A cache with other content counts as empty.
     """
-    named = {f"{name} {_version(name)}": name for name in NETWORKS}
+    named = {f"{name} {_version(name)}": name for name in NAMES}
     try:
         stored = _read()[_key(artifact)].items()
         return {named[key]: s and Seconds(float(s[0]), float(s[1]), int(s[2])) for key, s in stored if key in named}
@@ -129,7 +136,7 @@ def _key(artifact: Artifact) -> str:
 
 def _version(name: str) -> str:
     try:
-        return version(name)
+        return version(target_of(name).engine)
     except PackageNotFoundError:
         return "?"
 

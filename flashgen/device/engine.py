@@ -9,6 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +20,7 @@ from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path
 from flashgen.device.graph import MEND
 from flashgen.device.memory import out_of_memory
-from flashgen.device.providers import CPU, PROVIDERS, Choice, Spent, require, session_on, target_of
+from flashgen.device.providers import CPU, INT8, PROVIDERS, Choice, Spent, require, session_on, target_of
 from flashgen.device.wide import extension, is_roomy
 from flashgen.errors import ArtifactError, FlashgenError, MachineError, one_line
 from flashgen.pixels import require_finite
@@ -50,18 +51,32 @@ class Network(Protocol):
         """The outputs called `outputs` for the inputs `feeds`."""
 
 
-def open_session(model: Path, threads: int | None = None, where: str = "", shapes: Shapes | None = None) -> InferenceSession:
-    """A session on `threads` threads (None: `default_threads`) that frees memory instead of pooling it.
+@dataclass(frozen=True)
+class Opening:
+    """How a component is opened.
 
-    `where` is a key of `PROVIDERS`; empty: the processor. With `shapes` the session is for inputs of these shapes alone.
+    `threads`: None for `default_threads`. `where`: as in `Target`. With `shapes` the network is for inputs of these shapes alone. The rest
+    is for OpenVINO: `rounded` allows bf16, or 8-bit activations for quantized weights; what is compiled is kept in the user's cache under
+    `key`, if there is one; `wide` keeps codes of fewer bits as 8-bit ones on the processor.
     """
+
+    threads: int | None = None
+    where: str = ""
+    rounded: bool = False
+    shapes: Shapes | None = None
+    key: str = ""
+    wide: bool = False
+
+
+def open_session(model: Path, opening: Opening = Opening()) -> InferenceSession:
+    """A session of onnxruntime that frees memory instead of pooling it."""
     import onnxruntime as ort
 
     if [int(part) for part in re.findall(r"\d+", ort.__version__)[:2]] < LEAST_ONNXRUNTIME:
         least = ".".join(map(str, LEAST_ONNXRUNTIME))
         raise MachineError(f"onnxruntime {ort.__version__} is installed, and exports need {least} or newer: pip install -U onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or default_threads()
+    options, where = ort.SessionOptions(), opening.where
+    options.intra_op_num_threads = opening.threads or default_threads()
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = where != "directml"  # DirectML cannot plan memory
@@ -69,9 +84,9 @@ def open_session(model: Path, threads: int | None = None, where: str = "", shape
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1" if where else "0")
     options.log_severity_level = 3
-    if shapes is not None:
+    if opening.shapes is not None:
         for put in open_session(model).get_inputs():
-            for axis, size in zip(put.shape, shapes[put.name], strict=True):
+            for axis, size in zip(put.shape, opening.shapes[put.name], strict=True):
                 if isinstance(axis, str):
                     options.add_free_dimension_override_by_name(axis, size)
     try:
@@ -90,24 +105,15 @@ def _broken(engine: str, model: Path, error: Exception) -> ArtifactError:
 
 
 class OnnxRuntimeNetwork:
-    """A component in onnxruntime. `rounded`, `key` and `wide` have no effect: the graph fixes the arithmetic, and nothing is compiled."""
+    """A component in onnxruntime, whose graph fixes the arithmetic, and which compiles nothing."""
 
-    def __init__(
-        self,
-        model: Path,
-        threads: int | None,
-        rounded: bool,
-        key: str = "",
-        where: str = "",
-        shapes: Shapes | None = None,
-        wide: bool = False,
-    ) -> None:
-        self.session = open_session(model, threads, where, shapes)
+    def __init__(self, model: Path, opening: Opening = Opening()) -> None:
+        self.session = open_session(model, opening)
         self.inputs = {put.name: [n if isinstance(n, int) else None for n in put.shape] for put in self.session.get_inputs()}
         self.outputs = [put.name for put in self.session.get_outputs()]
-        if where and (left := left_to_the_processor(self.session)):
+        if opening.where and (left := left_to_the_processor(self.session)):
             names = ", ".join(f"{count} {name}" for name, count in left.most_common())
-            warn(f"onnxruntime:{where} leaves operators of {model.parent.name} to the processor: {names}")
+            warn(f"onnxruntime:{opening.where} leaves operators of {model.parent.name} to the processor: {names}")
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         """As `Network.run`."""
@@ -121,37 +127,27 @@ def left_to_the_processor(session: InferenceSession) -> Counter[str]:
 
 
 class OpenVinoNetwork:
-    """A component in OpenVINO: in fp32 on the processor, in fp16 on a device `where` ("GPU", "NPU").
+    """A component in OpenVINO: in fp32 on the processor, in fp16 on a GPU or an NPU.
 
-    `rounded` allows the processor bf16, if it has that, and 8-bit activations for quantized weights. Compiling takes seconds per gigabyte;
-    with a `key` the compiled network is kept in the user's cache. With `shapes` it is for inputs of these shapes alone; `wide` keeps codes
-    of fewer bits as 8-bit ones on the processor.
+    `rounded` computes in bf16 if the processor has that, else with 8-bit activations for quantized weights. Where `INT8` these are used in
+    any case; OpenVINO rounds no activations that are bf16. Compiling takes seconds per gigabyte.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        threads: int | None,
-        rounded: bool,
-        key: str = "",
-        where: str = "",
-        shapes: Shapes | None = None,
-        wide: bool = False,
-    ) -> None:
+    def __init__(self, model: Path, opening: Opening = Opening()) -> None:
         import openvino as ov
 
-        core, device = ov.Core(), where or "CPU"
+        core, device, shapes = ov.Core(), "CPU" if opening.where in ("", INT8) else opening.where, opening.shapes
         hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f16"}
         if device == "CPU":
-            half = rounded and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            half = opening.rounded and not opening.where and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             hints = {
-                "INFERENCE_NUM_THREADS": threads or default_threads(),
+                "INFERENCE_NUM_THREADS": opening.threads or default_threads(),
                 "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
-                "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if rounded else 0,
+                "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if opening.rounded or opening.where == INT8 else 0,
             }
-            if wide:
+            if opening.wide:
                 core.add_extension(extension())
-        folder = compiled(f"{key}{'-wide' * wide}") if key else None
+        folder = compiled(f"{opening.key}{'-wide' * opening.wide}") if opening.key else None
         cached = hints | ({"CACHE_DIR": str(folder)} if folder else {})
         try:
             network: Any = str(model)  # by its path a network is found in the cache without being read
@@ -272,7 +268,7 @@ class Engine:
         target = target_of(self.name if component in DRAWING else "onnxruntime")
         model, key = self.path / component / "model.onnx", self._key(component, shapes)
         try:
-            return NETWORKS[target.engine](model, None, self._rounded, key, target.where, shapes, self._wide)
+            return NETWORKS[target.engine](model, Opening(None, target.where, self._rounded, shapes, key, self._wide))
         except Exception as error:
             self._fall_back(component, error)
         return self._load(component, shapes)

@@ -1,4 +1,4 @@
-"""Engines by name, as `--engine` takes them: `onnxruntime`, `onnxruntime:PROVIDER`, `openvino`, `openvino:DEVICE`.
+"""Engines by name, as `--engine` takes them: `onnxruntime`, `onnxruntime:PROVIDER`, `openvino`, `openvino:DEVICE`, `openvino:int8`.
 
 Without a second part an engine computes on the processor.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
 CPU = "CPUExecutionProvider"
+INT8 = "int8"  # OpenVINO on the processor, with 8-bit activations where it would compute in bf16
 # An ONNX model of 61 bytes, y = x + x, for float32 tensors of shape [1]: a provider without a device cannot open it.
 PROBE = bytes.fromhex("08083a350a0e0a01780a01781201792203416464120167") + bytes.fromhex(
     "5a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112040a02080142021011"
@@ -46,7 +47,7 @@ PROVIDERS: Mapping[str, Provider] = {
 
 
 class Target(NamedTuple):
-    """An engine and where it computes: a key of `PROVIDERS` or a device of OpenVINO; empty: the processor."""
+    """An engine and where it computes: a key of `PROVIDERS`, a device of OpenVINO, or `INT8`; empty: the processor."""
 
     engine: str
     where: str = ""
@@ -81,7 +82,7 @@ class Spent:
 def target_of(name: str) -> Target:
     """The target that `--engine NAME` means. Raises UsageError for a name that no engine has."""
     engine, _, where = name.partition(":")
-    known = {"onnxruntime": ("", *PROVIDERS), "openvino": ("", "CPU", "GPU", "NPU")}
+    known = {"onnxruntime": ("", *PROVIDERS), "openvino": ("", "CPU", INT8, "GPU", "NPU")}
     if where not in known.get(engine, ()) and not (engine == "openvino" and where.startswith("GPU.")):
         names = ", ".join(str(Target(engine, where)) for engine, places in known.items() for where in places)
         raise UsageError(f"--engine {name} is unknown; use one of: {names}")
@@ -93,13 +94,13 @@ def require(target: Target) -> None:
     """Raise MachineError unless the engine is installed and has the device of `target`, which is tried with a sum of two numbers."""
     if find_spec(target.engine) is None:
         raise MachineError(f'--engine {target} needs {target.engine}, which is not installed: pip install "flashgen[{target.engine}]"')
-    if target.engine == "openvino" and target.where:
+    if target.engine == "openvino" and target.where not in ("", INT8):
         import openvino
 
         devices = openvino.Core().available_devices
         if not any(target.where in (device, device.partition(".")[0]) for device in devices):
             raise MachineError(f"--engine {target}: OpenVINO has no such device here, only {', '.join(devices)}; its driver may be missing")
-    elif target.where:
+    elif target.engine == "onnxruntime" and target.where:
         import onnxruntime as ort
 
         try:

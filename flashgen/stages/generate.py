@@ -149,7 +149,7 @@ def _on_device(source: Artifact, engine: str, memory: str | None, options: dict[
     from flashgen.runtime.memory import parse_bytes
 
     budget = None if memory is None else parse_bytes(memory)
-    names, plans = installed() if engine == "auto" else [engine], {}
+    names, plans = installed(source) if engine == "auto" else [engine], {}
     costs = {"guided": options["guidance"] != 1, "preview": "preview" in options, "init": options["init"] is not None}
     for name in names if budget is not None else ():
         try:

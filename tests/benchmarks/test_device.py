@@ -41,4 +41,4 @@ def test_operations_count_products_and_grow_with_the_text() -> None:
 
 def test_every_row_names_a_known_maker_and_engine() -> None:
     assert {who for who, *_ in ROWS.values()} == {"peer", "flashgen"}
-    assert {engine for _, engine, *_ in ROWS.values()} == {"torch", "onnxruntime", "openvino"}
+    assert {engine for _, engine, *_ in ROWS.values()} == {"torch", "onnxruntime", "openvino", "openvino:int8"}

@@ -54,7 +54,7 @@ def job(load: float, *steps: float, rows: int = 1) -> Spent:
 
 def test_the_only_engine_is_taken(device: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None if name == "openvino" else name)
-    assert choose(device, JOB, installed()) == Choice("onnxruntime")
+    assert choose(device, JOB, installed(device)) == Choice("onnxruntime")
 
 
 def test_auto_tries_the_other_engine_once_and_takes_the_one_that_finishes_first(
@@ -71,6 +71,34 @@ def test_auto_tries_the_other_engine_once_and_takes_the_one_that_finishes_first(
     learn(device, {"openvino": job(40, 5, 5, 5, 5)})  # a busy moment does no harm: the least of each counts
     assert known_seconds(device)["openvino"] == Seconds(19, 5, 2)
     assert [choose(device, steps, BOTH).name for steps in (1, 4)] == ["onnxruntime", "openvino"]
+
+
+@pytest.mark.parametrize(
+    ("features", "level", "tried"),
+    [
+        (("avx512_vnni", "avx512_bf16"), 4, True),
+        (("amx_int8", "amx_bf16"), 4, True),
+        (("avx512_vnni",), 4, False),  # 8-bit activations are what OpenVINO does there
+        (("avx2", "avx512_bf16"), 4, False),
+        (("amx_int8", "amx_bf16"), 0, False),  # the artifact computes in fp32
+    ],
+)
+def test_auto_compares_bf16_with_8_bit_activations_where_both_can_be_had(
+    features: tuple[str, ...], level: int, tried: bool, device: Artifact, ratio: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "this_processor", lambda: Processor("test", features))
+    monkeypatch.setattr(choice, "find_spec", lambda name: name)
+    extra = device.manifest.extra | {"accuracy_level": level}
+    rounded = dataclasses.replace(device, manifest=device.manifest.model_copy(update={"extra": extra}))
+    names = installed(rounded)
+    assert names == [*BOTH, *["openvino:int8"] * tried]
+    learn(rounded, {"onnxruntime": job(3, 10, 10, 10, 10)})
+    assert choose(rounded, JOB, names).name == "openvino"
+    learn(rounded, {"openvino": job(3, 5, 5, 5, 5)})
+    if tried:
+        assert choose(rounded, JOB, names) == Choice("openvino:int8", "openvino", 23)
+        learn(rounded, {"openvino:int8": job(3, 4, 4, 4, 4)})
+    assert choose(rounded, JOB, names).name == names[-1]
 
 
 def test_seconds_are_per_row_and_without_what_the_first_step_prepares(device: Artifact) -> None:
@@ -121,13 +149,13 @@ def test_a_ratio_that_was_measured_chooses_the_first_engine_and_names_one_that_i
     assert choose(device, JOB, BOTH).name == "openvino"  # onnxruntime would take twice as long: it is not tried
     monkeypatch.setattr(choice, "find_spec", lambda name: None if name == "openvino" else name)
     capsys.readouterr()
-    assert choose(device, JOB, installed()) == Choice("onnxruntime")
+    assert choose(device, JOB, installed(device)) == Choice("onnxruntime")
     assert "openvino would do a step about 2.0 times as fast here: pip install 'flashgen[openvino]'" in capsys.readouterr().err
     for changed in (0.95, None):
         ratio.clear()
         ratio.update({("vnni", "fp32"): changed} if changed else {})
-        choose(device, JOB, installed())
-    choose(handmade_device, JOB, installed())
+        choose(device, JOB, installed(device))
+    choose(handmade_device, JOB, installed(handmade_device))
     assert "times as fast" not in capsys.readouterr().err  # no number where nothing was measured, or nothing gained
 
 

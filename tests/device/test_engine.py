@@ -86,7 +86,7 @@ def test_a_broken_graph_is_an_artifact_error_of_either_engine(
     for name in engine.NETWORKS:
         if find_spec(name):
             with pytest.raises(ArtifactError, match=f"{name} cannot load .*model.onnx"):
-                engine.NETWORKS[name](broken.path / "transformer" / "model.onnx", 1, False, "")
+                engine.NETWORKS[name](broken.path / "transformer" / "model.onnx")
 
 
 def test_a_graph_of_another_artifact_is_not_run(handmade_device: Artifact, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_weights_outside_of_the_artifact_are_not_read(name: str, where: str, tmp
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
     (tmp_path / "transformer" / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match=f"{name} cannot load .*model.onnx"):
-        engine.NETWORKS[name](tmp_path / "transformer" / "model.onnx", 1, False, "")
+        engine.NETWORKS[name](tmp_path / "transformer" / "model.onnx")
 
 
 @pytest.mark.parametrize("component", ["style_encoder", "transformer", "vae_decoder"])

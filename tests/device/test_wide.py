@@ -11,7 +11,7 @@ import pytest
 
 from flashgen.artifact.store import Artifact
 from flashgen.device import wide
-from flashgen.device.engine import OnnxRuntimeNetwork, OpenVinoNetwork
+from flashgen.device.engine import OnnxRuntimeNetwork, Opening, OpenVinoNetwork
 from flashgen.device.memory import Needs
 from flashgen.device.wide import widened
 
@@ -55,11 +55,19 @@ def test_wide_codes_give_the_same_product(
     convert, calls = wide._convert, list[Any]()
     monkeypatch.setattr(wide, "_convert", lambda node: convert(calls.append(node) or node))  # type: ignore[func-returns-value]
     x, file = product(tmp_path / "model.onnx", bits, k, zeros, bias), tmp_path / "model.onnx"
-    expected = OnnxRuntimeNetwork(file, 1, False).run(["y"], {"x": x})[0]
+    expected = OnnxRuntimeNetwork(file, Opening(1)).run(["y"], {"x": x})[0]
     for is_wide in (False, True):
-        found = OpenVinoNetwork(file, 1, False, wide=is_wide).run(["y"], {"x": x})[0]
+        found = OpenVinoNetwork(file, Opening(1, wide=is_wide)).run(["y"], {"x": x})[0]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
         assert bool(calls) == is_wide
+
+
+def test_8_bit_activations_can_be_asked_for_where_the_processor_has_bf16(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    product(tmp_path / "model.onnx", 8, 64, "packed", False)
+    model = OpenVinoNetwork(tmp_path / "model.onnx", Opening(1, where="int8", rounded=True)).model
+    assert model.get_property("EXECUTION_DEVICES") == ["CPU"] and model.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 128
+    assert model.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
 
 
 def test_lowest_bits_come_first() -> None:

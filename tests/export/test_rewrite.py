@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
-from flashgen.device.engine import OpenVinoNetwork, open_session
+from flashgen.device.engine import Opening, OpenVinoNetwork, open_session
 from flashgen.errors import ArtifactError, NumericsError
 from flashgen.export import write
 from flashgen.export.graph import trace
@@ -114,7 +114,7 @@ def test_static_activations_are_products_of_integers_in_onnxruntime(tmp_path: Pa
 def test_static_activations_are_products_of_integers_in_openvino(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="needs the extra openvino")
     path, x, expected = write_static(tmp_path)
-    network = OpenVinoNetwork(path, 1, rounded=True)
+    network = OpenVinoNetwork(path, Opening(1, rounded=True))
     operations = [op.get_rt_info() for op in network.model.get_runtime_model().get_ops()]
     kinds = Counter((info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in operations)
     assert kinds["FullyConnected", "u8"] == 4 and not {kind for kind in kinds if kind[0] in ("FullyConnected", "MatMul")} - {
