@@ -170,7 +170,7 @@ def ways(full: Path) -> list[Way]:
     ]
 
 
-def measure(full: Path, shapes: Path) -> list[Lap]:
+def measure(full: Path, shapes: Path, rounds: int) -> list[Lap]:
     """Rows of the page; `full` and `shapes` are the folders of `make fullsize` and `make shapes` (or `make demo`)."""
     prepare(full)
     teacher = Path("flashgen/worlds/shapes/teacher")
@@ -182,7 +182,7 @@ def measure(full: Path, shapes: Path) -> list[Lap]:
     shutil.rmtree(full / "cache", ignore_errors=True)
     for job, own in {LARGE: ways(full), SMALL: small}.items():
         laps: dict[str, list[Lap]] = {way.name: [] for way in own}
-        for number in range(ROUNDS):
+        for number in range(rounds):
             for way in own:
                 if number == 0 or not way.once:
                     os.environ["XDG_CACHE_HOME"] = str(full / "cache" / way.name.replace(" ", "-"))  # not shared with the other ways
@@ -212,11 +212,11 @@ def page(rows: list[Lap]) -> str:
         "# From prompt to picture",
         "",
         "`make bench-job` writes this page and [its raw numbers](job.json): a process from its start to the PNG, one picture, two threads,",
-        "interleaved, medians of up to three. SD3.5-Medium's shapes have random weights (`make fullsize`) and no T5: diffusers uses zeros",
-        f"in its place. There diffusers ran {FEW} of its {STEPS} steps, once, and the time of the last step counts for each of the others.",
-        f"stable-diffusion.cpp draws flashgen's GGUF in {OUR_STEPS} steps without guidance, once; its seconds include reading and rounding",
-        "the weights (load). flashgen's first picture is slower: files are hashed, and OpenVINO compiles networks and caches the result.",
-        "`auto` tries an engine per picture at first, so its seconds are those of the last one.",
+        "interleaved, medians of rounds (of two the slower one). SD3.5-Medium's shapes have random weights (`make fullsize`) and no T5:",
+        f"diffusers uses zeros in its place. There diffusers ran {FEW} of its {STEPS} steps, once, and the time of the last step counts",
+        f"for each of the others. stable-diffusion.cpp draws flashgen's GGUF in {OUR_STEPS} steps without guidance, once; its seconds",
+        "include reading and rounding the weights (load). flashgen's first picture is slower: files are hashed, and OpenVINO compiles the",
+        "networks and caches the result. `auto` tries an engine per picture at first, so its seconds are those of the last one.",
         "",
         f"{machine()}.",
     ]
@@ -243,7 +243,8 @@ if __name__ == "__main__":
         parser.add_argument("full", type=Path, help="the folder of make fullsize")
         parser.add_argument("shapes", type=Path, help="the folder of make shapes")
         parser.add_argument("--page", type=Path, default=Path("docs/job.md"))
+        parser.add_argument("--rounds", type=int, default=ROUNDS)
         given = parser.parse_args()
-        found = measure(given.full, given.shapes)
+        found = measure(given.full, given.shapes, given.rounds)
         replace(given.page.with_suffix(".json"), json.dumps(found, indent=1))
         replace(given.page, page(found))
