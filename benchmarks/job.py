@@ -30,6 +30,10 @@ from benchmarks.fullsize import PROMPT, RECIPE, replace, run
 FEW, STEPS, GUIDANCE, SIZE_PX, ROUNDS, OUR_STEPS = 3, 28, 4.5, 512, 3, 4
 FLASHGEN = [sys.executable, "-m", "flashgen"]
 LARGE, SMALL = "SD3.5-Medium's shapes, 512 px", "shapes, 64 px"
+ARTIFACTS = {
+    "device": "INT4", "device-level4": "INT4, 8-bit activations", "device-int8": "INT8, 8-bit activations",
+    "device-tiny": "INT8, 8-bit activations, tiny decoder",
+}  # fmt: skip
 Lap = dict[str, Any]  # seconds of a whole process, its peak_rss_mib, and phases: seconds by name
 
 
@@ -125,24 +129,29 @@ def ours(artifact: Path, engine: str) -> Lap:
     return {"seconds": seconds, "peak_rss_mib": peak}
 
 
-def prepare(full: Path) -> None:
-    """Write the artifacts that `make fullsize` does not make; finished ones are up to date."""
-    int8 = ("quantize.bits=8", "quantize.group=channel", "quantize.symmetric=true")
+def prepare(full: Path, folders: Sequence[str]) -> None:
+    """Write those of the artifacts `folders` that `make fullsize` does not make, and the GGUF; finished ones are up to date."""
+    int8 = ["quantize.bits=8", "quantize.group=channel", "quantize.symmetric=true"]
     tiny = [f"restructure.decoder.{one}" for one in ("iterations=1", "batch=1", "held_out=1", "psnr_floor_db=0")]  # weights cost no time
     tiny += ["restructure.prompts=1", "restructure.floor=0", f"prompts_file={full / 'prompts.txt'}"]
-    stages: list[tuple[str, str, str, Sequence[str]]] = [
-        ("restructure-encoder", "slim", "tiny", tiny), ("quantize", "slim", "int8", int8), ("quantize", "tiny", "int8-tiny", int8),
-        ("export", "int4", "device-level4", ["export.accuracy_level=4"]), ("export", "int8", "device-int8", []),
-        ("export", "int8-tiny", "device-tiny", []),
-    ]  # fmt: skip
-    for stage, source, out, settings in stages:
-        options = [word for setting in settings for word in ("--set", setting)] + ["--mode", "decoder"] * (out == "tiny")
-        run([*FLASHGEN, stage, str(full / source), *RECIPE, *options, "--out", str(full / out)])
-    run([*FLASHGEN, "export", str(full / "slim"), *RECIPE, "--target", "gguf", "--out", str(full / "gguf")])
+    stages: dict[str, list[tuple[str, str, str, list[str]]]] = {  # in the order in which they need each other
+        "device-level4": [("export", "int4", "device-level4", ["export.accuracy_level=4"])],
+        "device-int8": [("quantize", "slim", "int8", int8), ("export", "int8", "device-int8", [])],
+        "device-tiny": [
+            ("restructure-encoder", "slim", "tiny", tiny), ("quantize", "tiny", "int8-tiny", int8),
+            ("export", "int8-tiny", "device-tiny", []),
+        ],
+        "gguf": [("export", "slim", "gguf", [])],
+    }  # fmt: skip
+    for folder in (*folders, "gguf"):
+        for stage, source, out, settings in stages.get(folder, []):
+            options = [word for setting in settings for word in ("--set", setting)]
+            options += {"tiny": ["--mode", "decoder"], "gguf": ["--target", "gguf"]}.get(out, [])
+            run([*FLASHGEN, stage, str(full / source), *RECIPE, *options, "--out", str(full / out)])
 
 
-def ways(full: Path) -> list[Way]:
-    """The rows at SD3.5-Medium's size, for what this machine has."""
+def ways(full: Path, folders: Sequence[str]) -> list[Way]:
+    """The rows at SD3.5-Medium's size, for what this machine has; of flashgen those of the artifacts `folders`."""
     from flashgen.runtime.processor import this_processor
 
     random, features = full / "random" / "latest", {*this_processor().features}
@@ -157,22 +166,18 @@ def ways(full: Path) -> list[Way]:
             Way(f"stable-diffusion.cpp {kind}, {OUR_STEPS} steps", partial(peer, "-sdcpp", random, gguf, kind), True)
             for kind in ("q8_0", "q4_0")
         ]
-    artifacts = {
-        "INT4": "device", "INT4, 8-bit activations": "device-level4", "INT8, 8-bit activations": "device-int8",
-        "INT8, 8-bit activations, tiny decoder": "device-tiny",
-    }  # fmt: skip
     engines = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "auto": "auto"}
     return rows + [
-        Way(f"flashgen {name}, {engines[engine]}, {OUR_STEPS} steps", partial(ours, full / folder, engine))
-        for name, folder in artifacts.items()
+        Way(f"flashgen {ARTIFACTS[folder]}, {engines[engine]}, {OUR_STEPS} steps", partial(ours, full / folder, engine))
+        for folder in folders
         for engine in engines
         if (folder != "device" or engine == "onnxruntime") and (engine != "auto" or folder == "device-int8")
     ]
 
 
-def measure(full: Path, shapes: Path, rounds: int) -> list[Lap]:
+def measure(full: Path, shapes: Path, rounds: int, folders: Sequence[str]) -> list[Lap]:
     """Rows of the page; `full` and `shapes` are the folders of `make fullsize` and `make shapes` (or `make demo`)."""
-    prepare(full)
+    prepare(full, folders)
     teacher = Path("flashgen/worlds/shapes/teacher")
     small = [
         Way(f"diffusers, torch float32, {STEPS} steps with guidance", partial(peer, "-diffusers", teacher, "float32", STEPS, 64, 16)),
@@ -180,7 +185,7 @@ def measure(full: Path, shapes: Path, rounds: int) -> list[Lap]:
     ]
     rows: list[Lap] = []
     shutil.rmtree(full / "cache", ignore_errors=True)
-    for job, own in {LARGE: ways(full), SMALL: small}.items():
+    for job, own in {LARGE: ways(full, folders), SMALL: small}.items():
         laps: dict[str, list[Lap]] = {way.name: [] for way in own}
         for number in range(rounds):
             for way in own:
@@ -244,7 +249,8 @@ if __name__ == "__main__":
         parser.add_argument("shapes", type=Path, help="the folder of make shapes")
         parser.add_argument("--page", type=Path, default=Path("docs/job.md"))
         parser.add_argument("--rounds", type=int, default=ROUNDS)
+        parser.add_argument("--artifacts", nargs="+", choices=ARTIFACTS, default=[*ARTIFACTS], help="of flashgen; an export takes minutes")
         given = parser.parse_args()
-        found = measure(given.full, given.shapes, given.rounds)
+        found = measure(given.full, given.shapes, given.rounds, given.artifacts)
         replace(given.page.with_suffix(".json"), json.dumps(found, indent=1))
         replace(given.page, page(found))
