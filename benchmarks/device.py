@@ -28,6 +28,7 @@ from flashgen.progress import say
 from flashgen.runtime.processor import this_processor
 
 THREADS, ROUNDS, TOKENS, BLOCKS, CALLS = 2, 5, (77, 333), 4, 2
+SIZE_PX, CURVE_PX, ENGINES = 512, (256, 512, 768, 1024), ("onnxruntime", "openvino")
 CALIBRATION_SEEDS = (1, 2, 3, 4)  # of the inputs on which static activations are calibrated; errors are of seed 0
 Feeds = dict[str, NDArray[np.float32]]
 Step = Callable[[Feeds], NDArray[np.float32]]
@@ -75,10 +76,10 @@ def rows_here() -> dict[str, tuple[str, str, str, str]]:
     return {name: row for name, row in ROWS.items() if has_bf16 or "bf16" not in name}
 
 
-def feeds(tokens: int, seed: int = 0) -> Feeds:
+def feeds(tokens: int, seed: int = 0, size_px: int = SIZE_PX) -> Feeds:
     """Inputs of one step by name, in the order of the transformer's arguments."""
-    rng = np.random.default_rng(seed)
-    shapes = {"hidden_states": (1, 16, 64, 64), "encoder_hidden_states": (1, tokens, 4096), "pooled_projections": (1, 2048)}
+    rng, side = np.random.default_rng(seed), size_px // 8
+    shapes = {"hidden_states": (1, 16, side, side), "encoder_hidden_states": (1, tokens, 4096), "pooled_projections": (1, 2048)}
     return {k: rng.standard_normal(v).astype(np.float32) for k, v in shapes.items()} | {"timestep": np.full(1, 750, np.float32)}
 
 
@@ -97,17 +98,19 @@ def prepare(work: Path) -> None:
             make()
             (work / f"{name}.done").touch()
 
-    def component() -> Component:
-        inputs = {name: torch.from_numpy(value) for name, value in feeds(TOKENS[-1]).items()}
+    def component(size_px: int = SIZE_PX) -> Component:
+        inputs = {name: torch.from_numpy(value) for name, value in feeds(TOKENS[-1], 0, size_px).items()}
         call = Call(network(), lambda net, *args: net(*args, return_dict=False)[0])
         return Component("transformer", call, inputs, ("out_hidden_states",), {"encoder_hidden_states": {1: "tokens"}})
 
-    def export(name: str, bits: int, group: int | Literal["channel"], accuracy_level: int = 0, static: bool = False) -> None:
+    def export(
+        name: str, bits: int, group: int | Literal["channel"], accuracy_level: int = 0, static: bool = False, size_px: int = SIZE_PX
+    ) -> None:
         """Asymmetric groups, with the last layer at 8 bits; or, with group "channel", one symmetric scale per row.
 
         Static activations are in all layers that may have them.
         """
-        part, family, rounding = component(), families.get("sd3"), Rounding(group, symmetric=group == "channel")
+        part, family, rounding = component(size_px), families.get("sd3"), Rounding(group, symmetric=group == "channel")
         linears, scales = linears_of(part.module.net), {}
 
         def run() -> None:
@@ -135,6 +138,9 @@ def prepare(work: Path) -> None:
     once("size", lambda: export("size", 4, 128))
     once("size4", lambda: export("size4", 4, 128, accuracy_level=4))
     once("speed", lambda: export("speed", 8, "channel"))
+    for size_px in CURVE_PX:
+        if size_px != SIZE_PX:
+            once(curve_name(size_px), lambda: export(curve_name(size_px), 8, "channel", size_px=size_px))  # noqa: B023  # called at once
     once("static", lambda: export("static", 8, "channel", static=True))
     once("nbits", lambda: onnxruntime_nbits(work))
     once("dynamic", lambda: onnxruntime_dynamic(work))
@@ -201,6 +207,11 @@ def nncf_static(work: Path) -> None:
     ov.save_model(quantized, work / "nncf-static.xml", compress_to_fp16=False)
 
 
+def curve_name(size_px: int) -> str:
+    """Name of the model of the speed profile for pictures of this size."""
+    return "speed" if size_px == SIZE_PX else f"speed-{size_px}"
+
+
 def torch_step(net: Any, dtype: torch.dtype = torch.float32) -> Step:
     """A step of a torch network in `dtype`."""
 
@@ -256,19 +267,36 @@ def measure(work: Path, name: str) -> dict[str, Any]:
     return {"seconds": seconds, "peak_rss_mib": peak_rss_mib(), "error": error}
 
 
+def curve(work: Path) -> list[dict[str, Any]]:
+    """Seconds per step of the speed profile by size and engine, at the most text tokens, measured in this process."""
+    rows = []
+    for size_px in CURVE_PX:
+        given, seconds = feeds(TOKENS[-1], 0, size_px), dict[str, float]()
+        for engine in ENGINES:
+            step, laps = opened("flashgen", engine, "speed", work / curve_name(size_px) / "transformer" / "model.onnx"), []
+            for _ in range(1 + CALLS):
+                start = time.perf_counter()
+                step(given)
+                laps.append(time.perf_counter() - start)
+            seconds[engine] = min(laps[1:])
+        rows.append({"size_px": size_px, "operations": operations(TOKENS[-1], size_px), "seconds": seconds})
+        say(f"curve: {rows[-1]}")
+    return rows
+
+
 def fastest(rates: dict[str, dict[str, float]]) -> tuple[float, str]:
     """(operations per second, shape and engine) of the fastest product of `peak.measure`."""
     return max((rate, f"{engine}, {shape}") for shape, engines in rates.items() for engine, rate in engines.items())
 
 
-def operations(tokens: int) -> float:
+def operations(tokens: int, size_px: int = SIZE_PX) -> float:
     """Operations in the matrix products of one step, attention included."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         net = network()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(*(torch.empty(value.shape, device="meta") for value in feeds(tokens).values()), return_dict=False)
+        net(*(torch.empty(value.shape, device="meta") for value in feeds(tokens, 0, size_px).values()), return_dict=False)
     return float(counter.get_total_flops())
 
 
@@ -287,22 +315,30 @@ def main() -> None:
     parser.add_argument("--row", help="measure this one here and print it as JSON")
     given = parser.parse_args()
     if given.row:
-        print(json.dumps(peak.measure() if given.row == "peak" else measure(given.work, given.row)))
+        others: dict[str, Callable[[], object]] = {"peak": peak.measure, "curve": lambda: curve(given.work)}
+        print(json.dumps(others[given.row]() if given.row in others else measure(given.work, given.row)))
         return
     prepare(given.work)
+    sizes: list[dict[str, Any]] = []
     found: dict[str, list[Any]] = {name: [] for name in (*rows_here(), "peak")}
     for number in range(given.rounds):
         for name, laps in found.items():
-            command = [sys.executable, "-m", "benchmarks.device", str(given.work), "--row", name]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
-            if done.returncode:
-                raise SystemExit(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
-            laps.append(json.loads(done.stdout.splitlines()[-1]))
+            laps.append(in_process(given.work, name))
             say(f"round {number + 1} of {given.rounds}, {name}: {fastest(laps[-1]) if name == 'peak' else laps[-1]['seconds']}")
-        write(found, given.work, given.page)  # after every round, so that an interrupted run leaves a page
+        sizes = in_process(given.work, "curve") if number == 0 else sizes
+        write(found, sizes, given.work, given.page)  # after every round, so that an interrupted run leaves a page
 
 
-def write(found: dict[str, list[Any]], work: Path, target: Path) -> None:
+def in_process(work: Path, row: str) -> Any:
+    """What `--row` prints in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.device", str(work), "--row", row]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
+    if done.returncode:
+        raise SystemExit(f"{row}: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write(found: dict[str, list[Any]], sizes: list[dict[str, Any]], work: Path, target: Path) -> None:
     """Write the page and its numbers from the measurements of each row."""
     (top, best), rows = max(map(fastest, found["peak"])), []
     counts = {tokens: operations(tokens) for tokens in TOKENS}
@@ -317,9 +353,9 @@ def write(found: dict[str, list[Any]], work: Path, target: Path) -> None:
                 "bytes": size(work / file), "error": laps[0]["error"], "share_of_peak": counts[tokens] / top / middle,
             })  # fmt: skip
     target.with_suffix(".json").write_text(
-        json.dumps({"peak_ops": top, "peak": best, "peaks": found["peak"], "blocks": BLOCKS, "rows": rows}, indent=1) + "\n"
+        json.dumps({"peak_ops": top, "peak": best, "peaks": found["peak"], "blocks": BLOCKS, "rows": rows, "curve": sizes}, indent=1) + "\n"
     )
-    target.write_text(page(rows, top, best) + "\n")
+    target.write_text(page(rows, sizes, top, best) + "\n")
 
 
 if __name__ == "__main__":

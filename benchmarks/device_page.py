@@ -20,8 +20,8 @@ all products of a step, attention included."""
 HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "of peak", "RSS MiB", "MB", "error"]
 
 
-def page(rows: list[dict[str, Any]], peak: float, best: str) -> str:
-    """The report in Markdown; `peak` in operations per second, reached by `best`."""
+def page(rows: list[dict[str, Any]], curve: list[dict[str, Any]], peak: float, best: str) -> str:
+    """The report in Markdown; `curve` has seconds by size, `peak` is in operations per second, reached by `best`."""
     rounds = len(rows[0]["step_s_all"])
     lines = [
         "# One step, engine by engine",
@@ -41,6 +41,13 @@ def page(rows: list[dict[str, Any]], peak: float, best: str) -> str:
             name = f"**{row['name']}**" if row["who"] == "flashgen" else row["name"]
             rest = f"{row['share_of_peak']:.2f}", f"{row['peak_rss_mib']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['error']:.4f}"
             lines.append(cells(name, f"{row['step_s']:.2f}", spread, *ratios, *rest))
+    engines = list(curve[0]["seconds"])
+    lines += ["", "## Sizes", "", "The speed profile at 333 text tokens, best of two steps, one round.", ""]
+    lines += table(["picture, px", "G operations", *(f"{engine}, s" for engine in engines), *(f"{engine}, of peak" for engine in engines)])
+    for row in curve:
+        seconds = [row["seconds"][engine] for engine in engines]
+        shares = (f"{row['operations'] / peak / s:.2f}" for s in seconds)
+        lines.append(cells(str(row["size_px"]), f"{row['operations'] / 1e9:.0f}", *(f"{s:.2f}" for s in seconds), *shares))
     return "\n".join(lines)
 
 
