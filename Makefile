@@ -74,9 +74,9 @@ $(PEERS)/.installed: $(INSTALLED)
 	$(PEERS)/bin/pip install "nncf>=2.17"
 	touch $@
 
-# docs/device.md and .json: one step at SD3.5-Medium's width on every engine. Half an hour on a machine that runs nothing else.
+# docs/device-KIND.md and .json, KIND being the processor's (amx, vnni, avx2, arm): one step at SD3.5-Medium's width on every engine. Half an hour on a machine that runs nothing else.
 bench-device: $(PEERS)/.installed
-	$(PEERS)/bin/python -m benchmarks.device artifacts/device-bench --page docs/device.md
+	$(PEERS)/bin/python -m benchmarks.device artifacts/device-bench
 
 # docs/decode.md and .json: the VAE against the tiny decoder at SD3.5-Medium's size. A quarter of an hour on a machine that runs nothing else.
 bench-decode: install
@@ -87,11 +87,11 @@ bench-decode: install
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-# docs/job.md and .json: from prompt to PNG, whole processes; needs make fullsize and make shapes. An hour the first time, which also
-# compiles stable-diffusion.cpp.
+# docs/job-KIND.md and .json: from prompt to PNG, whole processes; needs make fullsize and make shapes. An hour and a half the first time,
+# which also compiles stable-diffusion.cpp.
 bench-job: $(PEERS)/.installed
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/pip install --no-deps stable-diffusion-cpp-python
-	OMP_NUM_THREADS=2 $(PEERS)/bin/python -m benchmarks.job artifacts/fullsize $(SHAPES) --page docs/job.md
+	OMP_NUM_THREADS=2 $(PEERS)/bin/python -m benchmarks.job artifacts/fullsize $(SHAPES)
 
 # docs/fullsize.md and .json: SD3.5-Medium's shapes through every stage; needs 40 GB of disk. Resumes row by row.
 fullsize: install

@@ -1,6 +1,6 @@
 """Times one step of a transformer in the shapes of SD3.5-Medium on every engine: flashgen's exports and other projects' ways to run it.
 
-    python -m benchmarks.device artifacts/device-bench --page docs/device.md      # `make bench-device`
+    python -m benchmarks.device artifacts/device-bench      # `make bench-device`
 
 Four blocks of the real width, two of them with dual attention, random weights, 512 px, one picture, two threads. Every row runs in its own
 process; the rows of a round run one after another, so that a slow minute of the machine affects all of them. Times are medians of rounds.
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import peak
-from benchmarks.device_page import page
+from benchmarks.device_page import page, page_of
 from flashgen.progress import say
 from flashgen.runtime.processor import this_processor
 
@@ -310,7 +310,7 @@ def main() -> None:
     """Write the models, measure all rows in rounds, and write the page after each round."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("work", type=Path, help="folder for the models")
-    parser.add_argument("--page", type=Path, default=Path("docs/device.md"), help="Markdown file; numbers are written beside it")
+    parser.add_argument("--page", type=Path, default=page_of("device"), help="Markdown file; numbers are written beside it")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--row", help="measure this one here and print it as JSON")
     given = parser.parse_args()
@@ -355,7 +355,7 @@ def write(found: dict[str, list[Any]], sizes: list[dict[str, Any]], work: Path, 
     target.with_suffix(".json").write_text(
         json.dumps({"peak_ops": top, "peak": best, "peaks": found["peak"], "blocks": BLOCKS, "rows": rows, "curve": sizes}, indent=1) + "\n"
     )
-    target.write_text(page(rows, sizes, top, best) + "\n")
+    target.write_text(page(rows, sizes, top, best, target.stem) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.compression_page import cells, table
+from flashgen.runtime.processor import this_processor
 
 ABOUT = """
-`make bench-device` writes this page and [its raw numbers](device.json). One denoising step of four blocks of SD3.5-Medium's width (two of
+`make bench-device` writes this page and [its raw numbers]({stem}.json). One denoising step of four blocks of SD3.5-Medium's width (two of
 them with dual attention), random weights, 512 px, one picture, two threads. Every row runs in a process of its own, the rows of a round
 one after another; times are medians of rounds, and spread is (largest - smallest) / median. Error is |out - fp32| / |fp32| against torch
 at 333 text tokens; weights are random, so it ranks arithmetic, not pictures. Peak is {peak:.0f} G operations per second: the fastest
@@ -20,12 +22,20 @@ all products of a step, attention included."""
 HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "of peak", "RSS MiB", "MB", "error"]
 
 
-def page(rows: list[dict[str, Any]], curve: list[dict[str, Any]], peak: float, best: str) -> str:
-    """The report in Markdown; `curve` has seconds by size, `peak` is in operations per second, reached by `best`."""
+def page_of(name: str) -> Path:
+    """Where the page `name` of this kind of processor is written, beside those of other kinds."""
+    return Path(f"docs/{name}-{this_processor().kind or 'other'}.md")
+
+
+def page(rows: list[dict[str, Any]], curve: list[dict[str, Any]], peak: float, best: str, stem: str) -> str:
+    """The report in Markdown; `curve` has seconds by size, `peak` is in operations per second, reached by `best`.
+
+    Its numbers are in the file `stem`.json.
+    """
     rounds = len(rows[0]["step_s_all"])
     lines = [
         "# One step, engine by engine",
-        ABOUT.format(peak=peak / 1e9, best=best),
+        ABOUT.format(peak=peak / 1e9, best=best, stem=stem),
         "",
         f"{rounds} round{'s' * (rounds > 1)} on {machine()}.",
     ]

@@ -1,6 +1,6 @@
 """Times the full way from prompt to PNG, each run in a process of its own: flashgen's device artifacts and its peers.
 
-    python -m benchmarks.job artifacts/fullsize artifacts/shapes --page docs/job.md      # `make bench-job`
+    python -m benchmarks.job artifacts/fullsize artifacts/shapes      # `make bench-job`
 
 SD3.5-Medium's size with random weights, 512 px, from the artifacts of `make fullsize`. All draw without T5 (diffusers with zeros in its
 place, as its users do to save memory). diffusers draws in 28 steps with guidance; it runs `FEW`, and the time of its last step counts for
@@ -208,16 +208,16 @@ def measure(full: Path, shapes: Path, rounds: int, folders: Sequence[str]) -> li
     return rows
 
 
-def page(rows: list[Lap]) -> str:
-    """The report in Markdown."""
+def page(rows: list[Lap], stem: str) -> str:
+    """The report in Markdown; its numbers are in the file `stem`.json."""
     from benchmarks.compression_page import cells, table
     from benchmarks.device_page import machine
 
     lines = [
         "# From prompt to picture",
         "",
-        "`make bench-job` writes this page and [its raw numbers](job.json): a process from its start to the PNG, one picture, two threads,",
-        "interleaved, medians of rounds (of two the slower one). SD3.5-Medium's shapes have random weights (`make fullsize`) and no T5:",
+        f"`make bench-job` writes this page and [its raw numbers]({stem}.json): a process from its start to the PNG, one picture, two",
+        "threads, interleaved, medians of rounds (of two the slower). SD3.5-Medium's shapes have random weights (`make fullsize`) and no T5:",
         f"diffusers uses zeros in its place. There diffusers ran {FEW} of its {STEPS} steps, once, and the time of the last step counts",
         f"for each of the others. stable-diffusion.cpp draws flashgen's GGUF in {OUR_STEPS} steps without guidance, once; its seconds",
         "include reading and rounding the weights (load). flashgen's first picture is slower: files are hashed, and OpenVINO compiles the",
@@ -247,10 +247,13 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
         parser.add_argument("full", type=Path, help="the folder of make fullsize")
         parser.add_argument("shapes", type=Path, help="the folder of make shapes")
-        parser.add_argument("--page", type=Path, default=Path("docs/job.md"))
+        parser.add_argument("--page", type=Path, help="Markdown file; numbers are written beside it")
         parser.add_argument("--rounds", type=int, default=ROUNDS)
         parser.add_argument("--artifacts", nargs="+", choices=ARTIFACTS, default=[*ARTIFACTS], help="of flashgen; an export takes minutes")
         given = parser.parse_args()
         found = measure(given.full, given.shapes, given.rounds, given.artifacts)
-        replace(given.page.with_suffix(".json"), json.dumps(found, indent=1))
-        replace(given.page, page(found))
+        from benchmarks.device_page import page_of
+
+        target = given.page or page_of("job")
+        replace(target.with_suffix(".json"), json.dumps(found, indent=1))
+        replace(target, page(found, target.stem))

@@ -30,9 +30,9 @@ from flashgen.runtime.processor import this_processor
 
 ENGINES = "engines.json"
 FORMAT = "3"  # of the keys in ENGINES
-BYTES_PER_S = 150e6  # of a transformer's file, in one load, compilation or step: INT4 of SD3.5-Medium's size on two cores (docs/job.md)
+BYTES_PER_S = 150e6  # of a transformer's file, in one load, compilation or step: INT4 of SD3.5-Medium on two cores (docs/job-vnni.md)
 START_S = 1.0  # importing an engine
-# Seconds of a step on OpenVINO over those on onnxruntime, by kind of processor and of artifact: docs/device.md (vnni), docs/lab-log.md.
+# Seconds of a step on OpenVINO over those on onnxruntime, by kind of processor and of artifact: docs/device-*.md, docs/lab-log.md.
 RATIOS: Mapping[tuple[str, str], float] = {
     ("amx", "fp32"): 0.82, ("amx", "int4"): 0.93, ("amx", "int4 rounded"): 0.34, ("amx", "int8"): 0.31,
     ("vnni", "fp32"): 0.89, ("vnni", "int4"): 0.95, ("vnni", "int4 rounded"): 0.54, ("vnni", "int8"): 0.88,

@@ -229,7 +229,7 @@ def _static_nodes(graph: ir.Graph, name: str, linear: Linear, q: QuantizedLinear
 
 
 def _signed(graph: ir.Graph, name: str, q: QuantizedLinear) -> list[ir.Value]:
-    """int8 weights [K, N] and scales [N]. Unsigned weights take twice as long (docs/device.md)."""
+    """int8 weights [K, N] and scales [N]. Unsigned weights take twice as long (docs/device-vnni.md)."""
     codes = np.ascontiguousarray((q.codes[:, 0].numpy().astype(np.int16) - 128).astype(np.int8).T)
     return [_constant(graph, f"{name}.{part}", array) for part, array in {"codes": codes, "scales": q.scales[:, 0].numpy()}.items()]
 

@@ -24,7 +24,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_rows_are_ranked_and_compared_with_the_fastest_peers() -> None:
     curve = [{"size_px": px, "operations": px * 1e9, "seconds": {"onnxruntime": px / 512, "openvino": px / 1024}} for px in (512, 1024)]
-    text = page(rows(), curve, 7e11, "torch bf16")
+    text = page(rows(), curve, 7e11, "torch bf16", "device-vnni")
     assert "| 1024 | 1024 | 2.00 | 1.00 | 0.73 | 1.46 |" in text
     assert text.count("## ") == 3 and text.index("## 77 text tokens") < text.index("## 333 text tokens")
     assert "Peak is 700 G operations" in text
