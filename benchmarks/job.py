@@ -217,7 +217,7 @@ def page(rows: list[Lap], stem: str) -> str:
         "# From prompt to picture",
         "",
         f"`make bench-job` writes this page and [its raw numbers]({stem}.json): a process from its start to the PNG, one picture, two",
-        "threads, interleaved, medians of rounds (of two the slower). SD3.5-Medium's shapes have random weights (`make fullsize`) and no T5:",
+        "threads, interleaved, medians of rounds (of two the slower). SD3.5-Medium has random weights (`make fullsize`) and no T5:",
         f"diffusers uses zeros in its place. There diffusers ran {FEW} of its {STEPS} steps, once, and the time of the last step counts",
         f"for each of the others. stable-diffusion.cpp draws flashgen's GGUF in {OUR_STEPS} steps without guidance, once; its seconds",
         "include reading and rounding the weights (load). flashgen's first picture is slower: files are hashed, and OpenVINO compiles the",
