@@ -28,6 +28,7 @@ from benchmarks.fullsize import PROMPT, RECIPE, replace, run
 
 # Nothing heavy is imported here: a child's peak starts with its parent's memory, see benchmarks.fullsize.
 FEW, STEPS, GUIDANCE, SIZE_PX, ROUNDS, OUR_STEPS = 3, 28, 4.5, 512, 3, 4
+CLIP_G = "clip_g.safetensors"
 FLASHGEN = [sys.executable, "-m", "flashgen"]
 LARGE, SMALL = "SD3.5-Medium's shapes, 512 px", "shapes, 64 px"
 ARTIFACTS = {
@@ -67,7 +68,15 @@ def diffusers(folder: str, dtype: str, few: str, size_px: str, tokens: str, out:
     return {"more": (STEPS - int(few)) * phases["step"], "phases": phases}
 
 
-def sdcpp(folder: str, gguf: str, kind: str, out: str) -> Lap:
+def merge_shards(folder: str, file: str) -> Lap:
+    """Write the weights of a network as one file, since stable-diffusion.cpp reads no shards."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value for part in sorted(Path(folder).glob("*.safetensors")) for name, value in load_file(part).items()}, file)
+    return {}
+
+
+def sdcpp(folder: str, clip_g: str, gguf: str, kind: str, out: str) -> Lap:
     """Draw with stable-diffusion.cpp in this process, all weights of type `kind`."""
     from stable_diffusion_cpp import StableDiffusion
 
@@ -75,7 +84,7 @@ def sdcpp(folder: str, gguf: str, kind: str, out: str) -> Lap:
     laps: list[tuple[int, float]] = []
     pipe = StableDiffusion(
         diffusion_model_path=gguf, clip_l_path=f"{folder}/text_encoder/model.safetensors",
-        clip_g_path=f"{folder}/text_encoder_2/model.safetensors", vae_path=f"{folder}/vae/diffusion_pytorch_model.safetensors",
+        clip_g_path=clip_g, vae_path=f"{folder}/vae/diffusion_pytorch_model.safetensors",
         wtype=kind, n_threads=threads, vae_decode_only=True, diffusion_flash_attn=True, vae_conv_direct=True,
     )  # fmt: skip
     loaded = time.perf_counter()
@@ -103,7 +112,7 @@ def phases(artifact: str, engine: str) -> Lap:
     return {"phases": own | {"decode": laps["decode"][0]}}
 
 
-CHILDREN: dict[str, Callable[..., Lap]] = {"-diffusers": diffusers, "-sdcpp": sdcpp, "-phases": phases}
+CHILDREN: dict[str, Callable[..., Lap]] = {"-diffusers": diffusers, "-sdcpp": sdcpp, "-phases": phases, "-merge": merge_shards}
 
 
 def child(name: str, *given: object) -> Lap:
@@ -148,6 +157,8 @@ def prepare(full: Path, folders: Sequence[str]) -> None:
             options = [word for setting in settings for word in ("--set", setting)]
             options += {"tiny": ["--mode", "decoder"], "gguf": ["--target", "gguf"]}.get(out, [])
             run([*FLASHGEN, stage, str(full / source), *RECIPE, *options, "--out", str(full / out)])
+    if not (full / CLIP_G).exists():
+        child("-merge", full / "random" / "latest" / "text_encoder_2", full / CLIP_G)
 
 
 def ways(full: Path, folders: Sequence[str]) -> list[Way]:
@@ -161,9 +172,9 @@ def ways(full: Path, folders: Sequence[str]) -> list[Way]:
         for dtype in dtypes
     ]
     if find_spec("stable_diffusion_cpp"):
-        gguf = full / "gguf" / "latest" / "transformer" / "model.gguf"
+        gguf, clip_g = full / "gguf" / "latest" / "transformer" / "model.gguf", full / CLIP_G
         rows += [
-            Way(f"stable-diffusion.cpp {kind}, {OUR_STEPS} steps", partial(peer, "-sdcpp", random, gguf, kind), True)
+            Way(f"stable-diffusion.cpp {kind}, {OUR_STEPS} steps", partial(peer, "-sdcpp", random, clip_g, gguf, kind), True)
             for kind in ("q8_0", "q4_0")
         ]
     engines = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO", "auto": "auto"}
