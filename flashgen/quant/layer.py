@@ -13,7 +13,9 @@ from flashgen.quant.pack import InputScale, QuantizedLinear
 from flashgen.quant.rounding import MIN_GROUP, quantize_groups
 
 PROTECTED_BITS = 8
-STATIC_BITS = 7  # of weights whose inputs have a fixed scale: x86 without VNNI adds two products of 8 bits in 16 bits, which overflow
+# Bits of weights in products of integers: x86 without VNNI adds two products in 16 bits, which those of 8 bits overflow. There onnxruntime
+# would need a kernel for unsigned weights, which takes 1.4 times as long (docs/lab-log.md, 2026-11-30).
+PRODUCT_BITS = 7
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,19 @@ def quantize_layer(
 ) -> QuantizedLinear:
     """Codes of `weight` [N, K]. Method gptq uses the second `moments` [K, K] of the layer's inputs, and is rtn without them.
 
-    With the scale of the `inputs` (one scale per output, 8 bits) the codes are those of `STATIC_BITS`, in the middle of the 8-bit ones:
-    128 - 64 to 128 + 63. All processors multiply them exactly.
+    With one scale per output the codes are those of `PRODUCT_BITS`, in the middle of the 8-bit ones: 128 - 64 to 128 + 63. All processors
+    multiply them exactly. `inputs` is the scale of the layer's inputs, for such layers.
     Raises NumericsError when a weight or a moment is not finite.
     """
     group = rounding.group_of(weight.shape[1])
     if rounding.method == "gptq" and moments is not None:
         q = gptq(weight, moments, bits, group, rounding.symmetric)
     else:
-        steps = bits if inputs is None else STATIC_BITS
+        steps = PRODUCT_BITS if rounding.group == "channel" else bits
         q = quantize_groups(weight, steps, group, rounding.symmetric, "hqq" if rounding.fractional_zeros(bits) else "mse")
-    if inputs is not None:
-        q = replace(q, codes=q.codes + 2 ** (bits - 1) - 2 ** (STATIC_BITS - 1), bits=bits, inputs=inputs)
-    return replace(q, channel=rounding.group == "channel")
+    if rounding.group == "channel":
+        q = replace(q, codes=q.codes + 2 ** (bits - 1) - 2 ** (PRODUCT_BITS - 1), bits=bits, inputs=inputs, channel=True)
+    return q
 
 
 def stored_tensors(q: QuantizedLinear) -> dict[str, Tensor]:

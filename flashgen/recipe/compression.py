@@ -61,13 +61,13 @@ class QuantizeRecipe(Model):
     group: Literal["channel", 16, 32, 64, 128, 256] = Field(
         64,
         description="weights that share a scale; channel: all of an output, for the device's int8 products "
-        "(8 bits, symmetric; 64 in text encoders)",
+        "(8 bits, of which codes use 7, symmetric; 64 in text encoders)",
     )
     symmetric: bool = False
     activations: Literal["dynamic", "static"] = Field(
         "dynamic",
         description="of group channel: dynamic: one scale per call; static: scales from the student's own rollouts, in the layers "
-        "that bear it, with weights of 7 bits",
+        "that bear it",
     )
     activation_tolerance: float = Field(0.003, gt=0, description="error of the final latents that static activations may cause")
     protect: list[str] | None = Field(None, description="layers kept at 8 bits, by name prefix; null: the family's")
