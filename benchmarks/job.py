@@ -186,37 +186,39 @@ def ways(full: Path, folders: Sequence[str]) -> list[Way]:
     ]
 
 
-def measure(full: Path, shapes: Path, rounds: int, folders: Sequence[str]) -> list[Lap]:
-    """Rows of the page; `full` and `shapes` are the folders of `make fullsize` and `make shapes` (or `make demo`)."""
+def measure(full: Path, shapes: Path, rounds: int, folders: Sequence[str], write: Callable[[list[Lap]], None]) -> None:
+    """Pass the rows of the page to `write` after every lap.
+
+    `full` and `shapes` are the folders of `make fullsize` and `make shapes` (or `make demo`).
+    """
     prepare(full, folders)
     teacher = Path("flashgen/worlds/shapes/teacher")
     small = [
         Way(f"diffusers, torch float32, {STEPS} steps with guidance", partial(peer, "-diffusers", teacher, "float32", STEPS, 64, 16)),
         Way("flashgen INT4, onnxruntime, 4 steps", partial(ours, shapes / "device", "onnxruntime")),
     ]
-    rows: list[Lap] = []
+    jobs = {SMALL: small, LARGE: ways(full, folders)}
+    laps: dict[tuple[str, str], list[Lap]] = {}
     shutil.rmtree(full / "cache", ignore_errors=True)
-    for job, own in {LARGE: ways(full, folders), SMALL: small}.items():
-        laps: dict[str, list[Lap]] = {way.name: [] for way in own}
+    for job, own in jobs.items():
         for number in range(rounds):
             for way in own:
                 if number == 0 or not way.once:
                     os.environ["XDG_CACHE_HOME"] = str(full / "cache" / way.name.replace(" ", "-"))  # not shared with the other ways
-                    laps[way.name].append(way.lap())
-                    print(job, way.name, laps[way.name][-1], file=sys.stderr, flush=True)
-        for way in own:
-            found = laps[way.name]
-            seconds = [lap["seconds"] for lap in found]
-            row = {"job": job, "way": way.name, "seconds": sorted(seconds)[len(seconds) // 2], "first": seconds[0], "all": seconds}
-            if "auto" in way.name:
-                row["seconds"] = seconds[-1]  # it has tried both engines before
-            elif job == LARGE and way.name.startswith("flashgen"):
-                os.environ["XDG_CACHE_HOME"] = str(full / "cache" / way.name.replace(" ", "-"))
-                given = way.lap.args  # type: ignore[attr-defined]  # a partial of `ours`
-                found[0] |= child("-phases", *given) | {"seconds": seconds[0]}
-            row |= {"peak_rss_mib": max(lap["peak_rss_mib"] for lap in found), "phases": found[0].get("phases", {})}
-            rows.append(row)
-    return rows
+                    lap = way.lap()
+                    if job == LARGE and number == rounds - 1 and way.name.startswith("flashgen") and "auto" not in way.name:
+                        lap["phases"] = child("-phases", *way.lap.args)["phases"]  # type: ignore[attr-defined]  # a partial of `ours`
+                    laps.setdefault((job, way.name), []).append(lap)
+                    print(job, way.name, lap, file=sys.stderr, flush=True)
+                    write([summary(*key, found) for key, found in laps.items()])
+
+
+def summary(job: str, way: str, laps: list[Lap]) -> Lap:
+    """A row of the page from the laps of one way. `auto` has tried the engines before its last lap."""
+    seconds = [lap["seconds"] for lap in laps]
+    middle = seconds[-1] if "auto" in way else sorted(seconds)[len(seconds) // 2]
+    row = {"job": job, "way": way, "seconds": middle, "first": seconds[0], "all": seconds, "phases": laps[-1].get("phases", {})}
+    return row | {"peak_rss_mib": max(lap["peak_rss_mib"] for lap in laps)}
 
 
 def page(rows: list[Lap], stem: str) -> str:
@@ -238,11 +240,11 @@ def page(rows: list[Lap], stem: str) -> str:
     ]
     for job in dict.fromkeys(row["job"] for row in rows):
         own = [row for row in rows if row["job"] == job]
-        peers = [row["seconds"] for row in own if not row["way"].startswith("flashgen")]
-        heads = [f"over {row['way'].split(',')[0]}" + (" fp32" if "float32" in row["way"] else "") for row in own[: len(peers)]]
+        peers = [row for row in own if not row["way"].startswith("flashgen")]
+        heads = [f"over {row['way'].split(', 4')[0].split(', 28')[0]}" for row in peers]
         lines += ["", f"## {job}", "", *table(["", "seconds", "the first picture", "peak RSS MiB", *(f"times faster {h}" for h in heads)])]
         for row in own:
-            ratios = (f"{seconds / row['seconds']:.1f}" for seconds in peers)
+            ratios = (f"{other['seconds'] / row['seconds']:.1f}" for other in peers)
             lines.append(cells(row["way"], f"{row['seconds']:.2f}", f"{row['first']:.2f}", f"{row['peak_rss_mib']:.0f}", *ratios))
         if any(row["phases"] for row in own):
             lines += ["", "Seconds by phase, of one more process:", "", *table(["", "phases"])]
@@ -262,9 +264,13 @@ if __name__ == "__main__":
         parser.add_argument("--rounds", type=int, default=ROUNDS)
         parser.add_argument("--artifacts", nargs="+", choices=ARTIFACTS, default=[*ARTIFACTS], help="of flashgen; an export takes minutes")
         given = parser.parse_args()
-        found = measure(given.full, given.shapes, given.rounds, given.artifacts)
         from benchmarks.device_page import page_of
 
         target = given.page or page_of("job")
-        replace(target.with_suffix(".json"), json.dumps(found, indent=1))
-        replace(target, page(found, target.stem))
+
+        def write(rows: list[Lap]) -> None:
+            """Write the page and its numbers; an interrupted run leaves what it has."""
+            replace(target.with_suffix(".json"), json.dumps(rows, indent=1))
+            replace(target, page(rows, target.stem))
+
+        measure(given.full, given.shapes, given.rounds, given.artifacts, write)
