@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import peak
-from benchmarks.device_page import page, page_of
+from benchmarks.device_page import page
+from benchmarks.fullsize import page_of
 from flashgen.progress import say
 from flashgen.runtime.processor import this_processor
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.compression_page import cells, table
-from flashgen.runtime.processor import this_processor
 
 ABOUT = """
 `make bench-device` writes this page and [its raw numbers]({stem}.json). One denoising step of four blocks of SD3.5-Medium's width (two of
@@ -20,11 +18,6 @@ at 333 text tokens; weights are random, so it ranks arithmetic, not pictures. Pe
 matrix product of one engine and number type at the step's own shapes here ({best}; `python -m benchmarks.peak` has all); the share counts
 all products of a step, attention included."""
 HEADS = ["", "step, s", "spread", "over the fastest peer", "over the fastest on onnxruntime", "of peak", "RSS MiB", "MB", "error"]
-
-
-def page_of(name: str) -> Path:
-    """Where the page `name` of this kind of processor is written, beside those of other kinds."""
-    return Path(f"docs/{name}-{this_processor().kind or 'other'}.md")
 
 
 def page(rows: list[dict[str, Any]], curve: list[dict[str, Any]], peak: float, best: str, stem: str) -> str:

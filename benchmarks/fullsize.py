@@ -153,6 +153,13 @@ def measure(folder: Path, page: Path, base: str) -> None:
     write(found, page)
 
 
+def page_of(name: str) -> Path:
+    """Where the page `name` of this kind of processor is written, beside those of other kinds."""
+    from flashgen.runtime.processor import this_processor
+
+    return Path(f"docs/{name}-{this_processor().kind or 'other'}.md")
+
+
 def replace(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old one or the new one."""
     path.with_suffix(".tmp").write_text(text + "\n")
