@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,8 +74,7 @@ def network() -> Any:
 
 def rows_here() -> dict[str, tuple[str, str, str, str]]:
     """`ROWS`, without those that differ from others by bf16 alone where the processor has none: torch would take minutes for a step."""
-    has_bf16 = bool({*this_processor().features} & {"avx512f", "avx512_bf16", "amx_bf16"})
-    return {name: row for name, row in ROWS.items() if has_bf16 or "bf16" not in name}
+    return {name: row for name, row in ROWS.items() if this_processor().has_bf16 or "bf16" not in name}
 
 
 def feeds(tokens: int, seed: int = 0, size_px: int = SIZE_PX) -> Feeds:
@@ -138,10 +138,8 @@ def prepare(work: Path) -> None:
     once("stock", lambda: plain_export(component(), work / "stock"))
     once("size", lambda: export("size", 4, 128))
     once("size4", lambda: export("size4", 4, 128, accuracy_level=4))
-    once("speed", lambda: export("speed", 8, "channel"))
     for size_px in CURVE_PX:
-        if size_px != SIZE_PX:
-            once(curve_name(size_px), lambda: export(curve_name(size_px), 8, "channel", size_px=size_px))  # noqa: B023  # called at once
+        once(curve_name(size_px), partial(export, curve_name(size_px), 8, "channel", size_px=size_px))
     once("static", lambda: export("static", 8, "channel", static=True))
     once("nbits", lambda: onnxruntime_nbits(work))
     once("dynamic", lambda: onnxruntime_dynamic(work))
@@ -249,6 +247,16 @@ def opened(who: str, engine: str, profile: str, path: Path) -> Step:
     return lambda given: np.asarray(session.run(None, given)[0])
 
 
+def timed(step: Step, given: Feeds) -> tuple[float, NDArray[np.float32]]:
+    """(seconds of the best of `CALLS` steps after a warm-up, output)."""
+    laps, out = [], step(given)
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        out = step(given)
+        laps.append(time.perf_counter() - start)
+    return min(laps), out
+
+
 def measure(work: Path, name: str) -> dict[str, Any]:
     """Measure one row in this process: seconds per step by text tokens (the best of `CALLS` after a warm-up), memory and error."""
     from flashgen.runtime.memory import peak_rss_mib
@@ -257,12 +265,7 @@ def measure(work: Path, name: str) -> dict[str, Any]:
     who, engine, profile, file = ROWS[name]
     step, seconds, out = opened(who, engine, profile, work / file), {}, np.zeros(0, np.float32)
     for tokens in TOKENS:
-        given, laps = feeds(tokens), []
-        for _ in range(1 + CALLS):
-            start = time.perf_counter()
-            out = step(given)
-            laps.append(time.perf_counter() - start)
-        seconds[str(tokens)] = min(laps[1:])
+        seconds[str(tokens)], out = timed(step, feeds(tokens))
     reference = np.load(work / "reference.npy")
     error = float(np.linalg.norm(out - reference) / np.linalg.norm(reference))
     return {"seconds": seconds, "peak_rss_mib": peak_rss_mib(), "error": error}
@@ -274,12 +277,8 @@ def curve(work: Path) -> list[dict[str, Any]]:
     for size_px in CURVE_PX:
         given, seconds = feeds(TOKENS[-1], 0, size_px), dict[str, float]()
         for engine in ENGINES:
-            step, laps = opened("flashgen", engine, "speed", work / curve_name(size_px) / "transformer" / "model.onnx"), []
-            for _ in range(1 + CALLS):
-                start = time.perf_counter()
-                step(given)
-                laps.append(time.perf_counter() - start)
-            seconds[engine] = min(laps[1:])
+            step = opened("flashgen", engine, "speed", work / curve_name(size_px) / "transformer" / "model.onnx")
+            seconds[engine], _ = timed(step, given)
         rows.append({"size_px": size_px, "operations": operations(TOKENS[-1], size_px), "seconds": seconds})
         say(f"curve: {rows[-1]}")
     return rows
@@ -331,7 +330,7 @@ def main() -> None:
 
 
 def in_process(work: Path, row: str) -> Any:
-    """What `--row` prints in a process of its own."""
+    """Return what `--row` prints in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.device", str(work), "--row", row]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
     if done.returncode:

@@ -108,8 +108,8 @@ def phases(artifact: str, engine: str) -> Lap:
     laps = dict(pipe.engine.laps.seconds)
     steps = laps.pop("transformer")
     text = sum(sum(seconds) for name, seconds in laps.items() if name.startswith("text_encoder"))
-    own = {"load": sum(laps["load"]), "text": text, "first step": steps[0], "other steps": sum(steps[1:]) / len(steps[1:])}
-    return {"phases": own | {"decode": laps["decode"][0]}}
+    seconds = {"load": sum(laps["load"]), "text": text, "first step": steps[0], "other steps": sum(steps[1:]) / len(steps[1:])}
+    return {"phases": seconds | {"decode": laps["decode"][0]}}
 
 
 def write_page(target: str) -> Lap:
@@ -177,8 +177,7 @@ def ways(full: Path, folders: Sequence[str]) -> list[Way]:
     """The rows at SD3.5-Medium's size, for what this machine has; of flashgen those of the artifacts `folders`."""
     from flashgen.runtime.processor import this_processor
 
-    random, features = full / "random" / "latest", {*this_processor().features}
-    dtypes = ["float32"] + ["bfloat16"] * bool(features & {"avx512f", "amx_bf16"})  # without AVX-512 torch takes minutes for a step in bf16
+    random, dtypes = full / "random" / "latest", ["float32", *["bfloat16"] * this_processor().has_bf16]
     rows = [
         Way(f"diffusers, torch {dtype}, {STEPS} steps with guidance", partial(peer, "-diffusers", random, dtype, FEW, SIZE_PX, 256), True)
         for dtype in dtypes
@@ -259,7 +258,7 @@ def page(rows: list[Lap], stem: str) -> str:
             ratios = (f"{other['seconds'] / row['seconds']:.1f}" for other in peers)
             lines.append(cells(row["way"], f"{row['seconds']:.2f}", f"{row['first']:.2f}", f"{row['peak_rss_mib']:.0f}", *ratios))
         if any(row["phases"] for row in own):
-            lines += ["", "Seconds by phase, of one more process:", "", *table(["", "phases"])]
+            lines += ["", "Seconds by phase; flashgen's are of one more process:", "", *table(["", "phases"])]
             lines += [cells(row["way"], ", ".join(f"{name} {s:.1f}" for name, s in row["phases"].items())) for row in own if row["phases"]]
     return "\n".join(lines)
 

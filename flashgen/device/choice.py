@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from flashgen.artifact.store import Artifact
 from flashgen.cache import cache_path, remember
-from flashgen.device.engine import NETWORKS, default_threads
+from flashgen.device.engine import NETWORKS, default_threads, may_round
 from flashgen.device.providers import INT8, Choice, Spent, Target, target_of
 from flashgen.device.wide import transformer_bytes
 from flashgen.progress import say
@@ -54,8 +54,7 @@ class Seconds(NamedTuple):
 def installed(artifact: Artifact) -> list[str]:
     """Names of the installed engines that can differ in speed for the artifact on this processor, onnxruntime first."""
     processor, names = this_processor(), [name for name in NETWORKS if find_spec(name) is not None]
-    has_both = processor.kind in ("vnni", "amx") and {"avx512_bf16", "amx_bf16"} & {*processor.features}
-    if "openvino" in names and has_both and artifact.manifest.extra.get("accuracy_level") == 4:
+    if "openvino" in names and processor.kind in ("vnni", "amx") and processor.has_bf16 and may_round(artifact):
         names.append(OPENVINO_INT8)
     return names
 
@@ -93,7 +92,7 @@ def kind_of(artifact: Artifact) -> str:
         graph = (artifact.path / "transformer" / "model.onnx").read_bytes()  # weights of large graphs are in another file
     names = {"DequantizeLinear": "static int8", "DynamicQuantizeMatMul": "int8", "MatMulNBits": "int4"}
     kind = next((kind for name, kind in names.items() if name.encode() in graph), "fp32")
-    return f"{kind} rounded" if kind == "int4" and artifact.manifest.extra.get("accuracy_level") == 4 else kind
+    return f"{kind} rounded" if kind == "int4" and may_round(artifact) else kind
 
 
 def learn(artifact: Artifact, spent: Mapping[str, Spent]) -> None:

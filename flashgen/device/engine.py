@@ -95,6 +95,11 @@ def open_session(model: Path, opening: Opening = Opening()) -> InferenceSession:
         raise _broken("onnxruntime", model, error) from error
 
 
+def may_round(artifact: Artifact) -> bool:
+    """Return True if engines may round activations: at accuracy level 4 the artifact accepts 8 bits, and so bf16, too."""
+    return bool(artifact.manifest.extra.get("accuracy_level") == 4)
+
+
 def default_threads() -> int:
     """OMP_NUM_THREADS, or the number of processors that this process may use."""
     return number("OMP_NUM_THREADS") or cpu_count()
@@ -203,8 +208,7 @@ class Engine:
         self.laps = laps or Laps()
         self.spent: dict[str, Spent] = {}
         self._files = {file.path: file.sha256 for file in artifact.manifest.files}
-        # Artifacts exported at accuracy level 4 already accept 8-bit activations, so bf16 is allowed for them too.
-        self._rounded = artifact.manifest.extra.get("accuracy_level") == 4
+        self._rounded = may_round(artifact)
         self._open: tuple[str, Shapes | None, Network] | None = None
 
     def network(self, component: str, feeds: Mapping[str, Array] | None = None) -> Network:

@@ -31,6 +31,11 @@ class Processor(NamedTuple):
         """The first of `KINDS` that it is; empty for none."""
         return next((kind for kind, any_of in KINDS.items() if any_of & {*self.features}), "")
 
+    @property
+    def has_bf16(self) -> bool:
+        """Return True if it multiplies bf16; where it does not, torch takes minutes for what it does in seconds in fp32."""
+        return bool({"avx512_bf16", "amx_bf16"} & {*self.features})
+
 
 @cache
 def this_processor() -> Processor:

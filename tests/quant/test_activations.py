@@ -70,9 +70,9 @@ def test_weights_in_products_of_integers_have_codes_of_7_bits() -> None:
     """255 x 64 x 2 stays below 2^15, which x86 without VNNI needs."""
     weight, inputs = gaussian(40, 64), InputScale(0.1, 3)
     static, dynamic = (quantize_layer(weight, 8, Rounding("channel", True), inputs=scale) for scale in (inputs, None))
-    whole = quantize_layer(weight, 8, Rounding(64, True))
-    assert 64 <= static.codes.min() < 70 and 186 < static.codes.max() <= 191 and static.codes.shape == whole.codes.shape
+    grouped = quantize_layer(weight, 8, Rounding(64, True))
+    assert 64 <= static.codes.min() < 70 and 186 < static.codes.max() <= 191 and static.codes.shape == grouped.codes.shape
     assert torch.equal(static.codes, dynamic.codes) and torch.equal(static.scales, dynamic.scales)
-    assert (static.bits, static.inputs, dynamic.inputs) == (8, inputs, None) and whole.codes.min() < 10
-    ratio = relative_error(dequantize(static), weight) / relative_error(dequantize(whole), weight)
+    assert (static.bits, static.inputs, dynamic.inputs) == (8, inputs, None) and grouped.codes.min() < 10
+    ratio = relative_error(dequantize(static), weight) / relative_error(dequantize(grouped), weight)
     assert 1.7 < ratio < 2.3
