@@ -188,7 +188,7 @@ $(LOWEST)/.installed: $(INSTALLED) requirements/build.in
 	rm -rf $(LOWEST)
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install uv
-	$(LOWEST)/bin/uv pip compile pyproject.toml requirements/build.in --extra train --extra arena --extra gguf --extra dev --quiet \
+	$(LOWEST)/bin/uv pip compile pyproject.toml requirements/build.in --extra train --extra arena --extra gguf --extra nf4 --extra dev --quiet \
 		--resolution lowest-direct --python-version 3.11 --no-annotate --no-header | grep -vE '^(torch|triton|nvidia-.*|cuda-.*)==' > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/uv pip install --python $(LOWEST) --no-deps -r $(LOWEST)/lowest.txt
 	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && cd $(LOWEST)/lib/python3*/site-packages \

@@ -42,6 +42,7 @@ ROWS: dict[str, tuple[str, str, str, str]] = {
     "ONNX Runtime fp32": ("peer", "onnxruntime", "fp32", "stock/transformer/model.onnx"),
     "ONNX Runtime, MatMulNBits int4 g128": ("peer", "onnxruntime", "int4", "nbits.onnx"),
     "ONNX Runtime, quantize_dynamic int8": ("peer", "onnxruntime", "int8", "dynamic.onnx"),
+    "ONNX Runtime, quantize_dynamic int8, default options": ("peer", "onnxruntime", "default", "dynamic.onnx"),
     "OpenVINO fp32": ("peer", "openvino", "f32", "stock/transformer/model.onnx"),
     "OpenVINO bf16": ("peer", "openvino", "bf16", "stock/transformer/model.onnx"),
     "OpenVINO, NNCF int8": ("peer", "openvino", "bf16", "nncf8.xml"),
@@ -243,8 +244,17 @@ def opened(who: str, engine: str, profile: str, path: Path) -> Step:
         hints = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": profile, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}
         model = ov.Core().compile_model(path, "CPU", hints)
         return lambda given: np.asarray(model(given)[0])
-    session = open_session(path, Opening(THREADS))
+    session = default_session(path) if profile == "default" else open_session(path, Opening(THREADS))
     return lambda given: np.asarray(session.run(None, given)[0])
+
+
+def default_session(path: Path) -> Any:
+    """A session of onnxruntime with its default options, with which products of 8-bit codes overflow on x86 without VNNI."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def timed(step: Step, given: Feeds) -> tuple[float, NDArray[np.float32]]:
