@@ -11,11 +11,9 @@ from torch import Tensor
 from flashgen.quant.gptq import gptq
 from flashgen.quant.pack import InputScale, QuantizedLinear
 from flashgen.quant.rounding import MIN_GROUP, quantize_groups
+from flashgen.runtime.processor import PRODUCT_BITS
 
 PROTECTED_BITS = 8
-# Bits of weights in products of integers: x86 without VNNI adds two products in 16 bits, which those of 8 bits overflow. There onnxruntime
-# would need a kernel for unsigned weights, which takes 1.4 times as long (docs/lab-log.md, 2026-11-30).
-PRODUCT_BITS = 7
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flashgen.runtime.processor import PRODUCT_BITS
+
 
 class InputScale(NamedTuple):
     """Scale and zero point of a layer's inputs: x becomes the uint8 code round(x / scale) + zero, clamped to 0..255."""
@@ -40,6 +42,12 @@ class QuantizedLinear:
     k: int
     channel: bool = False
     inputs: InputScale | None = None
+
+    @property
+    def product_bits(self) -> int:
+        """Bits of the codes that products of integers read: `PRODUCT_BITS`, or 8 if any code needs these, as in flashgen 0.2."""
+        half = 1 << PRODUCT_BITS - 1
+        return PRODUCT_BITS if not self.channel or (self.codes.min() >= 128 - half and self.codes.max() < 128 + half) else 8
 
     def cpu(self) -> QuantizedLinear:
         """The same codes in the CPU's memory."""

@@ -16,6 +16,7 @@ import pytest
 
 from flashgen.artifact.store import Artifact
 from flashgen.device import engine
+from flashgen.device.providers import session_on
 from flashgen.device.sampler import DevicePipeline
 from flashgen.errors import ArtifactError, MachineError, NumericsError
 from flashgen.recipe.compression import ExportRecipe
@@ -155,6 +156,24 @@ def test_a_tokenizer_with_swapped_ids_is_not_used(handmade_device: Artifact, tmp
     assert file.stat().st_size == (handmade_device.path / file.relative_to(swapped.path)).stat().st_size
     with pytest.raises(ArtifactError, match=r"tokenizer\.json was altered"):
         DevicePipeline(swapped)
+
+
+@pytest.mark.parametrize(("said", "entry"), [(7, "0"), (8, "1"), (None, "1"), ("7", "1"), ([7], "1")])
+def test_only_weights_of_8_bits_are_read_for_overflows(
+    said: object, entry: str, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 30 seconds at SD3.5-Medium's size. Artifacts of flashgen 0.2 do not say how many bits they have."""
+    entries = list[str]()
+
+    def opened(model: str, options: Any, provider: Any) -> Any:
+        entries.append(options.get_session_config_entry("session.x64quantprecision"))
+        return session_on(model, options, provider)
+
+    monkeypatch.setattr(engine, "session_on", opened)
+    extra = handmade_device.manifest.extra | ({} if said is None else {"product_bits": said})
+    artifact = dataclasses.replace(handmade_device, manifest=handmade_device.manifest.model_copy(update={"extra": extra}))
+    engine.Engine(artifact).network("transformer")
+    assert entries == [entry]
 
 
 @pytest.mark.parametrize(("version", "draws"), [("1.23.2", False), ("1.9.0", False), ("1.24.1", True), ("2.0.0rc1", True)])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from flashgen.errors import NumericsError
+from flashgen.quant.layer import Rounding, quantize_layer
 from flashgen.quant.pack import QuantizedLinear, as_bits, dequantize, pack, unpack, zeros_of
 from flashgen.quant.rounding import quantize_groups
 
@@ -25,6 +28,16 @@ def test_pack_keeps_every_pair_of_nibbles() -> None:
     assert packed.shape == (256, 1)
     assert torch.equal(packed[:, 0], pairs[:, 0] + 16 * pairs[:, 1])  # low nibble first
     assert torch.equal(unpack(packed, 4, 2), pairs)
+
+
+def test_product_bits_are_those_that_the_codes_of_integer_products_need() -> None:
+    layer = quantize_layer(weights(8, 32), 8, Rounding("channel", symmetric=True))
+    eight = replace(quantize_groups(weights(8, 32), 8, 32, symmetric=True), channel=True)  # as flashgen 0.2 wrote them
+    assert (layer.product_bits, eight.product_bits, replace(eight, channel=False).product_bits) == (7, 8, 7)
+    for code, bits in ((64, 7), (191, 7), (63, 8), (192, 8)):
+        codes = layer.codes.clone()
+        codes[0, 0, 0] = code
+        assert replace(layer, codes=codes).product_bits == bits
 
 
 @pytest.mark.parametrize("bits", [2, 3])
