@@ -244,8 +244,9 @@ def page(rows: list[Lap], stem: str) -> str:
         "threads, interleaved, medians of rounds (of two the slower). SD3.5-Medium has random weights (`make fullsize`) and no T5:",
         f"diffusers uses zeros in its place. There diffusers ran {FEW} of its {STEPS} steps, once, and the time of the last step counts",
         f"for each of the others. stable-diffusion.cpp draws flashgen's GGUF in {OUR_STEPS} steps without guidance, once; its seconds",
-        "include reading and rounding the weights (load). flashgen's first picture is slower: files are hashed, and OpenVINO compiles the",
-        "networks and caches the result. `auto` tries an engine per picture at first, so its seconds are those of the last one.",
+        "include reading and rounding the weights (load), and its steps 77 text tokens of zeros. flashgen's first picture is slower: files",
+        "are hashed, and OpenVINO compiles the networks and caches the result. `auto` tries an engine per picture at first, so its seconds",
+        "are those of the last one.",
         "",
         f"{machine()}.",
     ]
