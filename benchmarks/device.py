@@ -27,7 +27,7 @@ from benchmarks import peak
 from benchmarks.device_page import page
 from benchmarks.fullsize import page_of
 from flashgen.progress import say
-from flashgen.runtime.processor import PRODUCT_BITS, this_processor
+from flashgen.runtime.processor import this_processor
 
 THREADS, ROUNDS, TOKENS, BLOCKS, CALLS = 2, 5, (77, 333), 4, 2
 SIZE_PX, CURVE_PX, ENGINES = 512, (256, 512, 768, 1024), ("onnxruntime", "openvino")
@@ -236,7 +236,7 @@ def opened(who: str, engine: str, profile: str, path: Path) -> Step:
 
     if who == "flashgen":
         target = target_of(engine)
-        network = NETWORKS[target.engine](path, Opening(THREADS, target.where, rounded=profile != "size", product_bits=PRODUCT_BITS))
+        network = NETWORKS[target.engine](path, Opening(THREADS, target.where, rounded=profile != "size", overflows=False))
         return lambda given: network.run(["out_hidden_states"], given)[0]
     if engine == "openvino":
         import openvino as ov

@@ -27,7 +27,6 @@ from flashgen.pixels import require_finite
 from flashgen.progress import warn
 from flashgen.runtime.environment import number
 from flashgen.runtime.memory import cpu_count
-from flashgen.runtime.processor import PRODUCT_BITS
 from flashgen.runtime.timing import Laps
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ class Opening:
 
     `threads`: None for `default_threads`. `where`: as in `Target`. With `shapes` the network is for inputs of these shapes alone. The rest
     but the last is for OpenVINO: `rounded` allows bf16, or 8-bit activations for quantized weights; what is compiled is kept in the user's
-    cache under `key`, if there is one; `wide` keeps codes of fewer bits as 8-bit ones on the processor. `product_bits` is for onnxruntime:
-    bits of the weights in products of integers.
+    cache under `key`, if there is one; `wide` keeps codes of fewer bits as 8-bit ones on the processor. `overflows` is for onnxruntime:
+    products of integers overflow on x86 without VNNI unless it takes another kernel.
     """
 
     threads: int | None = None
@@ -68,7 +67,7 @@ class Opening:
     shapes: Shapes | None = None
     key: str = ""
     wide: bool = False
-    product_bits: int = 8
+    overflows: bool = True
 
 
 def open_session(model: Path, opening: Opening = Opening()) -> InferenceSession:
@@ -83,8 +82,8 @@ def open_session(model: Path, opening: Opening = Opening()) -> InferenceSession:
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = where != "directml"  # DirectML cannot plan memory
-    # Where weights of 8 bits overflow, this entry makes them unsigned: slower, and exact. It reads all of them, 13 seconds per gigabyte.
-    options.add_session_config_entry("session.x64quantprecision", str(int(opening.product_bits > PRODUCT_BITS)))
+    # Makes weights that can overflow unsigned: slower, and exact. To find them, it reads all, 13 seconds per gigabyte.
+    options.add_session_config_entry("session.x64quantprecision", str(int(opening.overflows)))
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1" if where else "0")
     options.log_severity_level = 3
     if opening.shapes is not None:
@@ -101,11 +100,6 @@ def open_session(model: Path, opening: Opening = Opening()) -> InferenceSession:
 def may_round(artifact: Artifact) -> bool:
     """Return True if engines may round activations: at accuracy level 4 the artifact accepts 8 bits, and so bf16, too."""
     return bool(artifact.manifest.extra.get("accuracy_level") == 4)
-
-
-def product_bits(artifact: Artifact) -> int:
-    """Bits of the weights in products of integers; 8 for artifacts that do not say it, such as those of flashgen 0.2."""
-    return PRODUCT_BITS if artifact.manifest.extra.get("product_bits") == PRODUCT_BITS else 8
 
 
 def default_threads() -> int:
@@ -216,7 +210,8 @@ class Engine:
         self.laps = laps or Laps()
         self.spent: dict[str, Spent] = {}
         self._files = {file.path: file.sha256 for file in artifact.manifest.files}
-        self._rounded, self._product_bits = may_round(artifact), product_bits(artifact)
+        self._rounded = may_round(artifact)
+        self._overflows = artifact.manifest.extra.get("overflows") is not False  # manifests of flashgen 0.2 do not say it
         self._open: tuple[str, Shapes | None, Network] | None = None
 
     def network(self, component: str, feeds: Mapping[str, Array] | None = None) -> Network:
@@ -280,7 +275,7 @@ class Engine:
         target = target_of(self.name if component in DRAWING else "onnxruntime")
         model, key = self.path / component / "model.onnx", self._key(component, shapes)
         try:
-            opening = Opening(None, target.where, self._rounded, shapes, key, self._wide, self._product_bits)
+            opening = Opening(None, target.where, self._rounded, shapes, key, self._wide, self._overflows)
             return NETWORKS[target.engine](model, opening)
         except Exception as error:
             self._fall_back(component, error)

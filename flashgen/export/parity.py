@@ -36,14 +36,14 @@ def reference(component: Component) -> Reference:
     return Reference(outputs, max(largest.items(), key=lambda item: item[1]))
 
 
-def check(component: Component, expected: Reference, model: Path, floor_db: float, product_bits: int = 8) -> float:
-    """PSNR of the worst output of the graph `model` over all input sets; `product_bits` as in `Opening`.
+def check(component: Component, expected: Reference, model: Path, floor_db: float, overflows: bool = True) -> float:
+    """PSNR of the worst output of the graph `model` over all input sets; `overflows` as in `Opening`.
 
     Raises NumericsError below `floor_db` and for NaN.
     """
     from flashgen.device.engine import Opening, open_session
 
-    session = open_session(model, Opening(product_bits=product_bits))
+    session = open_session(model, Opening(overflows=overflows))
     sets, worst = (component.inputs, *component.checks), EQUAL_DB
     for number, (inputs, wanted) in enumerate(zip(sets, expected.outputs, strict=True), 1):
         outputs = session.run(list(component.outputs), {name: value.numpy() for name, value in inputs.items()})

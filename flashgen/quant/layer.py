@@ -9,9 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from flashgen.quant.gptq import gptq
-from flashgen.quant.pack import InputScale, QuantizedLinear
+from flashgen.quant.pack import PRODUCT_BITS, InputScale, QuantizedLinear
 from flashgen.quant.rounding import MIN_GROUP, quantize_groups
-from flashgen.runtime.processor import PRODUCT_BITS
 
 PROTECTED_BITS = 8
 

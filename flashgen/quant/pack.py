@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashgen.runtime.processor import PRODUCT_BITS
+# Bits of weights in products of integers: x86 without VNNI adds two products in 16 bits, which those of 8 bits overflow. There onnxruntime
+# would need a kernel for unsigned weights, which takes 1.4 times as long (docs/lab-log.md, 2026-11-30).
+PRODUCT_BITS = 7
 
 
 class InputScale(NamedTuple):
@@ -44,10 +46,10 @@ class QuantizedLinear:
     inputs: InputScale | None = None
 
     @property
-    def product_bits(self) -> int:
-        """Bits of the codes that products of integers read: `PRODUCT_BITS`, or 8 if any code needs these, as in flashgen 0.2."""
+    def overflows(self) -> bool:
+        """Return True if products of integers read these codes and any has more than `PRODUCT_BITS`, as in flashgen 0.2."""
         half = 1 << PRODUCT_BITS - 1
-        return PRODUCT_BITS if not self.channel or (self.codes.min() >= 128 - half and self.codes.max() < 128 + half) else 8
+        return self.channel and not bool(self.codes.min() >= 128 - half and self.codes.max() < 128 + half)
 
     def cpu(self) -> QuantizedLinear:
         """The same codes in the CPU's memory."""

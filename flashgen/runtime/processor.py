@@ -17,9 +17,6 @@ FEATURES = (
 )  # fmt: skip
 # Kinds of processors by what multiplies 8-bit integers, best first.
 KINDS = {"amx": {"amx_int8"}, "vnni": {"avx512_vnni", "avx_vnni"}, "avx2": {"avx2"}, "arm": {"asimddp", "i8mm"}}
-# Bits of weights in products of integers that are exact everywhere: x86 without VNNI adds two products with uint8 in 16 bits, which
-# weights of 8 bits overflow.
-PRODUCT_BITS = 7
 DARWIN = {"avx512vnni": "avx512_vnni", "feat_dotprod": "asimddp", "feat_i8mm": "i8mm"}  # sysctl's names of features
 
 

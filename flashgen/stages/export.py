@@ -18,7 +18,6 @@ from flashgen.errors import ArtifactError, UsageError
 from flashgen.families.configs import configs_in
 from flashgen.families.tiny_decoder import TINY_DECODER, WEIGHTS, described
 from flashgen.progress import say, track
-from flashgen.runtime.processor import PRODUCT_BITS
 from flashgen.stages.base import Result, Stage
 from flashgen.stages.gguf import check_gguf, write_gguf
 from flashgen.stages.planning import Plan
@@ -171,12 +170,12 @@ class Export(Stage):
         vae = self._described(Footprint(self.source).decoder)
         if self.is_tiny:
             parts = [self._with_tiny(part, vae) if part.name == "vae_decoder" else part for part in parts]
-        psnr, loudest, bits = {}, {}, PRODUCT_BITS
+        psnr, loudest, overflows = {}, {}, False
         for part in track(parts, "export", total=len(parts)):
             encoder = quantized and part.name in self.family.text_encoders
             codes = layers if part.name == "transformer" else read_codes(self.source, part.name) if encoder else {}
             psnr[part.name], loudest[part.name] = self._write(part, codes, draft.path)
-            bits = max(bits, product_bits(codes))
+            overflows |= overflow(codes)
             gc.collect()
         pad_ids = write_runtime_files(pipe, {part.name for part in parts}, draft)
         graph = self.family.description(pipe.configs, sampler, pad_ids) | {"vae": vae}
@@ -187,7 +186,7 @@ class Export(Stage):
             "graph": graph,
             "latent_shape": graph["latent_shape"],  # for users of optimum, who make the noise themselves
             "accuracy_level": self._level(layers),
-            "product_bits": bits,
+            "overflows": overflows,
             "fp16": "transformer and VAE compute in fp16" if config.precision == "float16" else why_no_half(loudest),
             **({"decoder": "tiny"} if self.is_tiny else {}),
         }
@@ -214,16 +213,16 @@ class Export(Stage):
         model = write_graph(part, codes, folder, config.accuracy_level, modulation, source, half)
         _write_config(part, folder)
         floor = config.psnr_floor_int8_db if half or (codes and self._level(codes) == 4) else config.psnr_floor_db
-        return check(part, expected, model, floor, product_bits(codes)), expected.loudest
+        return check(part, expected, model, floor, overflow(codes)), expected.loudest
 
     def _level(self, codes: Mapping[str, QuantizedLinear]) -> int:
         """Accuracy level of products with `codes`: 4 where any multiplies integers, because that rounds activations too."""
         return 4 if any(q.channel for q in codes.values()) else self.recipe.export.accuracy_level
 
 
-def product_bits(codes: Mapping[str, QuantizedLinear]) -> int:
-    """Most bits of the codes of any layer in products of integers, `QuantizedLinear.product_bits`."""
-    return max((q.product_bits for q in codes.values()), default=PRODUCT_BITS)
+def overflow(codes: Mapping[str, QuantizedLinear]) -> bool:
+    """Return True if codes of any layer can overflow in products of integers."""
+    return any(q.overflows for q in codes.values())
 
 
 def _write_config(part: Component, folder: Path) -> None:

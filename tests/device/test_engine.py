@@ -158,11 +158,11 @@ def test_a_tokenizer_with_swapped_ids_is_not_used(handmade_device: Artifact, tmp
         DevicePipeline(swapped)
 
 
-@pytest.mark.parametrize(("said", "entry"), [(7, "0"), (8, "1"), (None, "1"), ("7", "1"), ([7], "1")])
-def test_only_weights_of_8_bits_are_read_for_overflows(
+@pytest.mark.parametrize(("said", "entry"), [(False, "0"), (True, "1"), (None, "1"), (0, "1"), ([], "1")])
+def test_weights_are_searched_unless_none_can_overflow(
     said: object, entry: str, handmade_device: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes 30 seconds at SD3.5-Medium's size. Artifacts of flashgen 0.2 do not say how many bits they have."""
+    """It takes 30 seconds at SD3.5-Medium's size. Artifacts of flashgen 0.2 do not say whether theirs can."""
     entries = list[str]()
 
     def opened(model: str, options: Any, provider: Any) -> Any:
@@ -170,7 +170,7 @@ def test_only_weights_of_8_bits_are_read_for_overflows(
         return session_on(model, options, provider)
 
     monkeypatch.setattr(engine, "session_on", opened)
-    extra = handmade_device.manifest.extra | ({} if said is None else {"product_bits": said})
+    extra = handmade_device.manifest.extra | ({} if said is None else {"overflows": said})
     artifact = dataclasses.replace(handmade_device, manifest=handmade_device.manifest.model_copy(update={"extra": extra}))
     engine.Engine(artifact).network("transformer")
     assert entries == [entry]

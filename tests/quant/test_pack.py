@@ -30,14 +30,14 @@ def test_pack_keeps_every_pair_of_nibbles() -> None:
     assert torch.equal(unpack(packed, 4, 2), pairs)
 
 
-def test_product_bits_are_those_that_the_codes_of_integer_products_need() -> None:
+def test_codes_of_integer_products_overflow_with_8_bits() -> None:
     layer = quantize_layer(weights(8, 32), 8, Rounding("channel", symmetric=True))
     eight = replace(quantize_groups(weights(8, 32), 8, 32, symmetric=True), channel=True)  # as flashgen 0.2 wrote them
-    assert (layer.product_bits, eight.product_bits, replace(eight, channel=False).product_bits) == (7, 8, 7)
-    for code, bits in ((64, 7), (191, 7), (63, 8), (192, 8)):
+    assert not layer.overflows and eight.overflows and not replace(eight, channel=False).overflows
+    for code, overflows in ((64, False), (191, False), (63, True), (192, True)):
         codes = layer.codes.clone()
         codes[0, 0, 0] = code
-        assert replace(layer, codes=codes).product_bits == bits
+        assert replace(layer, codes=codes).overflows == overflows
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -181,7 +181,7 @@ def test_one_scale_per_output_becomes_products_of_integers(tiny_student: Artifac
     kinds = products(device)
     assert kinds["DynamicQuantizeMatMul"] == device.manifest.metrics["quantized_layers"] and not kinds["MatMulNBits"] + kinds["Gemm"]
     assert 40 < device.manifest.metrics["psnr_db"]["transformer"] < 100  # activations are rounded too
-    assert (device.manifest.extra["accuracy_level"], device.manifest.extra["product_bits"]) == (4, 7)
+    assert (device.manifest.extra["accuracy_level"], device.manifest.extra["overflows"]) == (4, False)
     for change in ({"bits": 4}, {"symmetric": False}, {"method": "gptq"}, {"budget": 8}, {"low_rank_tolerance": 0.1}):
         with pytest.raises(ValueError, match="group channel is for bits 8, symmetric true and method rtn"):
             having(recipe, **(channel | change))
