@@ -174,8 +174,9 @@ class Export(Stage):
         for part in track(parts, "export", total=len(parts)):
             encoder = quantized and part.name in self.family.text_encoders
             codes = layers if part.name == "transformer" else read_codes(self.source, part.name) if encoder else {}
-            psnr[part.name], loudest[part.name] = self._write(part, codes, draft.path)
-            overflows |= overflow(codes)
+            overflow = any(q.overflows for q in codes.values())
+            psnr[part.name], loudest[part.name] = self._write(part, codes, draft.path, overflow)
+            overflows |= overflow
             gc.collect()
         pad_ids = write_runtime_files(pipe, {part.name for part in parts}, draft)
         graph = self.family.description(pipe.configs, sampler, pad_ids) | {"vae": vae}
@@ -194,8 +195,13 @@ class Export(Stage):
             say(f"to look at it: python3 -m http.server -d {draft.out}/latest   and open http://localhost:8000")
         return Result(sampler, metrics, extra | page, validate=False)
 
-    def _write(self, part: Component, codes: Mapping[str, QuantizedLinear], folder: Path) -> tuple[float, tuple[str, float]]:
-        """Write one component and its config; returns its worst PSNR in dB, and the layer with the largest output with that number."""
+    def _write(
+        self, part: Component, codes: Mapping[str, QuantizedLinear], folder: Path, overflows: bool
+    ) -> tuple[float, tuple[str, float]]:
+        """Write one component and its config; `overflows` says whether any of its `codes` can.
+
+        Returns its worst PSNR in dB, and the layer with the largest output with that number.
+        """
         from flashgen.export.parity import check, reference, require_half_range
         from flashgen.export.write import write_graph
 
@@ -213,16 +219,11 @@ class Export(Stage):
         model = write_graph(part, codes, folder, config.accuracy_level, modulation, source, half)
         _write_config(part, folder)
         floor = config.psnr_floor_int8_db if half or (codes and self._level(codes) == 4) else config.psnr_floor_db
-        return check(part, expected, model, floor, overflow(codes)), expected.loudest
+        return check(part, expected, model, floor, overflows), expected.loudest
 
     def _level(self, codes: Mapping[str, QuantizedLinear]) -> int:
         """Accuracy level of products with `codes`: 4 where any multiplies integers, because that rounds activations too."""
         return 4 if any(q.channel for q in codes.values()) else self.recipe.export.accuracy_level
-
-
-def overflow(codes: Mapping[str, QuantizedLinear]) -> bool:
-    """Return True if codes of any layer can overflow in products of integers."""
-    return any(q.overflows for q in codes.values())
 
 
 def _write_config(part: Component, folder: Path) -> None:
